@@ -1,0 +1,1 @@
+"""Calibration: prompts -> the denoiser's real inputs along real sampling trajectories -> statistics."""
