@@ -1,0 +1,66 @@
+"""Model families: what structure alone cannot tell about a transformer. One short file a family; nothing else lists them.
+
+A family gives example inputs (to trace the graph without a pipeline) and names the dimensions that may vary at run time.
+A transformer of no family still works where its pipeline folder is there: its real inputs are recorded instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+Axes = Mapping[str, tuple[str | None, ...]]
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What ditq knows of one model family.
+
+    Attributes:
+        name: short name, e.g. `flux`.
+        class_names: diffusers transformer classes of this family.
+        pipeline: the diffusers pipeline class that samples with it.
+        condition: what a sample is asked for by, a text prompt or a class label.
+        axes: forward argument -> one name a dimension; named dimensions may vary in an engine, None is fixed.
+        example_inputs: (config, batch, seed) -> keyword arguments of the transformer's forward, real shapes, random values.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    pipeline: str
+    axes: Axes
+    example_inputs: Callable[[Mapping[str, Any], int, int], Inputs]
+    condition: Literal["prompt", "class"] = "prompt"
+
+
+_families: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Called once by each family's file."""
+    _families[family.name] = family
+    return family
+
+
+def families() -> dict[str, Family]:
+    """All families by name."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return dict(sorted(_families.items()))
+
+
+def family_of(class_name: str) -> Family | None:
+    """The family of a diffusers transformer class, or None where ditq has no file for it."""
+    return next((family for family in families().values() if class_name in family.class_names), None)
+
+
+def noise(seed: int) -> Callable[..., torch.Tensor]:
+    """A source of standard normal tensors, fixed by the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator)

@@ -1,0 +1,37 @@
+"""DiT: class-conditional, each block with its own timestep and label embedder and modulation linear (adaLN-Zero)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ditq.families import Family, Inputs, noise, register
+
+
+def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
+    normal = noise(seed)
+    side = config["sample_size"]
+    return {
+        "hidden_states": normal(batch, config["in_channels"], side, side),
+        "timestep": torch.linspace(200, 900, batch).long(),
+        "class_labels": torch.arange(batch) % (config["num_embeds_ada_norm"] or 1),
+    }
+
+
+register(
+    Family(
+        name="dit",
+        class_names=("DiTTransformer2DModel",),
+        pipeline="DiTPipeline",
+        axes={
+            # Height and width stay fixed: the position grid is computed for one size while tracing.
+            "hidden_states": ("batch", None, None, None),
+            "timestep": ("batch",),
+            "class_labels": ("batch",),
+        },
+        example_inputs=example_inputs,
+        condition="class",
+    )
+)

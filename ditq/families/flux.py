@@ -1,0 +1,47 @@
+"""FLUX.1: double and single stream blocks, text and image tokens in one attention, pooled text in the modulation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ditq.families import Family, Inputs, noise, register
+
+
+def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
+    normal = noise(seed)
+    side, text = 8, 16
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    image_ids = torch.stack([torch.zeros(side, side), rows.float(), columns.float()], dim=-1).view(-1, 3)
+    inputs = {
+        "hidden_states": normal(batch, side * side, config["in_channels"]),
+        "encoder_hidden_states": normal(batch, text, config["joint_attention_dim"]),
+        "pooled_projections": normal(batch, config["pooled_projection_dim"]),
+        "timestep": torch.linspace(0.2, 0.9, batch),
+        "img_ids": image_ids,
+        "txt_ids": torch.zeros(text, 3),
+    }
+    if config.get("guidance_embeds"):
+        inputs["guidance"] = torch.full((batch,), 3.5)
+    return inputs
+
+
+register(
+    Family(
+        name="flux",
+        class_names=("FluxTransformer2DModel",),
+        pipeline="FluxPipeline",
+        axes={
+            "hidden_states": ("batch", "image_tokens", None),
+            "encoder_hidden_states": ("batch", "text_tokens", None),
+            "pooled_projections": ("batch", None),
+            "timestep": ("batch",),
+            "img_ids": ("image_tokens", None),
+            "txt_ids": ("text_tokens", None),
+            "guidance": ("batch",),
+        },
+        example_inputs=example_inputs,
+    )
+)
