@@ -1,0 +1,279 @@
+"""Open a checkpoint: a pipeline folder, a transformer folder, one .safetensors file, or a built-in name such as `mini`.
+
+Weights are read from safetensors alone, tensor by tensor when they are asked for; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ditq.errors import DitqError
+from ditq.families import Family, family_of
+from ditq.safetensors_files import TensorFile, TensorInfo, open_tensor_files
+
+ASSETS = Path(__file__).parent / "assets"
+BUILT_IN = {"mini": ASSETS / "mini", "mini-pixart": ASSETS / "mini_pixart"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A diffusion transformer on disk, opened but not loaded.
+
+    Attributes:
+        name: what the user called it.
+        root: the pipeline folder, transformer folder or file.
+        config: the transformer's config.json.
+        class_name: its diffusers class.
+        files: the safetensors files that hold its tensors.
+        pipeline_root: the pipeline folder around it, or None for a transformer alone.
+        sampling: default arguments of the pipeline call (sampling.json in the pipeline folder; empty where there is none).
+    """
+
+    name: str
+    root: Path
+    config: Mapping[str, Any]
+    class_name: str
+    files: tuple[TensorFile, ...]
+    pipeline_root: Path | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: str | Path, config: str | Path | None = None) -> Checkpoint:
+        """Open `path`; `config` gives the config.json (or its folder) of a single file that carries none.
+
+        Raises:
+            DitqError: nothing there, no config, an unknown class, a damaged or incomplete set of files.
+        """
+        name = str(path)
+        root = BUILT_IN.get(name, Path(path).expanduser())
+        if not root.exists():
+            known = ", ".join(BUILT_IN)
+            raise DitqError(f"{name}: no such checkpoint; give a folder, a .safetensors file, or one of: {known}")
+        if root.is_file():
+            return cls._open_file(name, root, config)
+        index = root / "model_index.json"
+        if index.exists():
+            return cls._open_pipeline(name, root)
+        return cls._open_folder(name, root, root)
+
+    @classmethod
+    def _open_pipeline(cls, name: str, root: Path) -> Checkpoint:
+        index = read_json(root / "model_index.json")
+        if "transformer" not in index:
+            raise DitqError(f"{name}: model_index.json names no transformer; ditq compiles diffusion transformers only")
+        folder = root / "transformer"
+        if not folder.is_dir():
+            raise DitqError(f"{name}: model_index.json names a transformer but there is no folder {folder.name}/ in it")
+        sampling = root / "sampling.json"
+        return cls._open_folder(name, root, folder, root, read_json(sampling) if sampling.exists() else {})
+
+    @classmethod
+    def _open_folder(
+        cls, name: str, root: Path, folder: Path, pipeline_root: Path | None = None, sampling: Any = None
+    ) -> Checkpoint:
+        if not any(folder.iterdir()):
+            raise DitqError(f"{name}: {folder.name}/ is empty; a checkpoint needs a config.json and safetensors files")
+        path = folder / "config.json"
+        if not path.exists():
+            raise DitqError(f"{name}: no config.json in {folder.name}/; give a diffusers pipeline or transformer folder")
+        config = read_json(path)
+        files = tuple(open_tensor_files(folder, name))
+        return cls(name, root, config, _class_name(config, name), files, pipeline_root, sampling or {})
+
+    @classmethod
+    def _open_file(cls, name: str, path: Path, config: str | Path | None) -> Checkpoint:
+        if path.suffix != ".safetensors":
+            raise DitqError(f"{name}: only .safetensors files are read (others can run code when opened); convert it first")
+        tensors = TensorFile.open(path)
+        values: Any
+        if config is not None:
+            place = Path(config)
+            values = read_json(place / "config.json" if place.is_dir() else place)
+        elif "config" in tensors.metadata:
+            values = _parse_json(tensors.metadata["config"], f"{name}: the config in the file's metadata")
+        elif (path.parent / "config.json").exists():
+            values = read_json(path.parent / "config.json")
+        else:
+            raise DitqError(f"{name}: a single file does not tell its class; give its config.json with --config")
+        return cls(name, path, values, _class_name(values, name), (tensors,))
+
+    @property
+    def family(self) -> Family | None:
+        """The family that the transformer's class belongs to, if ditq has a file for it."""
+        return family_of(self.class_name)
+
+    @cached_property
+    def _places(self) -> dict[str, TensorFile]:
+        return {name: file for file in self.files for name in file.tensors}
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Shape and dtype of every tensor, from the headers alone."""
+        return {name: file.tensors[name] for name, file in self._places.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, read now, in the dtype it is stored in."""
+        if name not in self._places:
+            raise DitqError(f"{self.name}: has no tensor {name}")
+        return self._places[name].read(name)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(json.dumps(dict(self.config), sort_keys=True).encode())
+        for file in self.files:
+            with file.path.open("rb") as stream:
+                while chunk := stream.read(1 << 22):
+                    digest.update(chunk)
+        return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the config and every byte of the weights."""
+        return self._fingerprint
+
+    def model_class(self) -> type[nn.Module]:
+        """The diffusers class of the transformer."""
+        import diffusers
+
+        found = getattr(diffusers, self.class_name, None)
+        if found is None or not isinstance(found, type) or not issubclass(found, nn.Module):
+            raise DitqError(
+                f"{self.name}: the class {self.class_name} is not in diffusers {diffusers.__version__}; "
+                "upgrade diffusers or correct _class_name in config.json"
+            )
+        return found
+
+    def load_model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The transformer in memory, in `dtype`, for evaluation only (no gradients).
+
+        Raises:
+            DitqError: a missing tensor, a wrong shape, NaN or infinity in the weights.
+        """
+        model = self._empty_model()
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        if set(expected) - set(self._places) and self.root.is_file():
+            return self._load_original_names(dtype)
+        for name in expected:
+            if name not in self._places:
+                raise DitqError(f"{self.name}: the tensor {name} that {self.class_name} needs is not in its files")
+        unexpected = sorted(set(self._places) - set(expected))
+        if unexpected:
+            warnings.warn(f"{self.name}: {len(unexpected)} tensors are not used, e.g. {unexpected[0]}", stacklevel=2)
+        from accelerate.utils import set_module_tensor_to_device
+
+        for name, tensor in self._checked(expected):
+            value = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            set_module_tensor_to_device(model, name, "cpu", value=value, dtype=value.dtype)
+        model.to(dtype)
+        return model.eval().requires_grad_(False)
+
+    def _empty_model(self) -> nn.Module:
+        from accelerate import init_empty_weights
+
+        builder: Any = self.model_class()
+        try:
+            with init_empty_weights(include_buffers=False):
+                return builder.from_config(dict(self.config))
+        except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+            raise DitqError(f"{self.name}: {self.class_name} refuses its config.json: {_first_line(error)}") from error
+
+    def _checked(self, expected: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, shape in expected.items():
+            info = self._places[name].tensors[name]
+            if info.shape != shape:
+                raise DitqError(
+                    f"{self.name}: {name} has shape {list(info.shape)} but {self.class_name} with this config.json "
+                    f"needs {list(shape)}"
+                )
+            yield name, self._finite(name, self.read(name))
+
+    def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise DitqError(f"{self.name}: {name} holds NaN or infinity; the checkpoint is damaged or was overflowed")
+        return tensor
+
+    def _load_original_names(self, dtype: torch.dtype) -> nn.Module:
+        """A single file in its authors' own naming goes through diffusers' conversion."""
+        import tempfile
+
+        builder: Any = self.model_class()
+        if not hasattr(builder, "from_single_file"):
+            raise DitqError(f"{self.name}: its tensor names are not {self.class_name}'s, and diffusers cannot convert them")
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(dict(self.config)))
+            weights = {name: self._finite(name, self.read(name)) for name in self._places}
+            try:
+                model = builder.from_single_file(weights, config=folder, torch_dtype=dtype, local_files_only=True)
+            except (ValueError, KeyError, RuntimeError, OSError, AttributeError, StopIteration) as error:
+                raise DitqError(
+                    f"{self.name}: neither {self.class_name}'s tensor names nor the original ones that diffusers "
+                    f"converts: {_first_line(error)}"
+                ) from error
+        left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if left:
+            raise DitqError(f"{self.name}: the tensor {left[0]} that {self.class_name} needs is not in the file")
+        return model.to(dtype).eval().requires_grad_(False)
+
+    def load_pipeline(self, transformer: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> Any:
+        """The diffusers pipeline around this transformer, with `transformer` in its place where one is given.
+
+        Raises:
+            DitqError: this checkpoint is a transformer alone, or the pipeline's other parts do not load.
+        """
+        import diffusers
+
+        if self.pipeline_root is None:
+            raise DitqError(
+                f"{self.name}: a transformer alone cannot draw; give the whole pipeline folder (with model_index.json)"
+            )
+        try:
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                str(self.pipeline_root),
+                transformer=self.load_model(dtype) if transformer is None else transformer,
+                torch_dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+        except (OSError, ValueError, TypeError, ImportError, AttributeError) as error:
+            raise DitqError(f"{self.name}: the pipeline does not load: {_first_line(error)}") from error
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a DitqError that names the file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DitqError(f"{path}: cannot be read: {_first_line(error)}") from error
+    return _parse_json(text, str(path))
+
+
+def _parse_json(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise DitqError(f"{where}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DitqError(f"{where}: should hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _class_name(config: Mapping[str, Any], name: str) -> str:
+    found = config.get("_class_name")
+    if not isinstance(found, str):
+        raise DitqError(f"{name}: config.json has no _class_name, so its model class is not known")
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
