@@ -19,6 +19,7 @@ from torch import nn
 
 from ditq.errors import DitqError
 from ditq.families import Family, family_of
+from ditq.quiet import quiet_libraries
 from ditq.safetensors_files import TensorFile, TensorInfo, open_tensor_files
 
 ASSETS = Path(__file__).parent / "assets"
@@ -172,7 +173,10 @@ class Checkpoint:
         for name, tensor in self._checked(expected):
             value = tensor.to(dtype) if tensor.is_floating_point() else tensor
             set_module_tensor_to_device(model, name, "cpu", value=value, dtype=value.dtype)
-        model.to(dtype)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_floating_point():
+                    setattr(module, name, buffer.to(dtype))
         return model.eval().requires_grad_(False)
 
     def _empty_model(self) -> nn.Module:
@@ -235,13 +239,13 @@ class Checkpoint:
                 f"{self.name}: a transformer alone cannot draw; give the whole pipeline folder (with model_index.json)"
             )
         try:
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                str(self.pipeline_root),
-                transformer=self.load_model(dtype) if transformer is None else transformer,
-                torch_dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-            )
+            with quiet_libraries():
+                pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                    str(self.pipeline_root),
+                    transformer=self.load_model(dtype) if transformer is None else transformer,
+                    use_safetensors=True,
+                    local_files_only=True,
+                ).to(dtype)
         except (OSError, ValueError, TypeError, ImportError, AttributeError) as error:
             raise DitqError(f"{self.name}: the pipeline does not load: {_first_line(error)}") from error
         pipeline.set_progress_bar_config(disable=True)
