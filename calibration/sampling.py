@@ -91,7 +91,7 @@ def check_arguments(pipeline: Any, arguments: Mapping[str, Any]) -> None:
             raise DitqError(f"sampling argument '{name}' is {value!r}; give a whole number of at least 1")
 
 
-def check_conditions(pipeline: Any, conditions: Sequence[str] | Sequence[int]) -> None:
+def check_conditions(pipeline: Any, conditions: Sequence[str | int]) -> None:
     """Raise DitqError unless the conditions are what the pipeline takes: prompts, or labels of the model's classes."""
     if condition_kind(pipeline) == "prompt":
         check_prompts(conditions)  # type: ignore[arg-type]  # it checks the types itself
@@ -100,7 +100,7 @@ def check_conditions(pipeline: Any, conditions: Sequence[str] | Sequence[int]) -
         raise DitqError("no class labels; give at least one")
     classes = class_count(pipeline)
     for index, label in enumerate(conditions):
-        if not (_is_whole(label) and 0 <= label < classes):
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < classes:
             raise DitqError(
                 f"condition {index} is {label!r}; {_class_name(pipeline)} takes labels from 0 to {classes - 1}"
             )
@@ -119,7 +119,7 @@ def expected_steps(pipeline: Any, settings: SamplingSettings) -> int:
 
 def sample(
     pipeline: Any,
-    conditions: Sequence[str] | Sequence[int],
+    conditions: Sequence[str | int],
     settings: SamplingSettings,
     *,
     on_denoiser_call: Callable[[DenoiserCall], None] | None = None,
