@@ -1,0 +1,200 @@
+"""DiTGraph: a diffusion transformer with typed views of its parts: blocks, linear sites, input groups, attentions, feed-forwards.
+
+The nn.Module stays the executable graph; the views are found by structure (ditq/structure.py), never by class name.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ditq.errors import DitqError
+from ditq.trace import trace_forward
+
+Role = Literal["token", "modulation", "embedder", "final", "unused"]
+
+
+@dataclass(frozen=True)
+class LinearModulation:
+    """shift and scale are rows of a modulation linear's output: x = norm(z) * (1 + scale) + shift.
+
+    `shift` and `scale` are the first rows of each in that linear's weight; each spans the width of the group.
+    """
+
+    site: str
+    shift: int
+    scale: int
+
+
+@dataclass(frozen=True)
+class TableModulation:
+    """shift and scale are rows of a block's own table added to a vector that all blocks share (adaLN-single).
+
+    `table` is the parameter [.., rows, width]; `argument` the block's forward argument that carries the shared vector.
+    """
+
+    table: str
+    shift: int
+    scale: int
+    block: str
+    argument: str
+
+
+@dataclass(frozen=True)
+class NormModulation:
+    """The group reads a norm with its own weight and bias: x = norm(z) * weight + bias."""
+
+    weight: str
+    bias: str | None
+
+
+Feed = LinearModulation | TableModulation | NormModulation
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One nn.Linear of the model. `macs` and `tokens` are for one sample of the example inputs."""
+
+    name: str
+    in_features: int
+    out_features: int
+    role: Role
+    kind: str
+    block: str | None
+    group: str
+    tokens: int
+
+    @property
+    def parameters(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def macs(self) -> int:
+        return self.tokens * self.parameters
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """All linears that read the very same tensor, named for the first of them.
+
+    `feed` is the norm and modulation that make this tensor and nothing else reads it; None where scale or shift of the
+    tensor cannot be folded into what comes before.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    width: int
+    feed: Feed | None
+
+
+@dataclass(frozen=True)
+class ChannelRange:
+    """Channels [start, stop) of a linear's input."""
+
+    site: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Softmax attention: `outputs` are the linears that read it, with the channels in which they do.
+
+    `foldable`: only reshapes and concatenations of tokens lie between the value linears and the score product and between
+    it and the outputs, so an orthogonal matrix a head can be moved from one to the other.
+    """
+
+    name: str
+    heads: int
+    head_width: int
+    queries: tuple[str, ...]
+    keys: tuple[str, ...]
+    values: tuple[str, ...]
+    outputs: tuple[ChannelRange, ...]
+    foldable: bool
+    macs: int
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """inputs -> activation -> output, with the channels of the output linear's input that it fills."""
+
+    name: str
+    inputs: tuple[str, ...]
+    output: ChannelRange
+    activation: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """One item of a repeated stack."""
+
+    name: str
+    stack: str
+    sites: tuple[str, ...]
+
+
+class DiTGraph:
+    """The model plus what was found in it.
+
+    Args:
+        model: the transformer, in evaluation mode.
+        example_inputs: keyword arguments of one forward; only shapes and dtypes matter.
+
+    Raises:
+        DitqError: no repeated blocks with linears, so this is not a transformer that ditq can compile.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Mapping[str, Any]) -> None:
+        from ditq.structure import Structure
+
+        self.model = model
+        self.example_inputs = dict(example_inputs)
+        batch = next(value.shape[0] for value in example_inputs.values() if isinstance(value, torch.Tensor))
+        found = Structure(model, trace_forward(model, example_inputs), batch)
+        self.blocks: dict[str, Block] = found.blocks
+        self.sites: dict[str, LinearSite] = found.sites
+        self.groups: dict[str, InputGroup] = found.groups
+        self.attentions: dict[str, Attention] = found.attentions
+        self.feed_forwards: dict[str, FeedForward] = found.feed_forwards
+        if not self.blocks:
+            raise DitqError(f"{type(model).__name__}: no repeated blocks with linears found; not a diffusion transformer?")
+
+    def linear(self, name: str) -> nn.Module:
+        """The module that stands at a site now: an nn.Linear or what a pass has put in its place."""
+        return self.model.get_submodule(name)
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put `module` in the place of what stands at `name`."""
+        self.model.set_submodule(name, module)
+
+    def select(self, patterns: str | Iterable[str]) -> list[str]:
+        """Names of sites that match any of the patterns, in model order.
+
+        A pattern is a glob over the site's name, or `role:NAME` or `kind:NAME`; `*` is every site that the model uses.
+
+        Raises:
+            DitqError: a pattern that matches nothing.
+        """
+        wanted: set[str] = set()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            found = [site.name for site in self.sites.values() if site.role != "unused" and _matches(site, pattern)]
+            if not found:
+                raise DitqError(f"the selector {pattern!r} matches no linear of {type(self.model).__name__}; "
+                                "see `ditq inspect` for the names, roles and kinds")  # fmt: skip
+            wanted.update(found)
+        return [name for name in self.sites if name in wanted]
+
+
+def _matches(site: LinearSite, pattern: str) -> bool:
+    key, _, value = pattern.partition(":")
+    if value and key == "role":
+        return site.role == value
+    if value and key == "kind":
+        return value in site.kind.split("+")
+    return fnmatch.fnmatchcase(site.name, pattern)

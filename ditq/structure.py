@@ -1,0 +1,381 @@
+"""Find the parts of a diffusion transformer in the record of one forward: what each linear does, what feeds what.
+
+Three questions are answered by walking the dataflow: what a linear's input comes from (attention, activation, norm with
+modulation), where its output goes (scores, values, a broadcast over tokens), and whether only reshapes lie between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+from torch import nn
+
+from ditq.graph import (
+    Attention,
+    Block,
+    ChannelRange,
+    Feed,
+    FeedForward,
+    InputGroup,
+    LinearModulation,
+    LinearSite,
+    NormModulation,
+    Role,
+    TableModulation,
+)
+from ditq.trace import Call, Trace, Value
+
+SAME = {"to", "contiguous", "clone", "detach", "dropout", "alias"}
+VIEWS = SAME | {
+    "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze", "getitem", "split",
+    "split_with_sizes", "chunk", "unbind", "cat", "expand", "narrow", "movedim", "get",
+}  # fmt: skip
+ACTIVATIONS = {"gelu", "silu", "relu", "tanh", "sigmoid", "mish", "elu", "softplus", "hardswish", "leaky_relu", "relu6"}
+NORMS = {"layer_norm", "rms_norm"}
+ATTENTION = "scaled_dot_product_attention"
+
+
+class Structure:
+    """The typed views of `model`, read off `trace`. `batch` is the batch size of the traced inputs."""
+
+    def __init__(self, model: nn.Module, trace: Trace, batch: int) -> None:
+        self.model, self.trace, self.batch = model, trace, batch
+        self.linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        self.calls: dict[str, Call] = {}
+        for call in trace.calls:
+            if call.function == "linear" and call.module in self.linears:
+                self.calls.setdefault(call.module, call)
+        self._site_of = {call.outputs[0]: name for name, call in self.calls.items()}
+        self.blocks = self._find_blocks()
+        self._block_of = {site: block.name for block in self.blocks.values() for site in block.sites}
+        self.attentions = self._find_attentions()
+        self.feed_forwards = self._find_feed_forwards()
+        self.groups = self._find_groups()
+        self.sites = self._find_sites()
+
+    # --- blocks
+
+    def _find_blocks(self) -> dict[str, Block]:
+        blocks: dict[str, Block] = {}
+        for stack, module in self.model.named_modules():
+            if not isinstance(module, nn.ModuleList) or any(stack.startswith(f"{name}.") for name in blocks):
+                continue
+            for index, _ in enumerate(module):
+                name = f"{stack}.{index}"
+                sites = tuple(site for site in self.calls if site.startswith(f"{name}."))
+                if len(sites) > 1:
+                    blocks[name] = Block(name, stack, sites)
+        return blocks
+
+    # --- walks over the dataflow
+
+    def _source(self, value: Value) -> Value:
+        """The value that `value` is merely another name for."""
+        while (call := self.trace.producer.get(value)) and call.function in SAME:
+            value = call.inputs[0]
+        return value
+
+    def _readers(self, value: Value) -> Iterator[Call]:
+        """The calls that read `value`, seen through renamings of it."""
+        for call in self.trace.consumers.get(value, []):
+            if call.function in SAME:
+                yield from self._readers(call.outputs[0])
+            else:
+                yield call
+
+    def _linears_behind(self, value: Value, pure: bool) -> tuple[list[str], bool]:
+        """Linears from which `value` is made, and whether only views lie between. `pure` stops at anything else."""
+        found: list[str] = []
+        only_views, seen, pending = True, set[Value](), [value]
+        while pending:
+            value = pending.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            call = self.trace.producer.get(value)
+            if value in self._site_of:
+                found.append(self._site_of[value])
+            elif call is None or call.function == ATTENTION or call.function == "linear":
+                only_views = False
+            elif call.function in VIEWS:
+                pending.extend(call.inputs)
+            else:
+                only_views = False
+                if not pure:
+                    pending.extend(call.inputs)
+        order = list(self.calls)
+        return sorted(set(found), key=order.index), only_views
+
+    def _readers_of_attention(self, call: Call) -> tuple[list[ChannelRange], bool]:
+        """Linears that read an attention's output through views, with the channels where it arrives."""
+        found: list[ChannelRange] = []
+        pure, pending = True, [(call.outputs[0], 0)]
+        width = call.outputs[0].shape[1] * call.outputs[0].shape[-1]
+        while pending:
+            value, start = pending.pop()
+            for reader in self.trace.consumers.get(value, []):
+                if reader.function == "linear" and reader.module in self.linears:
+                    found.append(ChannelRange(reader.module, start, start + width))
+                elif reader.function == "cat" and self._along_channels(reader):
+                    before = [v for v in reader.inputs[: reader.inputs.index(value)]]
+                    pending.append((reader.outputs[0], start + sum(v.shape[-1] for v in before)))
+                elif reader.function in VIEWS:
+                    pending.extend((output, start) for output in reader.outputs)
+                else:
+                    pure = False
+        return found, pure and bool(found)
+
+    @staticmethod
+    def _along_channels(cat: Call) -> bool:
+        dimension = cat.argument(1, "dim", 0)
+        return dimension in (-1, len(cat.outputs[0].shape) - 1)
+
+    # --- attention and feed-forward
+
+    def _find_attentions(self) -> dict[str, Attention]:
+        found: dict[str, Attention] = {}
+        for call in self.trace.calls:
+            if call.function != ATTENTION:
+                continue
+            query, key, value = (call.argument(i, name) for i, name in enumerate(("query", "key", "value")))
+            values, pure_in = self._linears_behind(value, pure=True)
+            outputs, pure_out = self._readers_of_attention(call)
+            heads, width = value.shape[1], value.shape[-1]
+            whole = all(self.linears[site].out_features == heads * width for site in values)
+            same_heads = call.outputs[0].shape[1] == heads
+            name = call.module if call.module not in found else f"{call.module}#{len(found)}"
+            found[name] = Attention(
+                name=name,
+                heads=call.outputs[0].shape[1],
+                head_width=width,
+                queries=tuple(self._linears_behind(query, pure=False)[0]),
+                keys=tuple(self._linears_behind(key, pure=False)[0]),
+                values=tuple(values),
+                outputs=tuple(sorted(outputs, key=lambda o: o.site)),
+                foldable=bool(values) and pure_in and pure_out and whole and same_heads and self._feeds_only(call, values),
+                macs=2 * call.outputs[0].shape[1] * query.shape[-2] * key.shape[-2] * width,
+            )
+        return found
+
+    def _feeds_only(self, attention: Call, values: list[str]) -> bool:
+        """Do the value linears' outputs go nowhere but into this attention?"""
+        pending = [self.calls[site].outputs[0] for site in values]
+        while pending:
+            for reader in self.trace.consumers.get(pending.pop(), []):
+                if reader.function in VIEWS:
+                    pending.extend(reader.outputs)
+                elif reader is not attention:
+                    return False
+        return True
+
+    def _find_feed_forwards(self) -> dict[str, FeedForward]:
+        found: dict[str, FeedForward] = {}
+        for site, call in self.calls.items():
+            if site not in self._block_of or not self._sees_tokens(call):
+                continue
+            pieces = [(self._source(call.inputs[0]), 0)]
+            producer = self.trace.producer.get(pieces[0][0])
+            if producer is not None and producer.function == "cat" and self._along_channels(producer):
+                starts = [sum(v.shape[-1] for v in producer.inputs[:i]) for i in range(len(producer.inputs))]
+                pieces = list(zip(producer.inputs, starts, strict=True))
+            for value, start in pieces:
+                inputs, activation = self._activated(value)
+                inputs = [name for name in inputs if self._block_of.get(name) == self._block_of[site]]
+                if activation and inputs:
+                    target = ChannelRange(site, start, start + value.shape[-1])
+                    found[site] = FeedForward(site, tuple(inputs), target, activation)
+        return found
+
+    def _activated(self, value: Value) -> tuple[list[str], str]:
+        """Linears from which `value` is made through an activation, views and products alone; and which activation."""
+        found, activation, pending = [], "", [value]
+        while pending:
+            value = pending.pop()
+            call = self.trace.producer.get(value)
+            if value in self._site_of:
+                found.append(self._site_of[value])
+            elif call is not None and (call.function in VIEWS or call.function in ACTIVATIONS or call.function == "mul"):
+                activation = call.function if call.function in ACTIVATIONS else activation
+                pending.extend(call.inputs)
+        order = list(self.calls)
+        return sorted(set(found), key=order.index), activation
+
+    # --- groups and what feeds them
+
+    def _find_groups(self) -> dict[str, InputGroup]:
+        members: dict[Value, list[str]] = {}
+        for site, call in self.calls.items():
+            members.setdefault(self._source(call.inputs[0]), []).append(site)
+        groups = {}
+        for value, sites in members.items():
+            only_these = all(c.function == "linear" and c.module in sites for c in self._readers(value))
+            feed = self._feed_of(value) if only_these else None
+            groups[sites[0]] = InputGroup(sites[0], tuple(sites), value.shape[-1], feed)
+        return groups
+
+    def _feed_of(self, value: Value) -> Feed | None:
+        call = self.trace.producer.get(value)
+        if call is None:
+            return None
+        if call.function in NORMS:
+            return self._own_norm(call)
+        shifted = self._split_broadcast(value, "add")
+        scaled = self._split_broadcast(shifted[0], "mul") if shifted else None
+        if not shifted or not scaled:
+            return None
+        norm = self.trace.producer.get(self._source(scaled[0]))
+        plus_one = self.trace.producer.get(self._source(scaled[1]))
+        if norm is None or norm.function not in NORMS or plus_one is None or plus_one.function != "add":
+            return None
+        constants = [a for a in plus_one.arguments if not isinstance(a, Value)]
+        if constants != [1] or len(plus_one.inputs) != 1:
+            return None
+        shift, scale = self._modulation_piece(shifted[1]), self._modulation_piece(plus_one.inputs[0])
+        if shift is None or scale is None or shift[0] != scale[0]:
+            return None
+        return self._modulation(shift[0], shift[1], scale[1], value.shape[-1])
+
+    def _own_norm(self, call: Call) -> Feed | None:
+        weight, bias = call.argument(2, "weight"), call.argument(3, "bias") if call.function == "layer_norm" else None
+        if not isinstance(weight, Value) or weight.parameter is None:
+            return None
+        if len([c for c in self.trace.consumers[weight] if c.function in NORMS]) != 1:
+            return None
+        return NormModulation(weight.parameter, bias.parameter if isinstance(bias, Value) else None)
+
+    def _split_broadcast(self, value: Value, function: str) -> tuple[Value, Value] | None:
+        """The token operand and the broadcast operand of the call that made `value`, if it is a `function` of two."""
+        call = self.trace.producer.get(self._source(value))
+        if call is None or call.function != function or len(call.inputs) != 2:
+            return None
+        first, second = sorted(call.inputs, key=lambda v: _size(v), reverse=True)
+        if first.shape != call.outputs[0].shape or _size(second) >= _size(first):
+            return None
+        return first, second
+
+    def _modulation_piece(self, value: Value) -> tuple[Value, int] | None:
+        """The vector of which `value` is the k-th equal piece, and k; None if another call reads the piece too."""
+        while True:
+            if len(self.trace.consumers.get(value, [])) != 1:
+                return None
+            call = self.trace.producer.get(value)
+            if call is None:
+                return None
+            if call.function in ("chunk", "unbind", "split"):
+                return call.inputs[0], call.outputs.index(value)
+            if call.function not in VIEWS or len(call.inputs) != 1:
+                return None
+            value = call.inputs[0]
+
+    def _modulation(self, vector: Value, shift: int, scale: int, width: int) -> Feed | None:
+        source = vector
+        while (call := self.trace.producer.get(source)) and call.function in VIEWS and source not in self._site_of:
+            source = call.inputs[0]
+        if source in self._site_of:
+            return LinearModulation(self._site_of[source], shift * width, scale * width)
+        if call is None or call.function != "add" or len(call.inputs) != 2:
+            return None
+        table, shared = None, None
+        for operand in call.inputs:
+            origin = operand
+            while (made := self.trace.producer.get(origin)) and made.function in VIEWS and len(made.inputs) == 1:
+                if origin.parameter is not None:
+                    break
+                origin = made.inputs[0]
+            if origin.parameter is not None:
+                table = origin.parameter
+            else:
+                shared = operand
+        block = next((name for name in self.blocks if table and table.startswith(f"{name}.")), None)
+        if table is None or shared is None or block is None:
+            return None
+        argument = self._block_argument(block, shared)
+        return None if argument is None else TableModulation(table, shift, scale, block, argument)
+
+    def _block_argument(self, block: str, value: Value) -> str | None:
+        """The name of the block's forward argument that `value` is a view of."""
+        arguments = {v: name for name, v in self.trace.module_inputs[block].items() if isinstance(v, Value)}
+        while value not in arguments:
+            call = self.trace.producer.get(value)
+            if call is None or call.function not in VIEWS or len(call.inputs) != 1:
+                return None
+            value = call.inputs[0]
+        return arguments[value]
+
+    # --- sites
+
+    @staticmethod
+    def _sees_tokens(call: Call) -> bool:
+        return _size_of(call.inputs[0].shape[1:-1]) > 1
+
+    @cached_property
+    def _last_block_call(self) -> int:
+        return max((self.calls[site].index for site in self._block_of), default=-1)
+
+    def _role(self, site: str, call: Call) -> Role:
+        inside = site in self._block_of
+        if self._sees_tokens(call):
+            if inside:
+                return "token"
+            return "final" if call.index > self._last_block_call else "embedder"
+        broadcast = self._broadcast_over_tokens(call)
+        if broadcast is None:
+            return "embedder"
+        return "modulation" if any(broadcast.module.startswith(name) for name in self.blocks) else "final"
+
+    def _broadcast_over_tokens(self, call: Call) -> Call | None:
+        """The first product or sum in which the output of this vector linear meets tokens; None if it feeds a linear."""
+        pending, met = [call.outputs[0]], None
+        while pending:
+            value = pending.pop(0)
+            for reader in self.trace.consumers.get(value, []):
+                if reader.function == "linear":
+                    return None
+                output = reader.outputs[0]
+                if reader.function in ("add", "mul", "addcmul", "sub") and _size(output) > 2 * _size(value):
+                    met = met or reader
+                elif len(pending) < 256:
+                    pending.extend(reader.outputs)
+        return met
+
+    def _kinds(self) -> dict[str, str]:
+        kinds: dict[str, list[str]] = {}
+        for attention in self.attentions.values():
+            named = [(site, "query") for site in attention.queries] + [(site, "key") for site in attention.keys]
+            named += [(site, "value") for site in attention.values]
+            named += [(output.site, "attention_out") for output in attention.outputs]
+            for site, kind in named:
+                if site in self._block_of and kind not in kinds.setdefault(site, []):
+                    kinds[site].append(kind)
+        for feed_forward in self.feed_forwards.values():
+            for site in feed_forward.inputs:
+                kinds.setdefault(site, []).append("feed_forward_in")
+            kinds.setdefault(feed_forward.output.site, []).append("feed_forward_out")
+        return {site: "+".join(dict.fromkeys(names)) for site, names in kinds.items()}
+
+    def _find_sites(self) -> dict[str, LinearSite]:
+        kinds = self._kinds()
+        group_of = {site: group.name for group in self.groups.values() for site in group.sites}
+        sites: dict[str, LinearSite] = {}
+        for name, linear in self.linears.items():
+            call = self.calls.get(name)
+            role: Role = "unused" if call is None else self._role(name, call)
+            tokens = 0 if call is None else max(1, _size_of(call.inputs[0].shape[:-1]) // self.batch)
+            kind = kinds.get(name, "") if role == "token" else ""
+            sites[name] = LinearSite(
+                name, linear.in_features, linear.out_features, role, kind, self._block_of.get(name),
+                group_of.get(name, name), tokens,
+            )  # fmt: skip
+        return sites
+
+
+def _size(value: Value) -> int:
+    return _size_of(value.shape)
+
+
+def _size_of(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
