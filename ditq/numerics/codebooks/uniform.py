@@ -1,0 +1,68 @@
+"""Symmetric uniform codebook: levels a whole number of steps apart. The baseline, and the right choice at 8 bits."""
+
+from __future__ import annotations
+
+import torch
+
+from ditq.numerics.codebooks import codebook
+from ditq.numerics.row_search import group_multipliers
+from ditq.numerics.weight_code import SMALLEST_SCALE, Fit, check_weight, row_chunks
+
+CLIPS = tuple(0.2 + 0.025 * i for i in range(33))  # fractions of max|w| that the largest level may stand at
+
+
+def _search(groups: torch.Tensor, bits: int, importance: torch.Tensor | None, clips: tuple[float, ...]) -> torch.Tensor:
+    """The scale of least squared error of each row of `groups` [R, N]: float32 [R]."""
+    largest = (1 << (bits - 1)) - 1
+    absmax = groups.abs().amax(dim=1, keepdim=True)
+    best = torch.full_like(absmax, SMALLEST_SCALE)
+    best_error = torch.full_like(absmax, torch.inf)
+    for clip in clips:
+        scale = (absmax * (clip / largest)).clamp_min(SMALLEST_SCALE)
+        error = (groups / scale).round_().clamp_(-largest - 1, largest).mul_(scale).sub_(groups).square_()
+        if importance is not None:
+            error *= importance
+        total = error.sum(dim=1, keepdim=True)
+        better = total < best_error
+        best, best_error = torch.where(better, scale, best), torch.where(better, total, best_error)
+    return best[:, 0]
+
+
+@codebook("uniform")
+def fit_uniform(
+    weight: torch.Tensor,
+    bits: int,
+    importance: torch.Tensor | None = None,
+    group_size: int | None = None,
+    clip_search: bool = True,
+    float_group_scales: bool = False,
+) -> Fit:
+    """Levels q s with q = -2^(bits-1) .. 2^(bits-1) - 1, one scale s a row or a group.
+
+    weight [O, I]; importance [I]: weight of each column's squared error, e.g. the diagonal of X^T X.
+    clip_search: try max|w| * (0.2 .. 1) for the top level and keep the least error; False is plain absmax.
+    group_size: one scale for each run of so many columns, as uint8 multipliers of the row's scale, or as scales of
+    their own with `float_group_scales`. For multipliers the table is stretched to the whole int8 range, since they
+    scale carriers, which are whole numbers.
+
+    Raises:
+        ValueError: for a weight that is not finite [O, I], bits outside 2..8, or groups that do not divide I.
+    """
+    check_weight(weight, bits, group_size)
+    rows, columns = weight.shape
+    groups = columns // (group_size or columns)
+    scale = torch.empty(rows, groups, dtype=torch.float32, device=weight.device)
+    for part in row_chunks(rows, columns):
+        values = weight[part].float()
+        weights = None if importance is None else importance.float().expand_as(values).reshape(-1, columns // groups)
+        clips = CLIPS if clip_search else (1.0,)
+        scale[part] = _search(values.reshape(-1, columns // groups), bits, weights, clips).unflatten(0, (-1, groups))
+    half = 1 << (bits - 1)
+    integers = torch.arange(-half, half, device=weight.device)
+    if group_size is None:
+        return Fit(integers.to(torch.int8), scale[:, 0], None, bits)
+    if float_group_scales:
+        return Fit(integers.to(torch.int8), scale, None, bits, group_size)
+    stretch = 128 // half
+    row, multiplier = group_multipliers(scale)
+    return Fit((integers * stretch).to(torch.int8), row / stretch, multiplier, bits, group_size)

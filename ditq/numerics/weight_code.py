@@ -1,0 +1,128 @@
+"""A weight's code: b-bit codes, the int8 levels that they stand for, and scales. What a codebook fits, what GPTQ rounds to.
+
+    carrier = table[code]                           int8; the row's own table where there is one a row
+    carrier = round(carrier * multiplier / 255)     where groups of columns have a multiplier (half to even)
+    weight  = carrier * scale                       by row [O], or by row and group [O, G]
+
+The carrier is what an integer matrix product takes, so a 3-bit weight runs through the same int8 kernel as an 8-bit one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+_AT_ONCE = 1 << 21  # elements of a weight that are widened at a time
+SMALLEST_SCALE = 1e-30  # an all-zero row: positive, since kernels may divide by it, yet no weight that anyone can see
+
+
+def row_chunks(rows: int, width: int) -> Iterator[slice]:
+    """Slices of rows of at most `_AT_ONCE` elements, so that extra memory stays bounded for every size of weight."""
+    step = max(1, _AT_ONCE // max(width, 1))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def check_weight(weight: torch.Tensor, bits: int, group_size: int | None = None) -> None:
+    """Raises ValueError for what no codebook takes: rank, width by group, bits outside 2..8, values not finite."""
+    if weight.dim() != 2 or not weight.numel() or not weight.is_floating_point():
+        raise ValueError(f"a weight is floating point [O, I], not {weight.dtype} {list(weight.shape)}")
+    if not 2 <= bits <= 8:
+        raise ValueError(f"weights are coded in 2 to 8 bits, not {bits}")
+    if group_size is not None and (group_size < 1 or weight.shape[1] % group_size):
+        raise ValueError(f"a width of {weight.shape[1]} does not divide into groups of {group_size}")
+    if not bool(weight.isfinite().all()):
+        raise ValueError("the weight holds values that are not finite")
+
+
+def multiplied(carrier: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
+    """round(carrier * multiplier / 255), float32. 255 is odd, so there are no ties to round."""
+    return (carrier.float() * multiplier.float() / 255).round()
+
+
+def nearest(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """The index of the nearest level: values [..., N], levels ascending [..., L] or [L] -> int64 [..., N].
+
+    Nearest in the value domain, by the midpoints between levels; at a midpoint, the lower one.
+    """
+    midpoints = ((levels[..., 1:] + levels[..., :-1]) / 2).contiguous()
+    return torch.searchsorted(midpoints, values.contiguous())
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """The levels that were fitted to a weight [O, I], before any weight is rounded to one of them.
+
+    table: int8 [L] or, one a row, [O, L]; ascending, L = 2^bits. scale: float32 [O] or [O, G]. multiplier: uint8 [O, G]
+    or None. group_size: I / G, or None where there are no groups.
+    """
+
+    table: torch.Tensor
+    scale: torch.Tensor
+    multiplier: torch.Tensor | None
+    bits: int
+    group_size: int | None = None
+
+    @property
+    def groups(self) -> int:
+        """G: how many scales a row has."""
+        if self.multiplier is not None:
+            return self.multiplier.shape[1]
+        return self.scale.shape[1] if self.scale.dim() == 2 else 1
+
+    def levels(self, rows: slice = slice(None), groups: slice = slice(None)) -> torch.Tensor:
+        """The values that the codes stand for: float32 [rows, G, L], ascending along L."""
+        carrier = self.table.float() if self.table.dim() == 1 else self.table[rows, None].float()
+        if self.multiplier is not None:
+            carrier = multiplied(carrier, self.multiplier[rows, groups, None])
+        scale = self.scale[rows, groups] if self.scale.dim() == 2 else self.scale[rows, None]
+        return carrier * scale[:, :, None]
+
+
+@dataclass(frozen=True, eq=False)
+class WeightCode:
+    """A coded weight: codes uint8 [O, I] with the table, scale and multiplier of its `Fit`."""
+
+    codes: torch.Tensor
+    table: torch.Tensor
+    scale: torch.Tensor
+    multiplier: torch.Tensor | None
+    bits: int
+
+    def _carrier_rows(self, rows: slice) -> torch.Tensor:
+        index = self.codes[rows].long()
+        carrier = self.table[index] if self.table.dim() == 1 else self.table[rows].gather(1, index)
+        if self.multiplier is None:
+            return carrier
+        grouped = carrier.unflatten(1, (self.multiplier.shape[1], -1))
+        return multiplied(grouped, self.multiplier[rows, :, None]).to(torch.int8).flatten(1)
+
+    def carrier(self) -> torch.Tensor:
+        """int8 [O, I]: what the integer matrix product multiplies."""
+        return torch.cat([self._carrier_rows(rows) for rows in row_chunks(*self.codes.shape)])
+
+    def decode(self) -> torch.Tensor:
+        """float32 [O, I]: the weight that the codes stand for."""
+        scale = self.scale if self.scale.dim() == 2 else self.scale[:, None]
+        carrier = self.carrier().unflatten(1, (scale.shape[1], -1))
+        return (carrier * scale[:, :, None]).flatten(1)
+
+
+def encode(weight: torch.Tensor, fit: Fit) -> WeightCode:
+    """weight [O, I] -> the code of the nearest level, each weight on its own.
+
+    Raises:
+        ValueError: when the fit was made for another shape, or the weight is not finite.
+    """
+    check_weight(weight, fit.bits, fit.group_size)
+    rows, columns = weight.shape
+    if fit.scale.shape[0] != rows or columns != (fit.group_size or columns) * fit.groups:
+        raise ValueError(f"a fit of scales {list(fit.scale.shape)} is not of a weight {list(weight.shape)}")
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
+    width = columns + fit.groups * fit.table.shape[-1]
+    for part in row_chunks(rows, width):
+        values = weight[part].float().unflatten(1, (fit.groups, -1))
+        codes[part] = nearest(values, fit.levels(part)).flatten(1).to(torch.uint8)
+    return WeightCode(codes, fit.table, fit.scale, fit.multiplier, fit.bits)
