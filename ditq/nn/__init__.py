@@ -1,6 +1,18 @@
 """What a pass puts in place of a layer."""
 
 from ditq.nn.input_transform import InputTransform
+from ditq.nn.modulation_factor import ModulationFactor
 from ditq.nn.quant_linear import ActivationFormat, QuantLinear, exporting
+from ditq.nn.rebuild import describe, rebuild
+from ditq.nn.transformed_linear import TransformedLinear
 
-__all__ = ["ActivationFormat", "InputTransform", "QuantLinear", "exporting"]
+__all__ = [
+    "ActivationFormat",
+    "InputTransform",
+    "ModulationFactor",
+    "QuantLinear",
+    "TransformedLinear",
+    "describe",
+    "exporting",
+    "rebuild",
+]

@@ -1,0 +1,134 @@
+"""What a pass is: frozen settings, one `run`, a report. And what passes share while a graph is being compiled."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from ditq.calibration.statistics import InputStatistics, Statistics
+from ditq.errors import DitqError
+from ditq.graph import DiTGraph
+from ditq.nn.input_transform import InputTransform, RotatedRange
+
+
+def setting(default: Any, help: str, choices: tuple[Any, ...] | None = None) -> Any:  # noqa: A002
+    """A dataclass field of a pass: its default, what it means, and the values it may take."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class InputChange:
+    """How the input of a group differs by now from the original model's: x' = (x * inverse_scale - shift) R.
+
+    `online` is the part of it that the group's layers must compute themselves; the rest was folded into what comes before.
+    """
+
+    inverse_scale: Tensor | None = None
+    shift: Tensor | None = None
+    rotations: list[RotatedRange] = field(default_factory=list)
+    online: list[RotatedRange] = field(default_factory=list)
+
+    def transform(self) -> InputTransform:
+        return InputTransform(rotations=self.online)
+
+
+@dataclass
+class PassReport:
+    """What a pass did: one row a site or group, and figures over all."""
+
+    name: str
+    settings: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"pass": self.name, "settings": self.settings, "rows": self.rows, "summary": self.summary}
+
+
+class Context:
+    """What passes read besides the graph: calibration statistics, seed, progress, and the changes made so far.
+
+    `site_cache`, where given, keeps finished layers so that an interrupted compile resumes where it stopped.
+    """
+
+    def __init__(
+        self,
+        statistics: Statistics | None = None,
+        seed: int = 0,
+        on_progress: Callable[[str, int, int], None] | None = None,
+        site_cache: Any = None,
+    ) -> None:
+        self._statistics, self.seed, self.site_cache = statistics, seed, site_cache
+        self._on_progress = on_progress
+        self.changes: dict[str, InputChange] = {}
+
+    def change(self, group: str) -> InputChange:
+        return self.changes.setdefault(group, InputChange())
+
+    def statistics(self, group: str) -> InputStatistics:
+        """Statistics of the group's input as it is now, after what earlier passes changed.
+
+        Raises:
+            DitqError: the recipe needs calibration but none was given.
+        """
+        if self._statistics is None:
+            raise DitqError(f"{group}: this recipe needs calibration statistics; run `ditq calibrate` or give prompts")
+        if group not in self._statistics.groups:
+            raise DitqError(f"{group}: the statistics do not hold this input; calibrate again with this model")
+        original, change = self._statistics.groups[group], self.changes.get(group)
+        if change is None:
+            return original
+        return original.transformed(change.inverse_scale, change.shift, change.rotations)
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        if self._on_progress is not None:
+            self._on_progress(name, done, total)
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """One step of a recipe. Subclasses are frozen dataclasses whose fields are the settings, declared with `setting`.
+
+    After `run` the graph can still be executed; what was approximated is measured in the report.
+    """
+
+    name: ClassVar[str]
+    needs_statistics: ClassVar[bool] = True
+
+    @abstractmethod
+    def run(self, graph: DiTGraph, context: Context) -> PassReport:
+        """Change the graph in place and say what was done."""
+
+    def check(self) -> None:
+        """Raise DitqError for settings that do not fit each other; called before anything runs."""
+
+    def settings(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+
+_registered: dict[str, type[Pass]] = {}
+PassClass = TypeVar("PassClass", bound=type[Pass])
+
+
+def register(pass_class: PassClass) -> PassClass:
+    """Decorator of a pass class; makes it known under its `name`."""
+    _registered[pass_class.name] = pass_class
+    return pass_class
+
+
+def registered() -> dict[str, type[Pass]]:
+    return _registered
+
+
+def relative_error(reference: Tensor, approximation: Tensor) -> float:
+    """||reference - approximation||^2 / ||reference||^2, in float64."""
+    difference = (reference.double() - approximation.double()).square().sum()
+    return float(difference / reference.double().square().sum().clamp_min(torch.finfo(torch.float64).tiny))
