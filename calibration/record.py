@@ -1,7 +1,7 @@
 """Trajectories on disk: every input that the denoiser really got while samples were drawn, to be replayed exactly.
 
-One safetensors file a condition. Its metadata says for each call which scheduler step it belongs to and how its arguments
-are put together from the file's tensors and from constants; a tensor that did not change since an earlier call (text
+One safetensors file a condition. Its metadata says for each call which scheduler step it belongs to and how its
+arguments are put together from the file's tensors and from constants; a tensor that an earlier call had already (text
 embeddings, position ids) is stored once.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -135,12 +135,10 @@ class Trajectories:
         try:
             record = json.loads(file.metadata["ditq"])
             same = record["condition"] == self.conditions[number] and record["seed"] == self.index["seed"] + number
-            missing = {name for call in record["calls"] for name in _tensor_names(call["arguments"])} - set(
-                file.tensors
-            )
+            names = {name for call in record["calls"] for name in _tensor_names(call["arguments"].values())}
         except (KeyError, TypeError, ValueError) as error:
             raise DitqError(f"{path}: not a recorded trajectory; record it again") from error
-        if not same or missing:
+        if not same or not names <= set(file.tensors):
             raise DitqError(f"{path}: does not belong to this recording or is damaged; record it again")
         return record
 
@@ -158,8 +156,8 @@ def record_trajectories(
 ) -> Trajectories:
     """Draw a sample for each condition with the checkpoint's pipeline and write what the denoiser got into `folder`.
 
-    Each finished condition is one file that appears whole. With `resume`, files of an interrupted recording with the same
-    settings are kept and the rest is recorded as if there had been no interruption. `pipeline` is the checkpoint's
+    Each finished condition is one file that appears whole. With `resume`, files of an interrupted recording with the
+    same settings are kept and the rest is recorded as if there had been no interruption. `pipeline` is the checkpoint's
     pipeline where it is loaded already. Raises DitqError for conditions or arguments that the pipeline does not take,
     for a folder in use, for latents that are not finite, and when the files cannot be written.
     """
@@ -262,16 +260,16 @@ def _unpack(packed: dict[str, Any], tensors: Any) -> Any:
     return content
 
 
-def _tensor_names(arguments: dict[str, Any]) -> Iterator[str]:
-    """The names of all tensors that a call's packed arguments refer to."""
-    for packed in arguments.values():
+def _tensor_names(packed_values: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """The names of all tensors that packed values refer to."""
+    for packed in packed_values:
         ((kind, content),) = packed.items()
         if kind == "tensor":
             yield content
         elif kind == "dict":
-            yield from _tensor_names(content)
+            yield from _tensor_names(content.values())
         elif kind in ("list", "tuple"):
-            yield from _tensor_names(dict(enumerate(content)))
+            yield from _tensor_names(content)
 
 
 def _finished(trajectories: Trajectories, resume: bool) -> set[int]:
@@ -290,7 +288,9 @@ def _finished(trajectories: Trajectories, resume: bool) -> set[int]:
     if not resume:
         raise DitqError(f"{folder}: exists already; go on with --resume, or record again with --force")
     found = _read_index(folder)
-    different = [key for key in wanted if key != "ditq" and wanted[key] != found.get(key)]
+    if found["checkpoint"].get("fingerprint") != index["checkpoint"]["fingerprint"]:
+        raise DitqError(f"{folder}: was recorded with another checkpoint; start again with --force")
+    different = [key for key in wanted if key not in ("ditq", "checkpoint") and wanted[key] != found.get(key)]
     if different:
         raise DitqError(
             f"{folder}: was recorded with another {different[0]}; give the same, or start again with --force"
