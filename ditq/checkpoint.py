@@ -179,6 +179,15 @@ class Checkpoint:
                     setattr(module, name, buffer.to(dtype))
         return model.eval().requires_grad_(False)
 
+    def skeleton(self) -> nn.Module:
+        """The transformer without its weights: right shapes, no memory. For looking at its structure only."""
+        model = self._empty_model()
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                empty = torch.zeros(()).expand(parameter.shape)  # one number, seen as the whole tensor
+                setattr(module, name, nn.Parameter(empty, requires_grad=False))
+        return model.eval()
+
     def _empty_model(self) -> nn.Module:
         from accelerate import init_empty_weights
 

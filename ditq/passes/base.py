@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ditq.calibration.statistics import InputStatistics, Statistics
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn.input_transform import InputTransform, RotatedRange
+from ditq.numerics.weight_code import WeightCode
 
 
 def setting(default: Any, help: str, choices: tuple[Any, ...] | None = None) -> Any:  # noqa: A002
@@ -53,6 +54,14 @@ class PassReport:
         return {"pass": self.name, "settings": self.settings, "rows": self.rows, "summary": self.summary}
 
 
+class SiteCache(Protocol):
+    """Keeps the codes of finished sites on disk, so that an interrupted compile resumes where it stopped."""
+
+    def get(self, site: str) -> WeightCode | None: ...
+
+    def put(self, site: str, code: WeightCode) -> WeightCode: ...
+
+
 class Context:
     """What passes read besides the graph: calibration statistics, seed, progress, and the changes made so far.
 
@@ -64,7 +73,7 @@ class Context:
         statistics: Statistics | None = None,
         seed: int = 0,
         on_progress: Callable[[str, int, int], None] | None = None,
-        site_cache: Any = None,
+        site_cache: SiteCache | None = None,
     ) -> None:
         self._statistics, self.seed, self.site_cache = statistics, seed, site_cache
         self._on_progress = on_progress
@@ -88,6 +97,13 @@ class Context:
             return original
         return original.transformed(change.inverse_scale, change.shift, change.rotations)
 
+    def cached(self, site: str, make: Callable[[], WeightCode]) -> WeightCode:
+        """The site's code from an earlier, interrupted run if there is one, else made now and kept."""
+        if self.site_cache is None:
+            return make()
+        found = self.site_cache.get(site)
+        return self.site_cache.put(site, make()) if found is None else found
+
     def progress(self, name: str, done: int, total: int) -> None:
         if self._on_progress is not None:
             self._on_progress(name, done, total)
@@ -106,6 +122,10 @@ class Pass(ABC):
     @abstractmethod
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         """Change the graph in place and say what was done."""
+
+    def preview(self, graph: DiTGraph) -> dict[str, str]:
+        """What `run` would do to each site, in a word or two; for `ditq inspect`."""
+        return {}
 
     def check(self) -> None:
         """Raise DitqError for settings that do not fit each other; called before anything runs."""

@@ -39,14 +39,21 @@ class Smooth(Pass):
         if not 0 <= self.alpha <= 1:
             raise DitqError(f"pass 'smooth': alpha is {self.alpha}, must be between 0 and 1")
 
+    def _groups(self, graph: DiTGraph) -> list[InputGroup]:
+        selected = set(graph.select(self.select))
+        return [group for group in graph.groups.values() if group.feed and selected & set(group.sites)]
+
+    def preview(self, graph: DiTGraph) -> dict[str, str]:
+        what = "smooth+centre" if self.centre else "smooth"
+        return {site: what for group in self._groups(graph) for site in group.sites}
+
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
-        selected = set(graph.select(self.select))
-        groups = [group for group in graph.groups.values() if group.feed and selected & set(group.sites)]
+        groups = self._groups(graph)
         for done, group in enumerate(groups, 1):
             report.rows.append(self._smooth(graph, context, group))
             context.progress(self.name, done, len(groups))
-        report.summary = {"groups": len(groups), "folded": len(groups)}
+        report.summary = {"inputs folded": len(groups)}
         return report
 
     def _smooth(self, graph: DiTGraph, context: Context, group: InputGroup) -> dict[str, Any]:

@@ -1,0 +1,94 @@
+"""What `ditq inspect` tells: linears, parameters and multiply-adds by role, and what a recipe would do to each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from ditq.checkpoint import Checkpoint
+from ditq.errors import DitqError
+from ditq.graph import DiTGraph
+from ditq.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The structure of a checkpoint. `plan` says per site what each pass of the recipe would do."""
+
+    checkpoint: Checkpoint
+    graph: DiTGraph
+    parameters: int
+    recipe: Recipe
+    plan: dict[str, list[str]]
+
+    def by_role(self) -> list[dict[str, Any]]:
+        """One row a role: number of linears, parameters, multiply-adds for one sample."""
+        rows: dict[str, dict[str, Any]] = defaultdict(lambda: {"linears": 0, "parameters": 0, "macs": 0})
+        for site in self.graph.sites.values():
+            row = rows[site.role]
+            row["linears"] += 1
+            row["parameters"] += site.parameters
+            row["macs"] += site.macs
+        scores = {"linears": 0, "parameters": 0, "macs": sum(a.macs for a in self.graph.attentions.values())}
+        return [{"role": role, **row} for role, row in rows.items()] + [{"role": "attention scores", **scores}]
+
+    def to_json(self) -> dict[str, Any]:
+        sites = [
+            {
+                "site": site.name,
+                "role": site.role,
+                "kind": site.kind,
+                "shape": [site.out_features, site.in_features],
+                "macs": site.macs,
+                "input": site.group,
+                "plan": self.plan.get(site.name, []),
+            }
+            for site in self.graph.sites.values()
+        ]
+        return {
+            "checkpoint": self.checkpoint.name,
+            "class": self.checkpoint.class_name,
+            "family": self.checkpoint.family.name if self.checkpoint.family else None,
+            "parameters": self.parameters,
+            "blocks": list(self.graph.blocks),
+            "recipe": self.recipe.to_json(),
+            "roles": self.by_role(),
+            "sites": sites,
+        }
+
+
+def inspect_checkpoint(checkpoint: Checkpoint, recipe: Recipe) -> Inspection:
+    """Read the structure off a model without weights; nothing is loaded but headers.
+
+    Raises:
+        DitqError: a class of no known family (its inputs cannot be made up), or a selector that matches nothing.
+    """
+    model = checkpoint.skeleton()
+    graph = DiTGraph(model, example_inputs(checkpoint))
+    plan: dict[str, list[str]] = defaultdict(list)
+    for step in recipe.passes:
+        for site, what in step.preview(graph).items():
+            plan[site].append(what)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Inspection(checkpoint, graph, parameters, recipe, dict(plan))
+
+
+def example_inputs(checkpoint: Checkpoint, batch: int = 2, seed: int = 0) -> dict[str, Any]:
+    """Made-up inputs of the right shapes, by the checkpoint's family."""
+    family = checkpoint.family
+    if family is None:
+        raise DitqError(
+            f"{checkpoint.name}: {checkpoint.class_name} is of no family that ditq knows inputs for; "
+            "add a file to ditq/families (docs/add-a-family.md), or compile its whole pipeline folder"
+        )
+    config = {**_defaults(checkpoint), **checkpoint.config}
+    return family.example_inputs(config, batch, seed)
+
+
+def _defaults(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Configuration values that config.json leaves to the class."""
+    from inspect import Parameter, signature
+
+    parameters = signature(checkpoint.model_class().__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not Parameter.empty}

@@ -1,0 +1,198 @@
+"""quantize: code the weights of linears into a few bits and say how their inputs are quantized at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ditq.errors import DitqError
+from ditq.formats import BitFormat
+from ditq.graph import DiTGraph
+from ditq.nn.quant_linear import ActivationFormat, Granularity, QuantLinear
+from ditq.nn.transformed_linear import TransformedLinear
+from ditq.numerics.codebook import CODEBOOKS, Fit, WeightCode
+from ditq.numerics.rounding import output_error, round_gptq, round_nearest
+from ditq.passes.base import Context, Pass, PassReport, register, relative_error, setting
+from ditq.passes.folding import plain_linear
+from ditq.suggest import unknown_key
+
+ROUNDINGS = ("nearest", "gptq")
+
+
+@dataclass(frozen=True)
+class SiteSettings:
+    """How one linear is coded; the fields of a rule override those of the pass."""
+
+    format: str = "w4a8"
+    codebook: str = "twin_log_shared"
+    rounding: str = "gptq"
+    group_size: int = 0
+    activation: str = "token"
+    keep: bool = False
+
+
+@register
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Replace linears by QuantLinear.
+
+    `format`, `codebook`, `rounding`, `group_size`, `activation` hold for the linears of `select`; each rule
+    `{select: ..., <settings>}` overrides them for the linears that it selects, a later rule wins, and `keep: true` leaves
+    a linear in full precision. Rules may also add linears that `select` leaves out.
+
+    GPTQ (Frantar 2022) rounds column by column on the second moments of the input as it is after smoothing and rotation;
+    what the rounding still shifts in the mean goes into the bias: b += (W - W^) E[x].
+
+    Example:
+        - quantize:
+            format: w4a8
+            codebook: twin_log_shared
+            rules:
+              - {select: "role:modulation", format: w4a16, codebook: uniform, group_size: 64}
+              - {select: "transformer_blocks.0.*", keep: true}
+    """
+
+    name: ClassVar[str] = "quantize"
+    format: str = setting("w4a8", "bits of weights and activations, w<2-8>a<4-8 or 16>")
+    codebook: str = setting("twin_log_shared", "where the levels of the weights lie", tuple(CODEBOOKS))
+    rounding: str = setting("gptq", "how weights are rounded to levels", ROUNDINGS)
+    group_size: int = setting(0, "columns that share a scale; 0 is the whole row")
+    activation: str = setting("token", "one scale a token, found at run time, or one calibrated scale", ("token", "tensor"))
+    bias_correction: bool = setting(True, "put the mean error of the output into the bias")
+    damping: float = setting(0.01, "GPTQ: share of the mean diagonal added to it")
+    weighted: bool = setting(True, "search scales by output error (diagonal of the second moments), not weight error")
+    select: list[str] = setting(["role:token"], "which linears")
+    rules: list[dict[str, Any]] = setting([], "overrides: {select: pattern or list, settings...}; a later one wins")
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.rounding == "gptq" or self.weighted or self.bias_correction or self.activation == "tensor"
+
+    def check(self) -> None:
+        known = [item.name for item in fields(SiteSettings)]
+        for rule in self.rules:
+            if not isinstance(rule, Mapping) or "select" not in rule:
+                raise DitqError(f"pass 'quantize': the rule {rule} has no select; write {{select: pattern, ...}}")
+            for key in rule:
+                if key not in (*known, "select"):
+                    raise DitqError(unknown_key(f"pass 'quantize': the rule for {rule['select']!r}", key, known))
+            _check_site_settings(replace(self._base(), **{k: v for k, v in rule.items() if k != "select"}))
+        _check_site_settings(self._base())
+
+    def _base(self) -> SiteSettings:
+        return SiteSettings(self.format, self.codebook, self.rounding, self.group_size, self.activation)
+
+    def plan(self, graph: DiTGraph) -> dict[str, SiteSettings]:
+        """What each selected site gets, before anything is done.
+
+        Raises:
+            DitqError: a selector that matches nothing.
+        """
+        plan = {site: self._base() for site in graph.select(self.select)}
+        for rule in self.rules:
+            overrides = {key: value for key, value in rule.items() if key != "select"}
+            for site in graph.select(rule["select"]):
+                plan[site] = replace(plan.get(site, self._base()), **overrides)
+        return {site: plan[site] for site in graph.sites if site in plan and not plan[site].keep}
+
+    def preview(self, graph: DiTGraph) -> dict[str, str]:
+        return {site: f"{item.format} {item.codebook} {item.rounding}" for site, item in self.plan(graph).items()}
+
+    def run(self, graph: DiTGraph, context: Context) -> PassReport:
+        report = PassReport(self.name, self.settings())
+        plan = self.plan(graph)
+        weights = bits = 0.0
+        for done, (site, settings) in enumerate(plan.items(), 1):
+            layer, row = self._quantize(graph, context, site, settings)
+            graph.replace(site, layer)
+            report.rows.append(row)
+            weights += layer.in_features * layer.out_features
+            bits += row["bits a weight"] * layer.in_features * layer.out_features
+            context.progress(self.name, done, len(plan))
+        report.summary = {"linears": len(plan), "weights": int(weights), "bits a weight": bits / max(weights, 1)}
+        return report
+
+    def _quantize(
+        self, graph: DiTGraph, context: Context, site: str, settings: SiteSettings
+    ) -> tuple[QuantLinear, dict[str, Any]]:
+        module = graph.linear(site)
+        linear = plain_linear(graph, site)
+        weight, bias = linear.weight.detach().float(), linear.bias
+        form = BitFormat.parse(settings.format)
+        statistics = context.statistics(graph.sites[site].group) if self.needs_calibration else None
+        hessian = None if statistics is None else statistics.hessian()
+        code = context.cached(site, lambda: self._code(site, weight, hessian, settings, form))
+        decoded = code.decode()
+        if self.bias_correction and statistics is not None:
+            correction = (weight - decoded).double() @ statistics.mean().double()
+            bias = correction.float() if bias is None else bias + correction.float()
+        activation, scale = ActivationFormat(), None
+        if form.activation < 16:
+            granularity: Granularity = "tensor" if settings.activation == "tensor" else "token"
+            activation = ActivationFormat(form.activation, granularity)
+            if granularity == "tensor":
+                assert statistics is not None
+                scale = (statistics.absmax_all.max() / activation.maximum).float().clamp_min(1e-8)
+        transform = module.transform if isinstance(module, TransformedLinear) else None
+        layer = QuantLinear(site, code, bias, activation, scale, transform, settings.codebook)
+        row = {
+            "site": site,
+            "format": settings.format,
+            "codebook": settings.codebook if form.weight < 8 else "uniform",
+            "rounding": settings.rounding,
+            "bits a weight": stored_bits(layer) / weight.numel(),
+            "weight error": relative_error(weight, decoded),
+        }
+        if hessian is not None:
+            row["output error"] = float(output_error(weight, decoded, hessian))
+        return layer, row
+
+    def _code(
+        self, site: str, weight: Tensor, hessian: Tensor | None, settings: SiteSettings, form: BitFormat
+    ) -> WeightCode:
+        importance = hessian.diagonal().clone() if self.weighted and hessian is not None else None
+        fit = _fit(site, weight, importance, settings, form)
+        if settings.rounding == "nearest" or hessian is None:
+            return round_nearest(weight, fit)
+        return round_gptq(weight, hessian, fit, damping=self.damping)
+
+
+def _fit(site: str, weight: Tensor, importance: Tensor | None, settings: SiteSettings, form: BitFormat) -> Fit:
+    """Fit the codebook; 8 bits are uniform whatever the codebook, since the carrier is the int8 grid itself."""
+    group = settings.group_size
+    if group and weight.shape[1] % group:
+        raise DitqError(f"pass 'quantize': {site}: group_size {group} does not divide its {weight.shape[1]} inputs")
+    keywords: dict[str, Any] = {"importance": importance}
+    if group:
+        keywords |= {"group_size": group, "float_group_scales": form.activation == 16}
+    codebook = "uniform" if form.weight == 8 else settings.codebook
+    return CODEBOOKS[codebook](weight, form.weight, **keywords)
+
+
+def _check_site_settings(settings: SiteSettings) -> None:
+    BitFormat.parse(settings.format)
+    if settings.codebook not in CODEBOOKS:
+        raise DitqError(unknown_key("pass 'quantize': codebook", settings.codebook, list(CODEBOOKS)))
+    if settings.rounding not in ROUNDINGS:
+        raise DitqError(unknown_key("pass 'quantize': rounding", settings.rounding, list(ROUNDINGS)))
+    if settings.activation not in ("token", "tensor"):
+        raise DitqError(unknown_key("pass 'quantize': activation", settings.activation, ["token", "tensor"]))
+    if not isinstance(settings.group_size, int) or settings.group_size < 0:
+        raise DitqError(f"pass 'quantize': group_size is {settings.group_size!r}, must be a whole number, 0 for none")
+    if settings.group_size and settings.codebook == "twin_log":
+        raise DitqError("pass 'quantize': twin_log keeps a table a row and takes no group_size; use twin_log_shared")
+
+
+def stored_bits(layer: QuantLinear) -> int:
+    """Bits that the coded weight takes on disk: codes, table, scales, multipliers (not the bias)."""
+    buffers = (layer.codes, layer.table, layer.scale, layer.multiplier)
+    return sum(8 * buffer.numel() * buffer.element_size() for buffer in buffers if buffer is not None)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """Every QuantLinear of the model by its site."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+

@@ -1,0 +1,126 @@
+"""A recipe (YAML) -> an ordered list of passes with their settings, checked before anything runs.
+
+    name: w4a8
+    description: one line
+    passes:
+      - smooth: {alpha: 0.5}
+      - quantize: {format: w4a8}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ditq.errors import DitqError
+from ditq.passes import Pass, passes
+from ditq.suggest import unknown_key
+
+SHIPPED = Path(__file__).parent / "recipes"
+DEFAULT = "w4a8"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Ordered passes under a name."""
+
+    name: str
+    description: str
+    passes: tuple[Pass, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved recipe, every setting written out; `Recipe.from_dict` reads it back."""
+        steps = [{step.name: step.settings()} for step in self.passes]
+        return {"name": self.name, "description": self.description, "passes": steps}
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str) -> Recipe:
+        """Check a recipe and make its passes.
+
+        Raises:
+            DitqError: unknown pass, setting, value or format; nothing to do.
+        """
+        if not isinstance(values, Mapping):
+            raise DitqError(f"{where}: a recipe is a mapping with name and passes")
+        for key in values:
+            if key not in ("name", "description", "passes"):
+                raise DitqError(unknown_key(where, key, ["name", "description", "passes"]))
+        steps = values.get("passes")
+        if not isinstance(steps, list) or not steps:
+            raise DitqError(f"{where}: passes is empty; list at least one pass (see `ditq passes`)")
+        made = tuple(_make_pass(step, where) for step in steps)
+        return cls(str(values.get("name", Path(where).stem)), str(values.get("description", "")), made)
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """A shipped recipe by name, or a YAML file.
+
+    Raises:
+        DitqError: neither, not YAML, or anything in it that is not right.
+    """
+    text = str(name_or_path)
+    path = SHIPPED / f"{text}.yaml"
+    if not path.exists():
+        path = Path(text)
+        if not path.is_file():
+            raise DitqError(unknown_key("recipe", text, shipped_recipes()) + " (or give a .yaml file)")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DitqError(f"{path}: not a readable YAML file: {str(error).splitlines()[0]}") from error
+    return Recipe.from_dict(values, path.name)
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with ditq."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def _make_pass(step: Any, where: str) -> Pass:
+    if isinstance(step, str):
+        step = {step: {}}
+    if not isinstance(step, Mapping) or len(step) != 1:
+        raise DitqError(f"{where}: each item of passes is one `name: {{settings}}`, not {step!r}")
+    name, settings = next(iter(step.items()))
+    known = passes()
+    if name not in known:
+        raise DitqError(unknown_key(f"{where}: pass", name, known))
+    settings = settings or {}
+    if not isinstance(settings, Mapping):
+        raise DitqError(f"{where}: the settings of pass {name!r} must be a mapping, not {settings!r}")
+    described = {item.name: item for item in fields(known[name])}
+    for key, value in settings.items():
+        if key not in described:
+            raise DitqError(_unknown_setting(where, name, key, list(described)))
+        _check_value(f"{where}: pass {name!r}: {key}", value, described[key])
+    made = known[name](**settings)
+    try:
+        made.check()
+    except DitqError as error:
+        raise DitqError(f"{where}: {error}") from error
+    return made
+
+
+def _unknown_setting(where: str, name: str, key: str, known: list[str]) -> str:
+    message = unknown_key("", key, known)
+    return f"{where}: pass {name!r} has no setting {key!r}; " + message.partition("; ")[2]
+
+
+def _check_value(where: str, value: Any, described: Any) -> None:
+    """The value must be of the default's type and among the choices, if there are any."""
+    default = described.default if described.default_factory is MISSING else described.default_factory()
+    choices = described.metadata.get("choices")
+    numeric = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
+    if type(value) is not type(default) and not numeric:
+        raise DitqError(f"{where} is {value!r}, must be {_kind(default)}")
+    if choices and value not in choices:
+        raise DitqError(unknown_key(where, value, [str(choice) for choice in choices]))
+
+
+def _kind(default: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "a list"}
+    return names.get(type(default), type(default).__name__)

@@ -1,0 +1,43 @@
+"""Codes of finished linears on disk, keyed by everything that they depend on, so an interrupted compile can resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ditq.numerics.weight_code import WeightCode
+
+
+class FolderSiteCache:
+    """One safetensors file a site in `folder`; a file that is damaged is made again."""
+
+    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self.folder = folder / digest
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, site: str) -> WeightCode | None:
+        path = self.folder / f"{site}.safetensors"
+        if not path.exists():
+            return None
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError):
+            return None
+        bits = int(tensors.pop("bits"))
+        return WeightCode(tensors["codes"], tensors["table"], tensors["scale"], tensors.get("multiplier"), bits)
+
+    def put(self, site: str, code: WeightCode) -> WeightCode:
+        tensors = {"codes": code.codes, "table": code.table, "scale": code.scale}
+        if code.multiplier is not None:
+            tensors["multiplier"] = code.multiplier
+        partial = self.folder / f"{site}.partial"
+        save_file({**{k: v.contiguous() for k, v in tensors.items()}, "bits": torch.tensor(code.bits)}, partial)
+        partial.rename(self.folder / f"{site}.safetensors")
+        return code
