@@ -94,7 +94,7 @@ def test_flux_from_nothing_is_a_stock_pipeline(flux_folder):
     assert not flux_folder.with_name("mini.partial").exists()
 
 
-@pytest.mark.parametrize("family", ["mini", "mini_pixart"])
+@pytest.mark.parametrize("family", ["mini"])
 def test_transformer_has_the_shape_of_the_checkpoint_that_is_shipped(family):
     shipped = json.loads((ASSETS / family / "transformer" / "config.json").read_text())
     build = mini_parts.build_flux_transformer if family == "mini" else mini_parts.build_pixart_transformer
