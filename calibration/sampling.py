@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ditq.calibration.prompts import ConditionKind, check_prompts
+from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError
 from ditq.progress import ProgressSetting, progress_bar
 
@@ -29,6 +30,20 @@ class SamplingSettings:
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+
+    @classmethod
+    def for_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        steps: int | None = None,
+        seed: int = 0,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> SamplingSettings:
+        """The checkpoint's own defaults (its sampling.json), then `arguments`, then `steps`, where they are given."""
+        merged = {**checkpoint.sampling, **(arguments or {})}
+        if steps is not None:
+            merged["num_inference_steps"] = steps
+        return cls(merged, seed)
 
 
 @dataclass(frozen=True)
@@ -98,7 +113,7 @@ def check_conditions(pipeline: Any, conditions: Sequence[str | int]) -> None:
         return
     if not conditions:
         raise DitqError("no class labels; give at least one")
-    classes = class_count(pipeline)
+    classes = class_count(pipeline.transformer.config)
     for index, label in enumerate(conditions):
         if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < classes:
             raise DitqError(
@@ -106,9 +121,9 @@ def check_conditions(pipeline: Any, conditions: Sequence[str | int]) -> None:
             )
 
 
-def class_count(pipeline: Any) -> int:
-    """The number of classes of a class-conditional pipeline."""
-    return int(pipeline.transformer.config.num_embeds_ada_norm)
+def class_count(config: Mapping[str, Any]) -> int:
+    """The number of classes that a class-conditional transformer with this config knows."""
+    return int(config["num_embeds_ada_norm"])
 
 
 def expected_steps(pipeline: Any, settings: SamplingSettings) -> int:

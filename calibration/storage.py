@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -62,6 +63,12 @@ def make_folder(path: Path) -> None:
     """Make a folder and those above it, or raise a DitqError that names it."""
     with _disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder with all in it, or raise a DitqError that names it."""
+    with _disk_errors(path):
+        shutil.rmtree(path)
 
 
 def rename(path: Path, to: Path) -> None:

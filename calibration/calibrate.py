@@ -1,0 +1,202 @@
+"""From a checkpoint to a statistics folder: the work behind `ditq calibrate`.
+
+The folder holds `trajectories/` (what the denoiser got, see record.py) and the statistics made of it (statistics.py).
+It is made as FOLDER.partial beside its place and gets its name when complete; an interrupted one can be continued.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditq.calibration.collect import MEMORY_LIMIT, collect_statistics
+from ditq.calibration.prompts import BUILTIN_SETS, builtin_prompts, read_conditions, spread
+from ditq.calibration.record import INDEX as TRAJECTORIES_INDEX
+from ditq.calibration.record import Trajectories, record_trajectories
+from ditq.calibration.sampling import SamplingSettings, check_arguments, class_count, condition_kind
+from ditq.calibration.statistics import INDEX as STATISTICS_INDEX
+from ditq.calibration.statistics import Statistics
+from ditq.calibration.storage import PARTIAL, make_folder, remove_folder, rename
+from ditq.checkpoint import BUILT_IN, Checkpoint, read_json
+from ditq.errors import DitqError
+from ditq.graph import DiTGraph
+from ditq.inspection import example_inputs
+from ditq.progress import ProgressSetting
+
+DEFAULT_CONDITIONS = 32
+TRAJECTORIES = "trajectories"
+
+Conditions = str | Path | Sequence[str | int]
+
+
+def calibrate(
+    checkpoint: str | Path | Checkpoint,
+    out: str | Path,
+    conditions: Conditions | None = None,
+    steps: int | None = None,
+    *,
+    seed: int = 0,
+    bins: int = 4,
+    rows_per_bin: int = 512,
+    prompts_limit: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
+    memory_limit: int = MEMORY_LIMIT,
+    force: bool = False,
+    resume: bool = False,
+    progress: ProgressSetting = None,
+) -> Statistics:
+    """Draw samples with the checkpoint's own pipeline and write the statistics of every linear input into folder `out`.
+
+    Args:
+        checkpoint: a pipeline folder, a built-in name, or an opened checkpoint.
+        out: the folder to make.
+        conditions: prompts or class labels: a list, a file, or the name of a prompt set that comes with ditq. Default:
+            `default_conditions(checkpoint)`.
+        steps: denoising steps; default: the checkpoint's own, else the pipeline's.
+        seed: of the noise (condition i: seed + i) and of the sampled rows. The same seed gives the same bytes on the
+            same machine with the same number of threads.
+        bins: timestep bins; the steps are divided equally among them.
+        rows_per_bin: rows of each input that are kept as they are, a bin.
+        prompts_limit: use at most so many of the conditions.
+        arguments: further arguments of the pipeline's call, over the checkpoint's own defaults.
+        dtype, device: of the model; device "cuda" where there is one, else "cpu", when not given.
+        memory_limit: bytes that the statistics may take at a time; where they need more, the model runs more often.
+        force: replace an existing folder (made by this function; nothing else is ever removed).
+        resume: continue an interrupted calibration with the same settings; a finished one is simply opened.
+        progress: see ditq.progress.
+
+    Raises:
+        DitqError: bad conditions, arguments or settings, a checkpoint without pipeline, values that are not finite, an
+            existing folder without `force` or `resume`, and when the folder cannot be written.
+    """
+    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+    for name, value in (("bins", bins), ("rows_per_bin", rows_per_bin), ("prompts_limit", prompts_limit)):
+        if value is not None and value < 1:
+            raise DitqError(f"{name} is {value}; give at least 1")
+    settings = SamplingSettings.for_checkpoint(checkpoint, steps, seed, arguments)
+    check_arguments(pipeline_class(checkpoint), settings.arguments)
+    chosen = choose_conditions(checkpoint, conditions, prompts_limit)
+    out = Path(out)
+    with _working_folder(out, force=force, resume=resume) as folder:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        pipeline = checkpoint.load_pipeline(dtype=dtype).to(device)
+        trajectories = record_trajectories(
+            checkpoint,
+            chosen,
+            settings,
+            folder / TRAJECTORIES,
+            progress,
+            resume=(folder / TRAJECTORIES).exists(),
+            pipeline=pipeline,
+            dtype=dtype,
+        )
+        model = pipeline.transformer
+        del pipeline  # the text encoders may be larger than the statistics
+        collect_statistics(
+            DiTGraph(model, _example_inputs(checkpoint, trajectories)),
+            trajectories,
+            bins,
+            rows_per_bin,
+            seed=seed,
+            memory_limit=memory_limit,
+            folder=folder,
+            progress=progress,
+        )
+    return Statistics.open(out, checkpoint.fingerprint())
+
+
+def default_conditions(checkpoint: Checkpoint, limit: int = DEFAULT_CONDITIONS) -> Sequence[str | int]:
+    """What to calibrate with when nothing is given: the built-in checkpoints' captions; VBench prompts or class labels,
+    evenly spread, for others."""
+    if condition_kind(pipeline_class(checkpoint)) == "class":
+        return spread(range(class_count(checkpoint.config)), limit)
+    if checkpoint.name in BUILT_IN:
+        return builtin_prompts("mini")[:limit]
+    return spread(builtin_prompts("vbench"), limit)
+
+
+def choose_conditions(
+    checkpoint: Checkpoint, conditions: Conditions | None, limit: int | None = None
+) -> Sequence[str | int]:
+    """The conditions as a list, at most `limit` of them: the given list, a file's, a built-in set's, or the default."""
+    if conditions is None:
+        return default_conditions(checkpoint, limit or DEFAULT_CONDITIONS)
+    if isinstance(conditions, str | Path):
+        kind = condition_kind(pipeline_class(checkpoint))
+        if kind == "prompt" and conditions in BUILTIN_SETS and not Path(conditions).exists():
+            return builtin_prompts(str(conditions))[:limit]
+        return read_conditions(conditions, kind)[:limit]
+    return list(conditions)[:limit]
+
+
+def pipeline_class(checkpoint: Checkpoint) -> type:
+    """The diffusers class of the checkpoint's pipeline, without loading it. Raises DitqError where there is none."""
+    import diffusers
+
+    if checkpoint.pipeline_root is None:
+        raise DitqError(
+            f"{checkpoint.name}: a transformer alone cannot draw; give the pipeline folder (with model_index.json)"
+        )
+    name = read_json(checkpoint.pipeline_root / "model_index.json").get("_class_name")
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not isinstance(found, type):
+        raise DitqError(f"{checkpoint.name}: model_index.json names no pipeline class of diffusers ({name!r})")
+    return found
+
+
+def _example_inputs(checkpoint: Checkpoint, trajectories: Trajectories) -> dict[str, Any]:
+    """One call of the transformer to find its structure by."""
+    if checkpoint.family is not None:
+        return example_inputs(checkpoint)
+    arguments = next(trajectories.calls()).arguments
+    return {name: value for name, value in arguments.items() if name != "return_dict"}
+
+
+@contextmanager
+def _working_folder(out: Path, *, force: bool, resume: bool) -> Iterator[Path]:
+    """The folder to work in: FOLDER.partial, which becomes `out` at the end, or `out` itself when that is resumed.
+
+    What an interruption leaves is kept when there is a finished trajectory in it and removed otherwise.
+    """
+    if force and resume:
+        raise DitqError("--force starts again and --resume continues; give only one of them")
+    partial = out.with_name(out.name + PARTIAL)
+    for folder in (out, partial):
+        if folder.exists() and not _is_ours(folder):
+            raise DitqError(f"{folder}: exists and was not made by `ditq calibrate`; choose another name")
+    used = out.exists() and any(out.iterdir())
+    if used and not (force or resume):
+        raise DitqError(f"{out}: exists already; replace it with --force, or continue or reuse it with --resume")
+    if partial.exists() and not (force or resume):
+        raise DitqError(f"{partial}: an interrupted calibration; continue it with --resume or start again with --force")
+    if used and resume:
+        yield out
+        return
+    if partial.exists() and force:
+        remove_folder(partial)
+    make_folder(partial)
+    try:
+        yield partial
+    except BaseException:
+        if not any((partial / TRAJECTORIES).glob("*.safetensors")):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if out.exists():
+        remove_folder(out)
+    rename(partial, out)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is empty or was made by `calibrate`."""
+    if not folder.is_dir():
+        return False
+    names = set(os.listdir(folder))
+    return not names or STATISTICS_INDEX in names or (folder / TRAJECTORIES / TRAJECTORIES_INDEX).is_file()

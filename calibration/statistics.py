@@ -1,0 +1,323 @@
+"""Statistics of every linear input, by timestep bin: what passes read to choose scales, rotations and codes.
+
+`Statistics` is a folder (statistics.json and safetensors files) or the same in memory; `InputStatistics` is one input.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ditq.calibration.accumulate import crest_factors
+from ditq.calibration.storage import tensor_digest, write_json, write_tensors
+from ditq.checkpoint import read_json
+from ditq.errors import DitqError
+from ditq.numerics.rotation import Rotation
+from ditq.safetensors_files import TensorFile
+
+if TYPE_CHECKING:
+    from ditq.graph import DiTGraph
+
+INDEX = "statistics.json"
+FORMAT = "ditq statistics"
+FORMAT_VERSION = 1
+KEPT_IN_MEMORY = 2 << 30  # bytes of inputs that stay in memory once read from a folder
+
+
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """One linear input x [rows, C] over all recorded calls; rows are tokens (samples for a modulation vector), B bins.
+
+    Attributes:
+        count: int64 [B], rows seen.
+        second_moment: float32 [B, C, C], sum of x^T x.
+        total: float32 [B, C], sum of x.
+        absmax: float32 [B, C], max |x|.
+        crest: float32 [B], mean over rows of max|x| / rms(x); 0 for an empty bin.
+        sample: float32 [rows, C], a uniform random sample of the rows of each bin.
+        sample_bin: int64 [rows], the bin of each sampled row.
+    """
+
+    count: Tensor
+    second_moment: Tensor
+    total: Tensor
+    absmax: Tensor
+    crest: Tensor
+    sample: Tensor
+    sample_bin: Tensor
+
+    @property
+    def width(self) -> int:
+        """C, the number of channels."""
+        return self.total.shape[1]
+
+    @property
+    def bins(self) -> int:
+        """B, the number of timestep bins."""
+        return self.count.shape[0]
+
+    def hessian(self) -> Tensor:
+        """[C, C]: E[x^T x] over all rows, half the Hessian of the layer's squared output error (GPTQ, Frantar 2022)."""
+        return self.second_moment.sum(0) / self.count.sum()
+
+    def mean(self) -> Tensor:
+        """[C]: E[x] over all rows."""
+        return self.total.sum(0) / self.count.sum()
+
+    def rms(self) -> float:
+        """sqrt(mean x^2) over all rows and channels: the J of LRQ-DiT (arXiv 2508.03485, eq. 11)."""
+        return float(self.channel_rms.double().square().mean().sqrt())
+
+    @property
+    def channel_rms(self) -> Tensor:
+        """[C]: sqrt(E[x^2]) of every channel over all rows."""
+        squares = self.second_moment.diagonal(dim1=1, dim2=2).sum(0)
+        return (squares / self.count.sum()).clamp_min(0).sqrt()
+
+    @property
+    def absmax_all(self) -> Tensor:
+        """[C]: max |x| of every channel over all rows."""
+        return self.absmax.amax(0)
+
+    @property
+    def mean_crest(self) -> float:
+        """Mean over all rows of max|x| / rms(x)."""
+        return float((self.crest.double() * self.count).sum() / self.count.sum())
+
+    def transformed(
+        self,
+        inverse_scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        rotations: Sequence[tuple[int, int, Rotation]] = (),
+    ) -> InputStatistics:
+        """The statistics of x' = (x * inverse_scale - shift) R; R rotates the channels [start, stop) of each range.
+
+        Counts, sums and second moments are exact (float64 inside): with D = diag(inverse_scale), s = shift,
+        M' = R^T (D M D - D t s^T - s t^T D + n s s^T) R and t' = (t D - n s) R. Crest factors are those of the sampled
+        rows. So is absmax, unless x is only scaled; the largest value of all rows may be above that of the sample.
+        """
+        scale = torch.ones(self.width) if inverse_scale is None else inverse_scale
+        scale = scale.double().cpu()
+        offset = torch.zeros_like(scale) if shift is None else shift.double().cpu()
+        second_moment, total = torch.empty_like(self.second_moment), torch.empty_like(self.total)
+        for number, rows in enumerate(self.count.tolist()):
+            moment = self.second_moment[number].double() * scale * scale[:, None]
+            sums = self.total[number].double() * scale
+            moment -= torch.outer(sums, offset) + torch.outer(offset, sums) - rows * torch.outer(offset, offset)
+            moment = _rotate(_rotate(moment, rotations).T, rotations)
+            second_moment[number] = (moment + moment.T) / 2
+            total[number] = _rotate(sums - rows * offset, rotations)
+        sample = _rotate(self.sample.double() * scale - offset, rotations).float()
+        absmax, crest = self.absmax * scale.abs().float(), torch.zeros_like(self.crest)
+        only_scaled = shift is None and not rotations
+        for number in range(self.bins):
+            rows_of_bin = sample[self.sample_bin == number]
+            if rows_of_bin.numel():
+                crest[number] = crest_factors(rows_of_bin).mean()
+                absmax[number] = absmax[number] if only_scaled else rows_of_bin.abs().amax(0)
+        return InputStatistics(self.count, second_moment, total, absmax, crest, sample, self.sample_bin)
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Statistics of all inputs of a model.
+
+    Attributes:
+        groups: name of the input group -> its statistics; from a folder, each is read when it is asked for.
+        sites: name of the input group -> the linears that read it.
+        metadata: where they come from: checkpoint, conditions, steps, seed, bins and the versions.
+    """
+
+    groups: Mapping[str, InputStatistics]
+    sites: Mapping[str, tuple[str, ...]]
+    metadata: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the checkpoint that they were collected with."""
+        return self.metadata["checkpoint"]["fingerprint"]
+
+    @property
+    def bins(self) -> int:
+        """The number of timestep bins."""
+        return self.metadata["bins"]
+
+    def check(self, graph: DiTGraph) -> None:
+        """Raise DitqError unless they hold every input that the graph's model uses, in its width."""
+        widths = self.groups.widths if isinstance(self.groups, _StoredGroups) else _widths(self.groups)
+        for name, group in graph.groups.items():
+            if all(graph.sites[site].role == "unused" for site in group.sites):
+                continue
+            if name not in widths:
+                raise DitqError(f"the statistics do not hold the input of {name}; calibrate again with this checkpoint")
+            if widths[name] != group.width:
+                raise DitqError(
+                    f"the statistics of {name} have {widths[name]} channels, the model has {group.width}; "
+                    "calibrate again with this checkpoint"
+                )
+
+    def save(self, folder: str | Path) -> None:
+        """Write them into a folder, each file whole or not at all. Raises DitqError when that is not possible."""
+        folder = Path(folder)
+        path = folder / "statistics.safetensors"
+        if isinstance(self.groups, _StoredGroups) and self.groups.folder == folder:
+            return
+        described = write_groups(path, self.groups, self.sites, {})
+        write_index(folder, self.metadata, described)
+
+    @classmethod
+    def open(cls, folder: str | Path, fingerprint: str | None = None, graph: DiTGraph | None = None) -> Statistics:
+        """Open a folder of statistics; with `fingerprint` or `graph`, only those of that checkpoint or that model.
+
+        Raises DitqError for a folder that holds none, another format version, another checkpoint, a damaged file, and
+        inputs that are missing or have another width than the graph's. A changed byte is found when an input is read.
+        """
+        folder = Path(folder)
+        path = folder / INDEX
+        if not path.is_file():
+            raise DitqError(f"{folder}: not a statistics folder (no {INDEX}); make one with `ditq calibrate`")
+        index = read_json(path)
+        if index.get("format") != FORMAT:
+            raise DitqError(f"{path}: not written by ditq; give a folder made by `ditq calibrate`")
+        if index.get("version") != FORMAT_VERSION:
+            version = index.get("version")
+            raise DitqError(f"{path}: has format version {version}, this ditq reads {FORMAT_VERSION}; calibrate again")
+        try:
+            del index["format"], index["version"]
+            described = {str(name): dict(entry) for name, entry in index.pop("groups").items()}
+            found, bins = str(index["checkpoint"]["fingerprint"]), int(index["bins"])
+            groups = _StoredGroups(folder, described, bins)
+            sites = {name: tuple(entry["sites"]) for name, entry in described.items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DitqError(f"{path}: damaged or incomplete; calibrate again") from error
+        if fingerprint is not None and found != fingerprint:
+            raise DitqError(
+                f"{folder}: these statistics are of another checkpoint "
+                f"({index['checkpoint'].get('name')}, {found[:12]}); calibrate this one"
+            )
+        statistics = cls(groups, sites, index)
+        if graph is not None:
+            statistics.check(graph)
+        return statistics
+
+
+class _StoredGroups(Mapping[str, InputStatistics]):
+    """The inputs in a folder, read when asked for and checked against their digest; the last ones stay in memory."""
+
+    def __init__(self, folder: Path, described: Mapping[str, Mapping[str, Any]], bins: int) -> None:
+        self.folder = folder
+        self.widths = {name: int(entry["width"]) for name, entry in described.items()}
+        self._files = {name: str(entry["file"]) for name, entry in described.items()}
+        self._digests = {name: str(entry["sha256"]) for name, entry in described.items()}
+        self._read: OrderedDict[str, InputStatistics] = OrderedDict()
+        for file in sorted(set(self._files.values())):
+            self._check_header(file, bins)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __getitem__(self, name: str) -> InputStatistics:
+        if name not in self._read:
+            self._read[name] = self._load(name)
+            while len(self._read) > 1 and sum(map(_size, self._read.values())) > KEPT_IN_MEMORY:
+                self._read.popitem(last=False)
+        self._read.move_to_end(name)
+        return self._read[name]
+
+    def _load(self, name: str) -> InputStatistics:
+        path = self.folder / self._files[name]
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                read = {field.name: file.get_tensor(f"{name}.{field.name}") for field in fields(InputStatistics)}
+        except (SafetensorError, OSError) as error:
+            raise DitqError(f"{path}: the statistics of {name} cannot be read ({error}); calibrate again") from error
+        found = InputStatistics(**read)
+        if _digest(found) != self._digests[name]:
+            raise DitqError(f"{path}: the statistics of {name} were changed or damaged; calibrate again")
+        return found
+
+    def _check_header(self, file: str, bins: int) -> None:
+        path = self.folder / file
+        if Path(file).name != file:
+            raise DitqError(f"{self.folder / INDEX}: names {file!r}, which is outside the folder")
+        try:
+            tensors = TensorFile.open(path).tensors
+        except DitqError as error:
+            raise DitqError(f"{path}: missing, truncated or damaged; calibrate again") from error
+        for name, place in self._files.items():
+            width = self.widths[name]
+            shapes = {"count": (bins,), "second_moment": (bins, width, width), "total": (bins, width)}
+            for part, shape in shapes.items():
+                info = tensors.get(f"{name}.{part}")
+                if place == file and (info is None or info.shape != shape):
+                    raise DitqError(f"{path}: does not hold the statistics of {name} as {INDEX} says; calibrate again")
+
+
+def write_groups(
+    path: Path,
+    groups: Mapping[str, InputStatistics],
+    sites: Mapping[str, tuple[str, ...]],
+    settings: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Write inputs into one safetensors file; returns what statistics.json says of each, which is also its metadata."""
+    tensors, described = {}, {}
+    for name, found in groups.items():
+        for field in fields(InputStatistics):
+            tensors[f"{name}.{field.name}"] = getattr(found, field.name).contiguous()
+        described[name] = {
+            "width": found.width,
+            "sites": list(sites[name]),
+            "file": path.name,
+            "sha256": _digest(found),
+        }
+    write_tensors(path, tensors, {"settings": dict(settings), "groups": described})
+    return described
+
+
+def read_groups(path: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]] | None:
+    """What `write_groups` returned for this file, when it was written with the same settings; else None."""
+    if not path.exists():
+        return None
+    metadata = json.loads(TensorFile.open(path).metadata.get("ditq", "{}"))
+    same = metadata.get("settings") == json.loads(json.dumps(dict(settings)))
+    return metadata["groups"] if same else None
+
+
+def write_index(folder: Path, metadata: Mapping[str, Any], described: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write statistics.json, which makes the folder complete."""
+    head = {"format": FORMAT, "version": FORMAT_VERSION}
+    write_json(folder / INDEX, {**head, **metadata, "groups": dict(described)})
+
+
+def _rotate(x: Tensor, rotations: Sequence[tuple[int, int, Rotation]]) -> Tensor:
+    """x [..., C] with the channels of each range rotated."""
+    x = x.clone()
+    for start, stop, rotation in rotations:
+        x[..., start:stop] = rotation.apply(x[..., start:stop])
+    return x
+
+
+def _digest(found: InputStatistics) -> str:
+    return tensor_digest(*(getattr(found, field.name) for field in fields(InputStatistics)))
+
+
+def _size(found: InputStatistics) -> int:
+    return sum(getattr(found, field.name).nbytes for field in fields(InputStatistics))
+
+
+def _widths(groups: Mapping[str, InputStatistics]) -> dict[str, int]:
+    return {name: found.width for name, found in groups.items()}
