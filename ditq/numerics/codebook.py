@@ -1,6 +1,6 @@
 """Codebooks and the codes that they make: the one place to import both from.
 
-`CODEBOOKS[name](weight, bits, ...)` fits levels to a weight, `encode` or `rounding.round_gptq` picks one for each weight.
+`CODEBOOKS[name](weight, bits, ...)` fits levels to a weight; `encode` or `rounding.round_gptq` picks one for each.
 """
 
 from ditq.numerics.codebooks import CODEBOOKS, Fitter, codebook

@@ -6,16 +6,14 @@ the midpoints between levels. That makes a grid search over hundreds of codebook
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch.nn.functional import pad
 
-from ditq.numerics.weight_code import SMALLEST_SCALE
+_QUERIES = 1 << 20  # levels whose error is found at a time
 
 
 class SortedRows:
-    """Rows [R, N] ready for error queries. importance: the weight of each element's squared error, [R, N] or None."""
+    """Rows [R, N] ready for error queries. importance: the weight h of each element's squared error, [R, N] or None."""
 
     def __init__(self, rows: torch.Tensor, importance: torch.Tensor | None = None) -> None:
         self.values, order = rows.float().sort(dim=1)
@@ -26,42 +24,46 @@ class SortedRows:
             self._mass = pad(weights.cumsum(1), (1, 0))
             values = values * weights
         self._moment = pad(values.cumsum(1), (1, 0))
+        end = torch.full((len(rows), 1), rows.shape[1], device=rows.device)
+        zero = torch.searchsorted(self.values, torch.zeros_like(self.values[:, :1]))
+        self._span = {-1: (torch.zeros_like(end), zero), 0: (torch.zeros_like(end), end), 1: (zero, end)}
 
-    def zero_index(self) -> torch.Tensor:
-        """How many values of each row are negative: int64 [R, 1]."""
-        return torch.searchsorted(self.values, torch.zeros_like(self.values[:, :1]))
+    def _sums(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of h and of h w over the first `index` values of each row: float64, shaped like index [R, M]."""
+        mass = index.double() if self._mass is None else self._mass.gather(1, index)
+        return mass, self._moment.gather(1, index)
 
-    def error(
-        self, levels: torch.Tensor, start: torch.Tensor | None = None, stop: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Sum of h (nearest level - w)^2 over each row, less the row's own sum of h w^2: float64 [R].
+    def error(self, levels: torch.Tensor, sign: int = 0) -> torch.Tensor:
+        """Sum of h (nearest level - w)^2 over each row, less the row's own sum of h w^2: float64 [R, K].
 
-        levels [R, L], ascending. start, stop [R, 1]: only these sorted values of each row, by default all of them.
-        What is left out does not depend on the levels, so it changes no comparison.
+        levels [R, K, L], ascending: K sets of levels a row. sign: -1 or +1 counts the values of that sign only, and
+        then all levels have it. What is left out does not depend on the levels, so it changes no comparison.
+
+        With M(t), S(t) the sums of h and h w below t, and t_k the midpoint of v_k and v_(k+1), the sum of
+        h (v^2 - 2 v w) over all cells is, by parts, v_L^2 M - 2 v_L S - 2 sum_k (v_(k+1) - v_k)(t_k M(t_k) - S(t_k)).
         """
-        count = self.values.shape[1]
-        first = torch.zeros_like(self.values[:, :1], dtype=torch.int64) if start is None else start
-        last = torch.full_like(first, count) if stop is None else stop
-        midpoints = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
-        inner = torch.searchsorted(self.values, midpoints)
-        edges = torch.cat((first, torch.minimum(torch.maximum(inner, first), last), last), dim=1)
-        mass = (edges.double() if self._mass is None else self._mass.gather(1, edges)).diff(dim=1)
-        moment = self._moment.gather(1, edges).diff(dim=1)
         levels = levels.double()
-        return (levels * (levels * mass - 2 * moment)).sum(dim=1)
+        midpoints = (levels[..., 1:] + levels[..., :-1]) / 2
+        below_mass, below_moment = self._sums(torch.searchsorted(self.values, midpoints.flatten(1).float()))
+        start, stop = self._span[sign]
+        mass, moment = self._sums(stop)
+        if sign > 0:
+            first_mass, first_moment = self._sums(start)
+            mass, moment = mass - first_mass, moment - first_moment
+            below_mass, below_moment = below_mass - first_mass, below_moment - first_moment
+        inner = midpoints.mul_(below_mass.view_as(midpoints)).sub_(below_moment.view_as(midpoints))
+        top = levels[..., -1]
+        return top * (top * mass - 2 * moment) - 2 * inner.mul_(levels.diff(dim=-1)).sum(dim=-1)
 
-    def best_scale(self, table: torch.Tensor, scales: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def best_scale(self, table: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """For each row the scale s of least error with the levels table * s: (scale float32 [R], error float64 [R]).
 
-        table [L] or [R, L], ascending. scales: candidates, float32 [R] each.
+        table [L], ascending. scales: candidates, float32 [R, K].
         """
-        best_error = torch.full((self.values.shape[0],), torch.inf, dtype=torch.float64, device=self.values.device)
-        best = torch.full_like(self.values[:, 0], SMALLEST_SCALE)
-        for scale in scales:
-            error = self.error(table * scale[:, None])
-            better = error < best_error
-            best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
-        return best, best_error
+        at_once = max(1, _QUERIES // (len(scales) * len(table)))
+        errors = [self.error(part[:, :, None] * table) for part in scales.split(at_once, dim=1)]
+        error, best = torch.cat(errors, dim=1).min(dim=1)
+        return scales.gather(1, best[:, None])[:, 0], error
 
 
 def group_multipliers(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

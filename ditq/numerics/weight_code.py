@@ -1,10 +1,10 @@
-"""A weight's code: b-bit codes, the int8 levels that they stand for, and scales. What a codebook fits, what GPTQ rounds to.
+"""A weight's code: b-bit codes, the int8 levels that they stand for, and scales. Codebooks fit it, rounding fills it.
 
     carrier = table[code]                           int8; the row's own table where there is one a row
     carrier = round(carrier * multiplier / 255)     where groups of columns have a multiplier (half to even)
     weight  = carrier * scale                       by row [O], or by row and group [O, G]
 
-The carrier is what an integer matrix product takes, so a 3-bit weight runs through the same int8 kernel as an 8-bit one.
+The carrier is what an integer matrix product takes, so a 3-bit weight runs through the int8 kernel of an 8-bit one.
 """
 
 from __future__ import annotations

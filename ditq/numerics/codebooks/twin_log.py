@@ -6,8 +6,6 @@ exactly 2^b codes, one bit of sign and b - 1 of log-magnitude, no code for zero.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 
 from ditq.numerics.codebooks import codebook
@@ -30,18 +28,18 @@ def unit_levels(count: int, offset: float, clip: float) -> torch.Tensor:
     return (2 ** (low + (torch.arange(count) + 0.5) * step) - offset).float()
 
 
-def _best_levels(rows: SortedRows, count: int, positive: bool) -> torch.Tensor:
+def _best_levels(rows: SortedRows, count: int, sign: int) -> torch.Tensor:
     """The best magnitudes for one sign of each row: float32 [R, count], ascending; zeros where the sign is missing."""
-    edge = rows.values[:, -1] if positive else -rows.values[:, 0]
+    edge = rows.values[:, -1] if sign > 0 else -rows.values[:, 0]
     largest = edge.clamp_min(0)[:, None]
-    zero = rows.zero_index()
     best = torch.zeros_like(largest).repeat(1, count)
     best_error = torch.full_like(edge, torch.inf, dtype=torch.float64)
-    for offset, clip in itertools.product(OFFSETS, CLIPS):
-        levels = largest * unit_levels(count, offset, clip).to(largest.device)
-        error = rows.error(levels, start=zero) if positive else rows.error(-levels.flip(1), stop=zero)
+    for offset in OFFSETS:
+        units = torch.stack([unit_levels(count, offset, clip) for clip in CLIPS]).to(largest.device)
+        magnitudes = largest[:, :, None] * units
+        error, clip = rows.error(magnitudes if sign > 0 else -magnitudes.flip(2), sign).min(dim=1)
         better = error < best_error
-        best = torch.where(better[:, None], levels, best)
+        best = torch.where(better[:, None], largest * units[clip], best)
         best_error = torch.where(better, error, best_error)
     return best
 
@@ -50,7 +48,7 @@ def _fit_rows(values: torch.Tensor, bits: int, importance: torch.Tensor | None) 
     """Rows [R, I] -> (table int8 [R, 2^bits], scale float32 [R])."""
     rows = SortedRows(values, None if importance is None else importance.expand_as(values))
     count = 1 << (bits - 1)
-    positive, negative = _best_levels(rows, count, True), _best_levels(rows, count, False)
+    positive, negative = _best_levels(rows, count, 1), _best_levels(rows, count, -1)
     # a row without one of the signs still has 2^bits codes: the missing side mirrors the other
     positive = torch.where(positive[:, -1:] > 0, positive, negative)
     negative = torch.where(negative[:, -1:] > 0, negative, positive)

@@ -14,7 +14,7 @@ from ditq.numerics.row_search import SortedRows, group_multipliers, int8_levels
 from ditq.numerics.weight_code import SMALLEST_SCALE, Fit, check_weight, row_chunks
 
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # mu
-_SAMPLE = 1 << 22  # elements that mu is chosen on; a larger tensor gives every so-manieth row
+_SAMPLE = 1 << 14  # rows or groups that mu is chosen on; a tensor of more gives every second, third, ... row
 
 
 def mu_law_table(bits: int, mu: float) -> torch.Tensor:
@@ -34,14 +34,14 @@ def mu_law_table(bits: int, mu: float) -> torch.Tensor:
 def _best_scale(
     values: torch.Tensor, importance: torch.Tensor | None, tables: torch.Tensor, groups: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """values [R, I], tables [T, L] -> for each table the best scale float32 [T, R, G] and the least error float64 [T]."""
+    """values [R, I], tables [T, L] -> each table's best scale float32 [T, R, G] and least error float64 [T]."""
     width = values.shape[1] // groups
     weights = None if importance is None else importance.float().expand_as(values).reshape(-1, width)
     rows = SortedRows(values.reshape(-1, width), weights)
-    absmax = torch.maximum(rows.values[:, -1], -rows.values[:, 0])
+    absmax = torch.maximum(rows.values[:, -1:], -rows.values[:, :1])
+    candidates = (absmax * (torch.tensor(CLIPS, device=absmax.device) / 127)).clamp_min(SMALLEST_SCALE)
     scales, errors = [], []
     for table in tables.float():
-        candidates = ((absmax * (clip / 127)).clamp_min(SMALLEST_SCALE) for clip in CLIPS)
         scale, error = rows.best_scale(table, candidates)
         scales.append(scale.unflatten(0, (-1, groups)))
         errors.append(error.sum())
@@ -52,7 +52,7 @@ def _choose_table(
     weight: torch.Tensor, importance: torch.Tensor | None, tables: torch.Tensor, groups: int
 ) -> torch.Tensor:
     """The table [1, L] of least error over the tensor."""
-    every = -(-weight.numel() // _SAMPLE)
+    every = -(-len(weight) * groups // _SAMPLE)
     sample = weight[::every]
     total = torch.zeros(len(tables), dtype=torch.float64, device=weight.device)
     for part in row_chunks(*sample.shape):
@@ -62,7 +62,7 @@ def _choose_table(
 
 
 @codebook("twin_log_shared")
-def fit_twin_log_shared(
+def fit_twin_log_shared(  # noqa: PLR0917
     weight: torch.Tensor,
     bits: int,
     importance: torch.Tensor | None = None,
