@@ -1,0 +1,298 @@
+"""Draw the same prompts from the same noise with the original transformer and the engine, and measure the difference.
+
+Both run in the checkpoint's own diffusers pipeline; nothing but `pipeline.transformer` is exchanged.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ditq.calibration.prompts import builtin_prompts, read_conditions, spread
+from ditq.calibration.sampling import (
+    DenoiserCall,
+    Sample,
+    SamplingSettings,
+    check_arguments,
+    check_conditions,
+    class_count,
+    condition_kind,
+    expected_steps,
+    sample_one,
+)
+from ditq.checkpoint import BUILT_IN, Checkpoint
+from ditq.errors import DitqError
+from ditq.graph import DiTGraph
+from ditq.progress import ProgressSetting, progress_bar
+from ditq.report import metrics
+from ditq.report.evaluation import Evaluation, PromptResult, StepResult
+from ditq.report.layers import per_layer_sqnr, quantized_sites, site_histograms
+from ditq.report.perceptual import NOT_INSTALLED, st_lpips, weights_path
+
+LAYER_CONDITIONS, LAYER_CALLS = 4, 6  # layers are measured on this many calls of each of the first so many samples
+HISTOGRAM_SITES, HISTOGRAM_CALLS = 4, 4
+Conditions = Sequence[str] | Sequence[int]
+
+
+@dataclass
+class _Drawn:
+    """A sample and the denoiser's calls: arguments (where kept), output and scheduler step of each."""
+
+    sample: Sample
+    arguments: list[dict[str, Any]] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+
+
+def evaluate(
+    engine: nn.Module,
+    checkpoint: Checkpoint | str | Path,
+    *,
+    conditions: Conditions | str | Path | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    limit: int = 32,
+    layers: bool = True,
+    quantized: nn.Module | None = None,
+    name: str = "",
+    progress: ProgressSetting = None,
+) -> Evaluation:
+    """Measure what the engine loses against the checkpoint that it was made from.
+
+    Args:
+        engine: callable like the checkpoint's transformer; it is put in its place in the pipeline.
+        conditions: prompts or class labels, a file of them, or None for the built-in held-out ones.
+        steps: denoising steps; None for the checkpoint's own.
+        seed: condition i draws its noise from seed + i, for both models.
+        limit: at most this many conditions are drawn.
+        layers: measure every quantized linear too (needs the engine's torch form).
+        quantized: the engine's torch form, where `engine` runs elsewhere; by default the engine itself.
+        name: what the report calls the engine.
+
+    Raises DitqError for conditions or settings that the pipeline does not take, and for latents that are not finite.
+    """
+    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+    pipeline = checkpoint.load_pipeline()
+    original = pipeline.transformer
+    changed = {} if steps is None else {"num_inference_steps": steps}
+    settings = SamplingSettings({**checkpoint.sampling, **changed}, seed)
+    check_arguments(pipeline, settings.arguments)
+    chosen: Sequence[str | int] = choose_conditions(pipeline, checkpoint, conditions, limit)
+    check_conditions(pipeline, chosen)
+
+    tally = _Tally()
+    kept_calls: list[dict[str, Any]] = []
+    with progress_bar("evaluating", len(chosen) * 3 * expected_steps(pipeline, settings), progress) as bar:
+        for index, condition in enumerate(chosen):
+            draw = partial(_draw, pipeline, condition=condition, settings=settings, index=index, advance=bar.advance)
+            reference = draw(original, who="original", keep=True)
+            other = draw(engine, who="engine")
+            forced = _teacher_forced(engine, reference, bar.advance)
+            tally.add(condition, seed + index, reference, other, forced)
+            if index < LAYER_CONDITIONS:
+                kept_calls += spread(reference.arguments, LAYER_CALLS)
+            bar.advance_to((index + 1) * 3 * expected_steps(pipeline, settings))
+    evaluation = Evaluation(
+        checkpoint=checkpoint.name,
+        engine=name or type(engine).__name__,
+        arguments=dict(settings.arguments),
+        seed=seed,
+        prompts=tally.prompts,
+        steps=tally.steps(),
+        environment=environment(),
+        pictures=tally.pictures,
+    )
+    if weights_path() is None:
+        evaluation.notes.append(f"ST-LPIPS {NOT_INSTALLED}")
+    if layers:
+        _measure_layers(evaluation, checkpoint, original, quantized or engine, calls=kept_calls, progress=progress)
+    return evaluation
+
+
+def choose_conditions(
+    pipeline: Any, checkpoint: Checkpoint, conditions: Conditions | str | Path | None, limit: int
+) -> Conditions:
+    """The first `limit` of the given conditions or of a file's, or `limit` of the built-in ones, evenly spread."""
+    if limit < 1:
+        raise DitqError(f"limit is {limit}; evaluate at least one prompt")
+    kind = condition_kind(pipeline)
+    if isinstance(conditions, str | Path):
+        return read_conditions(conditions, kind)[:limit]
+    if conditions is not None:
+        return conditions[:limit]
+    if kind == "class":
+        return spread(range(class_count(pipeline)), limit)
+    return spread(builtin_prompts("mini-heldout" if checkpoint.root in BUILT_IN.values() else "vbench"), limit)
+
+
+@contextmanager
+def _in_place(pipeline: Any, transformer: nn.Module) -> Iterator[None]:
+    before = pipeline.transformer
+    pipeline.transformer = transformer
+    try:
+        yield
+    finally:
+        pipeline.transformer = before
+
+
+def _draw(
+    pipeline: Any,
+    transformer: nn.Module,
+    *,
+    condition: str | int,
+    settings: SamplingSettings,
+    index: int,
+    who: str,
+    advance: Any,
+    keep: bool = False,
+) -> _Drawn:
+    arguments: list[dict[str, Any]] = []
+    outputs: list[Tensor] = []
+    steps: list[int] = []
+
+    def before(call: DenoiserCall) -> None:
+        steps.append(call.step)
+        if keep:
+            arguments.append(_copied(call.arguments))
+
+    handle = transformer.register_forward_hook(lambda module, given, output: outputs.append(_first(output)))
+    try:
+        with _in_place(pipeline, transformer), torch.no_grad():
+            sample = sample_one(
+                pipeline, condition, settings, index, on_denoiser_call=before, on_step=lambda record: advance()
+            )
+    except DitqError as error:
+        raise DitqError(f"{who}: {error}") from error
+    finally:
+        handle.remove()
+    return _Drawn(sample, arguments, outputs, steps)
+
+
+@torch.no_grad()
+def _teacher_forced(engine: nn.Module, reference: _Drawn, advance: Any) -> list[float]:
+    """Relative error of the engine's output on each input of the original."""
+    errors = []
+    for number, (arguments, output) in enumerate(zip(reference.arguments, reference.outputs, strict=True)):
+        errors.append(metrics.relative_error(output, _first(engine(**_copied(arguments)))))
+        if number + 1 == len(reference.steps) or reference.steps[number + 1] != reference.steps[number]:
+            advance()
+    return errors
+
+
+def _first(output: Any) -> Tensor:
+    """The prediction in a denoiser's output (a tensor, a tuple or diffusers' output class), copied to the CPU."""
+    tensor = output if isinstance(output, Tensor) else output[0]
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _copied(value: Any) -> Any:
+    """The same nest of dicts, lists and tuples with its tensors copied, so that nobody changes them afterwards."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return type(value)(_copied(item) for item in value) if type(value) in (list, tuple) else value
+
+
+class _Tally:
+    """Adds up prompts and steps."""
+
+    def __init__(self) -> None:
+        self.prompts: list[PromptResult] = []
+        self.pictures: list[tuple[Any, Any]] = []
+        self._forced: dict[int, list[float]] = {}
+        self._accumulated: dict[int, list[float]] = {}
+        self._latents: dict[int, list[float]] = {}
+        self._timesteps: dict[int, float] = {}
+
+    def add(self, condition: str | int, seed: int, reference: _Drawn, other: _Drawn, forced: list[float]) -> None:
+        if reference.steps != other.steps:
+            raise DitqError(
+                f"{condition!r}: the engine was called {len(other.steps)} times, not {len(reference.steps)}"
+            )
+        for step, error, a, b in zip(reference.steps, forced, reference.outputs, other.outputs, strict=True):
+            self._forced.setdefault(step, []).append(error)
+            self._accumulated.setdefault(step, []).append(metrics.relative_error(a, b))
+        for first, second in zip(reference.sample.steps, other.sample.steps, strict=True):
+            self._timesteps[first.step] = first.timestep
+            self._latents.setdefault(first.step, []).append(metrics.relative_error(first.latents, second.latents))
+        self.pictures.append((reference.sample.image, other.sample.image))
+        original, engine = np.asarray(reference.sample.image), np.asarray(other.sample.image)
+        error = metrics.mean_squared_error(original, engine)
+        found = [(who, metrics.defect(picture)) for who, picture in (("original", original), ("engine", engine))]
+        self.prompts.append(
+            PromptResult(
+                condition=condition,
+                seed=seed,
+                psnr=metrics.psnr_of(error),
+                ssim=metrics.ssim(original, engine),
+                mean_squared_error=error,
+                st_lpips=st_lpips(original, engine),
+                latent_error=metrics.relative_error(reference.sample.latents, other.sample.latents),
+                defects=[f"the {who}'s picture {what}" for who, what in found if what is not None],
+            )
+        )
+
+    def steps(self) -> list[StepResult]:
+        return [
+            StepResult(
+                step,
+                self._timesteps[step],
+                float(np.mean(self._forced[step])),
+                float(np.mean(self._accumulated[step])),
+                float(np.mean(self._latents[step])),
+            )
+            for step in sorted(self._forced)
+        ]
+
+
+def _measure_layers(
+    evaluation: Evaluation,
+    checkpoint: Checkpoint,
+    original: nn.Module,
+    quantized: nn.Module,
+    *,
+    calls: list[dict[str, Any]],
+    progress: ProgressSetting,
+) -> None:
+    if not quantized_sites(quantized):
+        evaluation.notes.append("no layer was measured: the engine's torch form holds no quantized linear")
+        return
+    family = checkpoint.family
+    graph = DiTGraph(original, family.example_inputs(checkpoint.config, 2, 0) if family else calls[0])
+    evaluation.sites = per_layer_sqnr(
+        original,
+        quantized,
+        calls,
+        kinds={name: site.kind or site.role for name, site in graph.sites.items()},
+        # An orthogonal matrix a head may have been moved from the values to the layers that read the attention.
+        rotated_outputs={name: item.head_width for item in graph.attentions.values() for name in item.values},
+        progress=progress,
+    )
+    ranked = sorted(evaluation.sites, key=lambda site: site.sqnr_db)
+    worst_by_kind: dict[str, str] = {}
+    for site in ranked:
+        worst_by_kind.setdefault(site.kind, site.site)
+    shown = list(dict.fromkeys([*list(worst_by_kind.values())[:HISTOGRAM_SITES], ranked[-1].site]))
+    evaluation.histograms = site_histograms(original, quantized, spread(calls, HISTOGRAM_CALLS), shown)
+
+
+def environment() -> dict[str, str]:
+    """What the numbers were measured with: machine label and versions, no names of hosts or folders."""
+    packages = ("torch", "diffusers", "transformers", "onnxruntime", "numpy")
+    return {
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
