@@ -1,0 +1,76 @@
+"""Export targets: each file here lowers the exported graph to the forms that one runtime runs fast. Nothing else lists them.
+
+A target is one file that ends in `TARGET = register(Target(...))`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import onnx_ir as ir
+
+from ditq.errors import DitqError
+from ditq.nn import QuantLinear
+
+Kind = Literal["integer", "weight-only kernel", "dequantized"]
+
+
+@dataclass(frozen=True)
+class PlannedMatMul:
+    """What a target means a quantized linear to run as, and the value in the graph that its product is."""
+
+    site: str
+    kind: Kind
+    output: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime that engines are made for or run by.
+
+    Attributes:
+        name: short name, e.g. `onnxruntime-cpu`.
+        description: one line.
+        available: () -> (whether it runs here, why not).
+        lower: (graph with ditq::QuantLinear nodes, layers by site) -> what each matmul is planned as; rewrites the graph in
+            place. None: the target runs the engine without a graph.
+        runner: (engine, threads) -> a function of named input tensors (numpy by name) that returns the output.
+    """
+
+    name: str
+    description: str
+    available: Callable[[], tuple[bool, str]]
+    lower: Callable[[ir.Model, Mapping[str, QuantLinear]], list[PlannedMatMul]] | None
+    runner: Callable[[Any, int | None], Callable[[Mapping[str, Any]], Any]]
+
+
+_targets: dict[str, Target] = {}
+
+
+def register(target: Target) -> Target:
+    """Called once by each target's file."""
+    _targets[target.name] = target
+    return target
+
+
+def targets() -> dict[str, Target]:
+    """All targets by name."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return dict(sorted(_targets.items()))
+
+
+def target(name: str) -> Target:
+    """One target.
+
+    Raises:
+        DitqError: there is none of that name.
+    """
+    known = targets()
+    if name not in known:
+        raise DitqError(f"target '{name}' is not known; one of: {', '.join(known)}")
+    return known[name]

@@ -1,0 +1,1 @@
+"""The ONNX forms that targets are put together from: weights, activations, transforms, attention."""

@@ -1,0 +1,191 @@
+"""A transformer -> an ONNX graph in which every QuantLinear is one node `ditq::QuantLinear`, to be lowered by a target.
+
+The graph comes from torch.export with named dynamic dimensions; parameters that stay in float are its initializers,
+under the names that they have in the model's state dict.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript
+import torch
+from onnx.defs import OpSchema
+from onnx_ir.passes import common as cleanups
+from onnxscript import optimizer
+from torch import Tensor, nn
+
+from ditq.errors import DitqError
+from ditq.export.arguments import Layout, flatten, unflatten
+from ditq.nn import exporting
+from ditq.quiet import quiet_libraries
+
+OPSET = 23  # the first with Attention and RMSNormalization
+DOMAIN = "ditq"
+OUTPUT = "sample"
+_PREFIX = "model."
+
+Axes = Mapping[str, tuple[str | None, ...]]
+
+_quant_linear_schema = OpSchema(
+    "QuantLinear",
+    DOMAIN,
+    1,
+    inputs=[OpSchema.FormalParameter("x", "T")],
+    outputs=[OpSchema.FormalParameter("y", "T")],
+    type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
+    attributes=[
+        OpSchema.Attribute("site", OpSchema.AttrType.STRING),
+        OpSchema.Attribute("out_features", OpSchema.AttrType.INT),
+    ],
+)
+_quant_linear_op = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), "QuantLinear", _quant_linear_schema)
+
+
+def _quant_linear(x: Any, site: str, out_features: int) -> Any:
+    return _quant_linear_op(x, site=site, out_features=out_features)
+
+
+class _Flat(nn.Module):
+    """The model as a function of one flat dictionary of tensors."""
+
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
+        super().__init__()
+        self.model, self.layout = model, layout
+
+    def forward(self, tensors: dict[str, Tensor]) -> Tensor:
+        return self.model(**unflatten(tensors, self.layout), return_dict=False)[0]
+
+
+def to_onnx(model: nn.Module, inputs: Mapping[str, Any], axes: Axes) -> ir.Model:
+    """Export `model` called with the keyword arguments `inputs`.
+
+    Args:
+        model: called as model(**inputs, return_dict=False)[0]; in eval mode, float32.
+        inputs: example arguments; may nest dictionaries and hold None. Varying dimensions should be 2 or more, and of
+            different sizes where they are different axes.
+        axes: flat input name -> a name a dimension; None is a fixed dimension. The same name is the same size.
+
+    Returns:
+        The graph, with input names as in `export/arguments.py` and the one output `sample`.
+
+    Raises:
+        DitqError: the model cannot be exported, or an axis cannot vary (named).
+    """
+    graph, dropped = export_what_varies(model, inputs, axes)
+    if dropped:
+        places = "; ".join(f"'{a}' of {', '.join(n for n, row in axes.items() if a in row)}" for a in dropped)
+        raise DitqError(f"axes: {places} cannot vary in an export of this model; leave it out of the axes")
+    return graph
+
+
+def export_what_varies(model: nn.Module, inputs: Mapping[str, Any], axes: Axes) -> tuple[ir.Model, list[str]]:
+    """`to_onnx`, but an axis that cannot vary is fixed to the size of the example: (graph, names of those axes).
+
+    Raises:
+        DitqError: the model cannot be exported.
+    """
+    tensors, layout = flatten(inputs)
+    for name, tensor in tensors.items():
+        if len(axes.get(name, ())) > tensor.dim():
+            raise DitqError(f"axes: {name} has {tensor.dim()} dimensions but {len(axes[name])} names")
+    wrapper = _Flat(model, layout).eval()
+    # AUTO lets tracing find out what can vary; what it turned into a constant is read off the traced inputs.
+    varying = {name: {i: torch.export.Dim.AUTO for i, axis in enumerate(axes.get(name, ())) if axis} for name in tensors}
+    with torch.no_grad(), exporting(model), warnings.catch_warnings(), quiet_libraries(), _quiet_exporter():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(wrapper, (tensors,), dynamic_shapes={"tensors": varying}, strict=False)
+        except (RuntimeError, ValueError, TypeError, torch._dynamo.exc.TorchDynamoException) as error:
+            raise DitqError(f"the model cannot be exported: {_first_line(error)}") from error
+        graph = _translate(program, list(tensors))
+    dropped = _fixed_axes(program, tensors, axes)
+    _name_dimensions(graph, tensors, axes, dropped)
+    return graph, dropped
+
+
+def _fixed_axes(program: Any, tensors: Mapping[str, Tensor], axes: Axes) -> list[str]:
+    """The axes that tracing made constant, or equal to an axis of another name."""
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"][-len(tensors) :]
+    fixed: dict[str, None] = {}
+    owners: dict[str, str] = {}
+    for name, node in zip(tensors, placeholders, strict=True):
+        for size, axis in zip(node.meta["val"].shape, axes.get(name, ()), strict=False):
+            if axis and (not isinstance(size, torch.SymInt) or owners.setdefault(str(size), axis) != axis):
+                fixed[axis] = None
+    return list(fixed)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter notes on every run that torchvision is absent; ditq does without it."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _translate(program: Any, names: list[str]) -> ir.Model:
+    try:
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            verbose=False,
+            custom_translation_table={torch.ops.ditq.quant_linear.default: _quant_linear},
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise DitqError(f"the model cannot be written as ONNX: {_first_line(error)}") from error
+    assert exported is not None
+    graph = exported.model
+    _drop_idle_squeezes(graph)
+    # Parameters keep the names and the layout of the state dict, so the runtime, not this, folds what touches them.
+    optimizer.optimize_ir(graph, should_fold=lambda node: False if any(map(_is_parameter, node.inputs)) else None)
+    cleanups.ClearMetadataAndDocStringPass()(graph)
+    for value, name in zip(graph.graph.inputs, names, strict=True):
+        value.name = name
+    graph.graph.outputs[0].name = OUTPUT
+    for name, value in list(graph.graph.initializers.items()):
+        value.name = name.removeprefix(_PREFIX)
+    graph.opset_imports[DOMAIN] = 1
+    return graph
+
+
+def _drop_idle_squeezes(graph: ir.Model) -> None:
+    """Remove each Squeeze of a dimension that is not 1: torch leaves such a tensor alone, ONNX refuses it."""
+    for node in list(graph.graph):
+        if node.op_type != "Squeeze" or len(node.inputs) < 2:
+            continue
+        x, axes = node.inputs[0], node.inputs[1]
+        constant = None if axes is None else ir.convenience.get_const_tensor(axes)
+        if x is None or x.shape is None or constant is None:
+            continue
+        if all(x.shape[int(axis)] != 1 for axis in constant.numpy().reshape(-1)):
+            node.outputs[0].replace_all_uses_with(x, replace_graph_outputs=True)
+            graph.graph.remove(node, safe=True)
+
+
+def _is_parameter(value: ir.Value | None) -> bool:
+    return value is not None and value.is_initializer() and (value.name or "").startswith(_PREFIX)
+
+
+def _name_dimensions(graph: ir.Model, tensors: Mapping[str, Tensor], axes: Axes, fixed: list[str]) -> None:
+    for value in graph.graph.inputs:
+        assert value.name is not None
+        sizes = tensors[value.name].shape
+        row = (*axes.get(value.name, ()), *(None,) * len(sizes))
+        value.shape = ir.Shape([axis if axis and axis not in fixed else size for axis, size in zip(row, sizes)])  # noqa: B905
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
