@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ditq.calibration.prompts import builtin_prompts, read_conditions, spread
+from ditq.calibration.calibrate import Conditions, choose_conditions, default_conditions, pipeline_class
+from ditq.calibration.prompts import builtin_prompts, spread
 from ditq.calibration.sampling import (
     DenoiserCall,
     Sample,
@@ -34,6 +35,7 @@ from ditq.calibration.sampling import (
 from ditq.checkpoint import BUILT_IN, Checkpoint
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
+from ditq.inspection import example_inputs
 from ditq.progress import ProgressSetting, progress_bar
 from ditq.report import metrics
 from ditq.report.evaluation import Evaluation, PromptResult, StepResult
@@ -42,7 +44,6 @@ from ditq.report.perceptual import NOT_INSTALLED, st_lpips, weights_path
 
 LAYER_CONDITIONS, LAYER_CALLS = 4, 6  # layers are measured on this many calls of each of the first so many samples
 HISTOGRAM_SITES, HISTOGRAM_CALLS = 4, 4
-Conditions = Sequence[str] | Sequence[int]
 
 
 @dataclass
@@ -59,7 +60,7 @@ def evaluate(
     engine: nn.Module,
     checkpoint: Checkpoint | str | Path,
     *,
-    conditions: Conditions | str | Path | None = None,
+    conditions: Conditions | None = None,
     steps: int | None = None,
     seed: int = 0,
     limit: int = 32,
@@ -72,7 +73,7 @@ def evaluate(
 
     Args:
         engine: callable like the checkpoint's transformer; it is put in its place in the pipeline.
-        conditions: prompts or class labels, a file of them, or None for the built-in held-out ones.
+        conditions: prompts or class labels, a file of them, a built-in set's name; None for held-out ones.
         steps: denoising steps; None for the checkpoint's own.
         seed: condition i draws its noise from seed + i, for both models.
         limit: at most this many conditions are drawn.
@@ -83,12 +84,17 @@ def evaluate(
     Raises DitqError for conditions or settings that the pipeline does not take, and for latents that are not finite.
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+    if limit < 1:
+        raise DitqError(f"limit is {limit}; evaluate at least one prompt")
+    if conditions is None:
+        chosen = heldout_conditions(checkpoint, limit)
+    else:
+        chosen = choose_conditions(checkpoint, conditions, limit)
     pipeline = checkpoint.load_pipeline()
     original = pipeline.transformer
     changed = {} if steps is None else {"num_inference_steps": steps}
     settings = SamplingSettings({**checkpoint.sampling, **changed}, seed)
     check_arguments(pipeline, settings.arguments)
-    chosen: Sequence[str | int] = choose_conditions(pipeline, checkpoint, conditions, limit)
     check_conditions(pipeline, chosen)
 
     tally = _Tally()
@@ -120,20 +126,15 @@ def evaluate(
     return evaluation
 
 
-def choose_conditions(
-    pipeline: Any, checkpoint: Checkpoint, conditions: Conditions | str | Path | None, limit: int
-) -> Conditions:
-    """The first `limit` of the given conditions or of a file's, or `limit` of the built-in ones, evenly spread."""
-    if limit < 1:
-        raise DitqError(f"limit is {limit}; evaluate at least one prompt")
-    kind = condition_kind(pipeline)
-    if isinstance(conditions, str | Path):
-        return read_conditions(conditions, kind)[:limit]
-    if conditions is not None:
-        return conditions[:limit]
-    if kind == "class":
-        return spread(range(class_count(pipeline)), limit)
-    return spread(builtin_prompts("mini-heldout" if checkpoint.root in BUILT_IN.values() else "vbench"), limit)
+def heldout_conditions(checkpoint: Checkpoint, limit: int) -> Sequence[str | int]:
+    """What to evaluate on when nothing is given: captions, VBench prompts or class labels, evenly spread, none of which
+    `calibrate` takes when nothing is given."""
+    if checkpoint.name in BUILT_IN:
+        return builtin_prompts("mini-heldout")[:limit]
+    labelled = condition_kind(pipeline_class(checkpoint)) == "class"
+    known = range(class_count(checkpoint.config)) if labelled else builtin_prompts("vbench")
+    calibrated = set(default_conditions(checkpoint))
+    return spread([condition for condition in known if condition not in calibrated], limit)
 
 
 @contextmanager
@@ -269,8 +270,7 @@ def _measure_layers(
     if not quantized_sites(quantized):
         evaluation.notes.append("no layer was measured: the engine's torch form holds no quantized linear")
         return
-    family = checkpoint.family
-    graph = DiTGraph(original, family.example_inputs(checkpoint.config, 2, 0) if family else calls[0])
+    graph = DiTGraph(original, calls[0] if checkpoint.family is None else example_inputs(checkpoint))
     evaluation.sites = per_layer_sqnr(
         original,
         quantized,

@@ -74,19 +74,22 @@ def render(
 ) -> str:
     """The page as text, under 5 MB: with fewer pictures and shorter tables where there is too much of them."""
     size = 0
+    lead, cost = sections.lead(evaluation, engine_info), sections.cost(engine_info)
+    steps, charts = sections.steps(evaluation), sections.layer_charts(evaluation)
+    histograms = sections.histograms(evaluation)
     for pictures, rows in AMOUNTS:
         parts = [
             ("pictures", "Pictures", sections.pictures(evaluation, pictures)),
             ("quality", "Quality by prompt", sections.quality(evaluation, rows)),
-            ("steps", "Error by denoising step", sections.steps(evaluation)),
-            ("layers", "Error by layer", sections.layers(evaluation, pass_reports, rows)),
-            ("histograms", "Weights and activations", sections.histograms(evaluation)),
-            ("cost", "Size, memory and speed", sections.cost(engine_info)),
+            ("steps", "Error by denoising step", steps),
+            ("layers", "Error by layer", sections.layers(evaluation, pass_reports, charts, rows)),
+            ("histograms", "Weights and activations", histograms),
+            ("cost", "Size, memory and speed", cost),
             ("passes", "What each pass did", sections.passes(pass_reports, rows)),
             ("recipe", "Recipe", sections.recipe(recipe)),
             ("measured", "How it was measured", sections.measured(evaluation)),
         ]
-        page = document(f"ditq report: {evaluation.engine}", parts, sections.lead(evaluation, engine_info))
+        page = document(f"ditq report: {evaluation.engine}", parts, lead)
         size = len(page.encode())
         if size <= LARGEST:
             return page

@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError
+
+if TYPE_CHECKING:  # the process whose memory is measured imports this file and should import little else
+    from ditq.checkpoint import Checkpoint
 
 BYTES_FP32, BYTES_BF16 = 4, 2
 

@@ -9,6 +9,7 @@ and the five layers are added up. The package `stlpips-pytorch` is only read as 
 from __future__ import annotations
 
 import importlib.util
+import pickle
 from functools import lru_cache
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def _network(path: Path) -> ShiftTolerantLPIPS:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return ShiftTolerantLPIPS(state)
-    except (OSError, RuntimeError, AttributeError, EOFError) as error:
+    except (OSError, RuntimeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         raise DitqError(f"{path}: the ST-LPIPS weights cannot be read; install them again with '{INSTALL}'") from error
 
 

@@ -238,4 +238,5 @@ def _drawable(value: float) -> float:
 
 
 def _shortened(name: str, limit: int = 44) -> str:
-    return name if len(name) <= limit else f"…{name[-limit + 1 :]}"
+    shown = name if len(name) <= limit else f"…{name[-limit + 1 :]}"
+    return shown.replace("$", r"\$")  # matplotlib reads what stands between two dollars as a formula

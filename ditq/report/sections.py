@@ -149,8 +149,16 @@ def steps(evaluation: Evaluation) -> str:
     )
 
 
-def layers(evaluation: Evaluation, reports: Reports, rows: int) -> str:
-    """Bars of the worst layers, all layers in order, the worst with rules that raise their bits, the whole table."""
+def layer_charts(evaluation: Evaluation) -> str:
+    """Bars of the worst layers, and all layers in the order of the model."""
+    if not evaluation.sites:
+        return ""
+    charts = (plots.worst_sites(evaluation.sites), plots.sites_in_order(evaluation.sites))
+    return "".join(f'<div class="wide">{chart}</div>' for chart in charts)
+
+
+def layers(evaluation: Evaluation, reports: Reports, charts: str, rows: int) -> str:
+    """The charts, the worst layers with rules that raise their bits, and the table of all."""
     if not evaluation.sites:
         return ""
     rounding = _rounding_errors(reports)
@@ -172,10 +180,8 @@ def layers(evaluation: Evaluation, reports: Reports, rows: int) -> str:
         "<p>Both models run side by side on the same calls, so a layer's SQNR holds what the layers before it added. "
         "<i>Alone</i>: the layer on the original's input, where that input still has the same basis. <i>Rounding</i>: "
         "its weights alone, as the pass that rounded them measured it on the calibration inputs. <i>Aligned</i>: "
-        "rotated values, brought back by least squares before they were compared.</p>"
-        f'<div class="wide">{plots.worst_sites(evaluation.sites)}</div>'
-        f'<div class="wide">{plots.sites_in_order(evaluation.sites)}</div>'
-        f"<h3>The {len(worst)} worst</h3>"
+        "values that a pass has rotated, rotated back before they were compared.</p>"
+        f"{charts}<h3>The {len(worst)} worst</h3>"
         + table(headings, [cells(result) for result in worst], sortable=True)
         + "<p>To give them more bits, add what you want of these to the rules of the recipe's <code>quantize</code> "
         f"pass:</p><pre>{text(rules)}</pre>"
@@ -214,9 +220,9 @@ def histograms(evaluation: Evaluation) -> str:
         for index, shown in enumerate(evaluation.histograms)
     ]
     intro = (
-        "<p>The worst layers of different kinds and the best of all, densities on a logarithmic axis. Filled: the original. Line: the "
-        "decoded weights, and the inputs in the basis in which they are quantized. The nearer the largest value is "
-        "to the RMS, the finer the steps of a format of the same bits.</p>"
+        "<p>The worst layers of different kinds and the best of all, densities on a logarithmic axis. Filled: the "
+        "original. Line: the decoded weights, and the inputs in the basis in which they are quantized. The nearer the "
+        "largest value is to the RMS, the finer the steps of a format of the same bits.</p>"
     )
     return intro + "".join(parts) if parts else ""
 

@@ -1,0 +1,162 @@
+"""Errors of single layers against what is worked out by hand on a small model."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ditq.nn import ActivationFormat, InputTransform, QuantLinear
+from ditq.numerics.codebook import CODEBOOKS, encode
+from ditq.numerics.rotation import hadamard_rotation
+from ditq.report import metrics
+from ditq.report.layers import histogram, per_layer_sqnr, rows_of, site_histograms
+
+torch.set_num_threads(1)
+WIDTH = 32
+
+
+class Chain(nn.Module):
+    """first -> tanh -> value -> out, like an attention whose value and output projections meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.value(torch.tanh(self.first(x))))
+
+
+@pytest.fixture
+def calls() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [{"x": torch.randn(2, 40, WIDTH, generator=generator)} for _ in range(4)]
+
+
+def noisy(model: Chain, names: list[str], level: float = 0.1) -> Chain:
+    changed = copy.deepcopy(model)
+    for name in names:
+        weight = changed.get_submodule(name).weight
+        weight.data += level * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))  # type: ignore[operator, union-attr, arg-type]
+    return changed
+
+
+@torch.no_grad()
+def test_sqnr_is_that_of_the_outputs_of_both_models(calls: list[dict[str, Tensor]]) -> None:
+    original = Chain()
+    quantized = noisy(original, ["first", "value"])
+    found = {result.site: result for result in per_layer_sqnr(original, quantized, calls, sites=["first", "value"])}
+
+    inputs = torch.cat([call["x"] for call in calls])
+    hidden, other = torch.tanh(original.first(inputs)), torch.tanh(quantized.first(inputs))
+    expected = metrics.sqnr_db(original.value(hidden), quantized.value(other))
+    alone = metrics.sqnr_db(original.value(hidden), quantized.value(hidden))
+    assert found["value"].sqnr_db == pytest.approx(expected, abs=1e-6)
+    assert found["value"].local_db == pytest.approx(alone, abs=1e-6)
+    assert alone > expected
+    assert found["first"].sqnr_db == pytest.approx(metrics.sqnr_db(original.first(inputs), quantized.first(inputs)))
+    assert found["first"].parameters == WIDTH * WIDTH
+
+
+def test_an_unchanged_model_has_infinite_sqnr(calls: list[dict[str, Tensor]]) -> None:
+    original = Chain()
+    results = per_layer_sqnr(original, copy.deepcopy(original), calls, sites=["first", "out"])
+    assert [(result.sqnr_db, result.local_db) for result in results] == [(math.inf, math.inf)] * 2
+
+
+@torch.no_grad()
+def test_rotated_values_are_brought_back_before_they_are_compared(calls: list[dict[str, Tensor]]) -> None:
+    original, head = Chain(), 8
+    plain = noisy(original, ["value"])
+    rotated = copy.deepcopy(plain)
+    rotation, _ = torch.linalg.qr(torch.randn(WIDTH // head, head, head, generator=torch.Generator().manual_seed(3)))
+    full = torch.block_diag(*rotation)
+    rotated.value.weight.copy_(full.T @ plain.value.weight)
+    rotated.value.bias.copy_(full.T @ plain.value.bias)
+    rotated.out.weight.copy_(plain.out.weight @ full)
+
+    names = ["value", "out"]
+    before = {result.site: result for result in per_layer_sqnr(original, plain, calls, sites=names)}
+    after = {
+        result.site: result
+        for result in per_layer_sqnr(original, rotated, calls, sites=names, rotated_outputs={"value": head})
+    }
+    blind = per_layer_sqnr(original, rotated, calls, sites=["value"])[0]
+    assert blind.sqnr_db < 3  # compared as they are, two bases have nothing in common
+    assert after["value"].aligned and after["value"].local_db is None
+    # The rotation that was made is one of those tried, so no more is left than the error itself; rotations are linear
+    # maps, so no less is left than behind the best linear map of each head.
+    inputs = torch.tanh(original.first(torch.cat([call["x"] for call in calls]))).reshape(-1, WIDTH)
+    wanted, given = (model.value(inputs).double() for model in (original, rotated))
+    heads = [slice(start, start + head) for start in range(0, WIDTH, head)]
+    fitted = [given[:, part] @ torch.linalg.lstsq(given[:, part], wanted[:, part]).solution for part in heads]
+    limit = metrics.sqnr_db(wanted, torch.cat(fitted, dim=1))
+    assert before["value"].sqnr_db - 1e-3 <= after["value"].sqnr_db <= limit
+    # The function did not change, but `out` reads another basis, so alone it cannot be fed the original's input.
+    assert after["out"].sqnr_db == pytest.approx(before["out"].sqnr_db, abs=1e-3)
+    assert before["out"].local_db is not None and after["out"].local_db is None
+
+
+def test_values_in_the_same_basis_are_not_aligned(calls: list[dict[str, Tensor]]) -> None:
+    original = Chain()
+    result = per_layer_sqnr(original, noisy(original, ["value"]), calls, sites=["value"], rotated_outputs={"value": 8})[
+        0
+    ]
+    assert not result.aligned and result.local_db is not None
+
+
+def quantized_by_rotation(model: Chain) -> Chain:
+    changed = copy.deepcopy(model)
+    rotation = hadamard_rotation(WIDTH)
+    weight = rotation.right_multiply(model.value.weight.detach())
+    layer = QuantLinear(
+        "value",
+        encode(weight, CODEBOOKS["uniform"](weight, 4)),
+        model.value.bias,
+        ActivationFormat(8, "token"),
+        transform=InputTransform(rotations=[(0, WIDTH, rotation)]),
+        codebook="uniform",
+    )
+    changed.set_submodule("value", layer)
+    return changed
+
+
+def test_quantized_linears_are_found_and_their_format_told(calls: list[dict[str, Tensor]]) -> None:
+    original = Chain()
+    (result,) = per_layer_sqnr(original, quantized_by_rotation(original), calls, kinds={"value": "value"})
+    assert (result.site, result.format, result.kind) == ("value", "w4a8 uniform", "value")
+    # 4-bit weights of a unit-variance shape: about 20 dB, whatever the basis
+    assert 15 < result.sqnr_db < 28 and result.local_db == pytest.approx(result.sqnr_db, abs=1e-6)
+
+
+@torch.no_grad()
+def test_histograms_show_what_is_quantized(calls: list[dict[str, Tensor]]) -> None:
+    original = Chain()
+    quantized = quantized_by_rotation(original)
+    (shown,) = site_histograms(original, quantized, calls, ["value"])
+    hidden = torch.tanh(original.first(torch.cat([call["x"] for call in calls]))).reshape(-1, WIDTH)
+    rotated = hidden @ hadamard_rotation(WIDTH).matrix().float()
+    assert shown.input_before.absmax == pytest.approx(float(hidden.abs().max()))
+    assert shown.input_after.absmax == pytest.approx(float(rotated.abs().max()), rel=1e-5)
+    assert shown.input_after.rms == pytest.approx(shown.input_before.rms, rel=1e-5)  # a rotation keeps lengths
+    assert sum(shown.input_before.counts) == hidden.numel()
+    assert shown.weight_before.absmax == pytest.approx(float(original.value.weight.abs().max()))
+    layer = quantized.value
+    assert isinstance(layer, QuantLinear)
+    assert shown.weight_after.absmax == pytest.approx(float(layer.weight().abs().max()))
+
+
+def test_histogram_counts_every_value_by_hand() -> None:
+    found = histogram(torch.tensor([-2.0, -1.9, 0.0, 0.1, 2.0]), bins=5)
+    assert found.counts == [2, 0, 2, 0, 1] and found.absmax == 2.0
+    assert histogram(torch.zeros(3), bins=5).counts == [0, 0, 3, 0, 0]
+
+
+def test_rows_are_spread_over_all_tokens() -> None:
+    x = torch.arange(10.0).view(2, 5, 1)
+    assert rows_of(x, 5).flatten().tolist() == [0, 2, 4, 6, 8]
+    assert rows_of(x, 100).flatten().tolist() == list(range(10))
