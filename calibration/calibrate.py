@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ditq.calibration.collect import MEMORY_LIMIT, collect_statistics
+from ditq.calibration.collect import MEMORY_LIMIT, collect_statistics, moved
 from ditq.calibration.prompts import BUILTIN_SETS, builtin_prompts, read_conditions, spread
 from ditq.calibration.record import INDEX as TRAJECTORIES_INDEX
 from ditq.calibration.record import Trajectories, record_trajectories
@@ -28,6 +28,7 @@ from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.progress import ProgressSetting
+from ditq.quiet import quiet_libraries
 
 DEFAULT_CONDITIONS = 32
 TRAJECTORIES = "trajectories"
@@ -47,7 +48,7 @@ def calibrate(
     prompts_limit: int | None = None,
     arguments: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
-    device: str | None = None,
+    device: str = "cpu",
     memory_limit: int = MEMORY_LIMIT,
     force: bool = False,
     resume: bool = False,
@@ -67,7 +68,7 @@ def calibrate(
         rows_per_bin: rows of each input that are kept as they are, a bin.
         prompts_limit: use at most so many of the conditions.
         arguments: further arguments of the pipeline's call, over the checkpoint's own defaults.
-        dtype, device: of the model; device "cuda" where there is one, else "cpu", when not given.
+        dtype, device: of the model while it draws and while its inputs are read; sums are float32 on the CPU.
         memory_limit: bytes that the statistics may take at a time; where they need more, the model runs more often.
         force: replace an existing folder (made by this function; nothing else is ever removed).
         resume: continue an interrupted calibration with the same settings; a finished one is simply opened.
@@ -86,7 +87,6 @@ def calibrate(
     chosen = choose_conditions(checkpoint, conditions, prompts_limit)
     out = Path(out)
     with _working_folder(out, force=force, resume=resume) as folder:
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         pipeline = checkpoint.load_pipeline(dtype=dtype).to(device)
         trajectories = record_trajectories(
             checkpoint,
@@ -101,7 +101,7 @@ def calibrate(
         model = pipeline.transformer
         del pipeline  # the text encoders may be larger than the statistics
         collect_statistics(
-            DiTGraph(model, _example_inputs(checkpoint, trajectories)),
+            DiTGraph(model, moved(_example_inputs(checkpoint, trajectories), device, dtype)),
             trajectories,
             bins,
             rows_per_bin,
@@ -146,7 +146,8 @@ def pipeline_class(checkpoint: Checkpoint) -> type:
             f"{checkpoint.name}: a transformer alone cannot draw; give the pipeline folder (with model_index.json)"
         )
     name = read_json(checkpoint.pipeline_root / "model_index.json").get("_class_name")
-    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    with quiet_libraries():
+        found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not isinstance(found, type):
         raise DitqError(f"{checkpoint.name}: model_index.json names no pipeline class of diffusers ({name!r})")
     return found

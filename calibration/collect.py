@@ -40,6 +40,9 @@ def collect_statistics(
     With `folder`, each run's statistics are written there and let go, and runs that are there already are not repeated;
     without, all stay in memory. The result does not depend on how the groups were divided.
 
+    Text tokens that a call's attention mask hides are left out where keys and values of cross attention read them: they
+    have no effect there, and padding would otherwise make up most of what PixArt's layers seem to get.
+
     Raises DitqError for values that are not finite (naming site and step), an unknown group, or bad settings.
     """
     for name, value in (("bins", bins), ("rows_per_bin", rows_per_bin), ("memory_limit", memory_limit)):
@@ -135,7 +138,7 @@ def _replay(
     """One run over the trajectories for some of the input groups."""
     device = next(graph.model.parameters()).device
     with ExitStack() as hooks:
-        watchers = [_Watcher(name, found, trajectories) for name, found in inputs.items()]
+        watchers = [_Watcher(graph, name, found, trajectories) for name, found in inputs.items()]
         for watcher in watchers:
             # all sites of a group read the same tensor: the first stands for them
             site = graph.linear(graph.groups[watcher.name].sites[0])
@@ -143,7 +146,7 @@ def _replay(
         for call in trajectories.calls():
             for watcher in watchers:
                 watcher.call = call
-            graph.model(**_to_device(call.arguments, device))
+            graph.model(**moved(call.arguments, device))
             bar.advance()
     for name, found in inputs.items():
         if not found.count.any():
@@ -154,15 +157,21 @@ def _replay(
 class _Watcher:
     """Forward pre-hook of one linear: hands its input to the accumulator, in the bin of the call that is replayed."""
 
-    def __init__(self, name: str, found: InputAccumulator, trajectories: Trajectories) -> None:
+    def __init__(self, graph: DiTGraph, name: str, found: InputAccumulator, trajectories: Trajectories) -> None:
         self.name = name
         self.call: RecordedCall | None = None
+        kinds = {kind for site in graph.groups[name].sites for kind in graph.sites[site].kind.split("+")}
+        self._cross_attention = kinds <= {"key", "value"}  # self attention reads its queries from the same tensor
         self._found = found
         self._trajectories = trajectories
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert self.call is not None
-        rows = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
+        x = inputs[0]
+        mask = self.call.arguments.get("encoder_attention_mask")
+        if self._cross_attention and mask is not None and mask.shape == x.shape[:-1]:
+            x = x[mask.to(x.device).bool()]
+        rows = x.reshape(-1, x.shape[-1]).float()
         number = self._trajectories.bin_of(self.call.step, self._found.count.numel())
         if not self._found.add(rows, number):
             raise DitqError(
@@ -171,11 +180,12 @@ class _Watcher:
             )
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
+    """Arguments of a forward call on a device and, where `dtype` is given, tensors of floating types in that dtype."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device, dtype if value.is_floating_point() else None)
     if isinstance(value, dict):
-        return {key: _to_device(item, device) for key, item in value.items()}
+        return {key: moved(item, device, dtype) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_to_device(item, device) for item in value)
+        return type(value)(moved(item, device, dtype) for item in value)
     return value

@@ -292,9 +292,8 @@ def _finished(trajectories: Trajectories, resume: bool) -> set[int]:
         raise DitqError(f"{folder}: was recorded with another checkpoint; start again with --force")
     different = [key for key in wanted if key not in ("ditq", "checkpoint") and wanted[key] != found.get(key)]
     if different:
-        raise DitqError(
-            f"{folder}: was recorded with another {different[0]}; give the same, or start again with --force"
-        )
+        what = f"other {different[0]}" if different[0].endswith("s") else f"another {different[0]}"
+        raise DitqError(f"{folder}: was recorded with {what}; give the same, or start again with --force")
     done = {number for number in range(len(trajectories.conditions)) if trajectories.file(number).exists()}
     for number in done:
         trajectories._read_record(number)

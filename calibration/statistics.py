@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ditq.calibration.accumulate import crest_factors
-from ditq.calibration.storage import tensor_digest, write_json, write_tensors
+from ditq.calibration.storage import make_folder, tensor_digest, write_json, write_tensors
 from ditq.checkpoint import read_json
 from ditq.errors import DitqError
 from ditq.numerics.rotation import Rotation
@@ -274,6 +274,7 @@ def write_groups(
     settings: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """Write inputs into one safetensors file; returns what statistics.json says of each, which is also its metadata."""
+    make_folder(path.parent)
     tensors, described = {}, {}
     for name, found in groups.items():
         for field in fields(InputStatistics):

@@ -1,0 +1,336 @@
+"""Statistics are what a float64 count of the same inputs gives, however they were gathered, and name what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ditq.calibration.accumulate import InputAccumulator, RowSample, crest_factors
+from ditq.calibration.collect import collect_statistics
+from ditq.calibration.record import Trajectories, record_trajectories
+from ditq.calibration.sampling import SamplingSettings
+from ditq.calibration.statistics import InputStatistics, Statistics
+from ditq.errors import DitqError
+from ditq.graph import DiTGraph
+from ditq.inspection import example_inputs
+from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation
+from tests.calibration.small_pipelines import ARGUMENTS, CONDITIONS, mini, pipeline_of, saved_checkpoint
+
+EPS = 2.0**-24  # unit roundoff of float32
+BINS = 2
+TOKENS = "transformer_blocks.0.attn.to_q"
+VECTOR = "transformer_blocks.0.norm1.linear"
+CONCAT = "single_transformer_blocks.2.proj_out"
+SOME = (TOKENS, VECTOR, CONCAT)
+
+
+@pytest.fixture(scope="module")
+def graph() -> DiTGraph:
+    return DiTGraph(pipeline_of("flux").transformer, example_inputs(mini()))
+
+
+@pytest.fixture(scope="module")
+def trajectories(tmp_path_factory: pytest.TempPathFactory) -> Trajectories:
+    folder = tmp_path_factory.mktemp("statistics") / "trajectories"
+    settings = SamplingSettings(ARGUMENTS["flux"], seed=5)
+    return record_trajectories(mini(), CONDITIONS["flux"], settings, folder, pipeline=pipeline_of("flux"))
+
+
+@pytest.fixture(scope="module")
+def statistics(graph: DiTGraph, trajectories: Trajectories) -> Statistics:
+    return collect_statistics(graph, trajectories, BINS, rows_per_bin=16)
+
+
+@pytest.fixture(scope="module")
+def saved(statistics: Statistics, graph: DiTGraph, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    some = {name: statistics.groups[name] for name in SOME}
+    Statistics(some, {name: statistics.sites[name] for name in SOME}, statistics.metadata).save(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def rows(graph: DiTGraph, trajectories: Trajectories) -> dict[str, list[torch.Tensor]]:
+    """The rows of each input by bin, in float64, seen by plain hooks."""
+    seen: dict[str, list[list[torch.Tensor]]] = {name: [[] for _ in range(BINS)] for name in SOME}
+    for call in trajectories.calls():
+        number = 0 if call.step < trajectories.steps / 2 else 1
+        hooks = [
+            graph.linear(name).register_forward_pre_hook(
+                lambda module, inputs, name=name, number=number: seen[name][number].append(inputs[0].flatten(0, -2))
+            )
+            for name in SOME
+        ]
+        graph.model(**call.arguments)
+        for hook in hooks:
+            hook.remove()
+    return {name: [torch.cat(parts).double() for parts in bins] for name, bins in seen.items()}
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_statistics_are_those_of_a_float64_count(
+    statistics: Statistics, rows: dict[str, list[torch.Tensor]], name: str
+) -> None:
+    found = statistics.groups[name]
+    for number, x in enumerate(rows[name]):
+        n = x.shape[0]
+        assert found.count[number] == n
+        # |error| of a float32 sum of n products is at most about n * eps * sum |products|
+        error = (found.second_moment[number].double() - x.T @ x).abs()
+        assert (error <= n * EPS * (x.abs().T @ x.abs())).all()
+        assert torch.equal(found.total[number], x.sum(0).float())
+        assert torch.equal(found.absmax[number].double(), x.abs().amax(0))
+        crest = (x.abs().amax(1) / x.square().mean(1).sqrt()).mean()
+        assert float(found.crest[number]) == pytest.approx(float(crest), rel=x.shape[1] * EPS)
+        sampled = found.sample[found.sample_bin == number].double()
+        assert sampled.shape[0] == min(16, n)
+        assert all((x == row).all(1).any() for row in sampled)
+    together = torch.cat(rows[name])
+    n = together.shape[0]
+    assert found.rms() == pytest.approx(float(together.square().mean().sqrt()), rel=n * EPS)
+    torch.testing.assert_close(found.channel_rms.double(), together.square().mean(0).sqrt(), rtol=n * EPS, atol=0)
+    torch.testing.assert_close(
+        found.mean().double(), together.mean(0), rtol=0, atol=4 * EPS * float(together.abs().max())
+    )
+    assert torch.equal(found.absmax_all.double(), together.abs().amax(0))
+    bound = n * EPS * (together.abs().T @ together.abs()) / n
+    assert ((found.hessian().double() - together.T @ together / n).abs() <= bound).all()
+
+
+def test_every_input_of_the_model_is_gathered(statistics: Statistics, graph: DiTGraph) -> None:
+    assert list(statistics.groups) == list(graph.groups)
+    statistics.check(graph)
+    assert all(statistics.sites[name] == group.sites for name, group in graph.groups.items())
+    assert all(found.count.sum() > 0 for found in statistics.groups.values())
+
+
+def same(left: InputStatistics, right: InputStatistics) -> bool:
+    return all(torch.equal(getattr(left, field.name), getattr(right, field.name)) for field in fields(InputStatistics))
+
+
+def test_the_division_into_runs_and_the_choice_of_groups_change_nothing(
+    statistics: Statistics, graph: DiTGraph, trajectories: Trajectories, tmp_path: Path
+) -> None:
+    limit = 4 * BINS * 192 * (192 + 16 + 4) * 2
+    divided = collect_statistics(graph, trajectories, BINS, 16, groups=SOME, memory_limit=limit, folder=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "statistics-00001-of-00002.safetensors",
+        "statistics-00002-of-00002.safetensors",
+        "statistics.json",
+    ]
+    assert set(divided.groups) == set(SOME)
+    assert all(same(divided.groups[name], statistics.groups[name]) for name in SOME)
+    assert divided.metadata == statistics.metadata
+    again = collect_statistics(graph, trajectories, BINS, 16, groups=SOME, folder=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["statistics.json", "statistics.safetensors"]
+    assert all(same(again.groups[name], statistics.groups[name]) for name in SOME)
+
+
+def test_a_run_that_is_on_disk_is_not_repeated(graph: DiTGraph, trajectories: Trajectories, tmp_path: Path) -> None:
+    def interrupt(name: str, done: int, total: int) -> None:
+        if done == total // 2 + 1:
+            raise KeyboardInterrupt
+
+    def collect(folder: Path, progress: Any = None) -> Statistics:
+        return collect_statistics(
+            graph, trajectories, BINS, 16, groups=SOME[:2], memory_limit=1, folder=folder, progress=progress
+        )
+
+    collect(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        collect(tmp_path / "resumed", interrupt)
+    assert [path.name for path in (tmp_path / "resumed").iterdir()] == ["statistics-00001-of-00002.safetensors"]
+    steps: list[int] = []
+    collect(tmp_path / "resumed", lambda name, done, total: steps.append(done))
+    assert steps[:3] == [0, trajectories.count(), trajectories.count() + 1]
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes()
+
+
+def test_hidden_text_tokens_do_not_count_for_cross_attention(tmp_path: Path) -> None:
+    pipeline = pipeline_of("pixart")
+    checkpoint = saved_checkpoint("pixart", tmp_path / "checkpoint")
+    trajectories = record_trajectories(
+        checkpoint,
+        CONDITIONS["pixart"],
+        SamplingSettings(ARGUMENTS["pixart"]),
+        tmp_path / "trajectories",
+        pipeline=pipeline,
+    )
+    graph = DiTGraph(pipeline.transformer, example_inputs(checkpoint))
+    found = collect_statistics(graph, trajectories, bins=1)
+    masks = [call.arguments["encoder_attention_mask"] for call in trajectories.calls()]
+    assert int(found.groups["transformer_blocks.0.attn2.to_k"].count) == sum(int(mask.sum()) for mask in masks)
+    assert int(found.groups["caption_projection.linear_1"].count) == sum(mask.numel() for mask in masks)
+
+
+def test_values_that_are_not_finite_are_named_by_site_and_step(graph: DiTGraph, trajectories: Trajectories) -> None:
+    weight = graph.linear(VECTOR).get_parameter("weight")
+    before = weight.clone()
+    try:
+        weight[0, 0] = torch.inf
+        with pytest.raises(DitqError, match=r"transformer_blocks\.0\.attn\.to_q: its input is not finite at step 0 of"):
+            collect_statistics(graph, trajectories, BINS, groups=[TOKENS, VECTOR])
+    finally:
+        weight.copy_(before)
+    assert not graph.linear(TOKENS)._forward_pre_hooks
+
+
+def test_unknown_groups_and_bad_settings_are_named(graph: DiTGraph, trajectories: Trajectories) -> None:
+    with pytest.raises(DitqError, match="no linear input called 'nothing'"):
+        collect_statistics(graph, trajectories, groups=["nothing"])
+    with pytest.raises(DitqError, match="bins is 0; give at least 1"):
+        collect_statistics(graph, trajectories, bins=0)
+
+
+def test_the_sample_is_uniform_and_does_not_depend_on_how_rows_come() -> None:
+    count, size, draws = 30, 6, 600
+    rows = torch.arange(count, dtype=torch.float32)[:, None]
+    taken = torch.zeros(count)
+    for seed in range(draws):
+        together, apart = RowSample(1, size, seed), RowSample(1, size, seed)
+        together.add(rows)
+        for part in rows.split(7):
+            apart.add(part)
+        assert torch.equal(together.rows, apart.rows)
+        assert together.rows.shape == (size, 1)
+        assert (together.rows.diff(dim=0) > 0).all()
+        taken[together.rows.flatten().long()] += 1
+    # each row is taken Binomial(draws, size / count) times; 5 standard deviations, 30 rows
+    expected, spread = draws * size / count, math.sqrt(draws * (size / count) * (1 - size / count))
+    assert (taken - expected).abs().max() < 5 * spread
+
+
+def test_crest_factors_reach_from_flat_to_spike() -> None:
+    rows = torch.tensor([[2.0, -2, 2, -2], [0, 0, 3, 0], [0, 0, 0, 0], [1e-30, 0, 0, 0], [1e30, 0, 0, 0]])
+    torch.testing.assert_close(crest_factors(rows), torch.tensor([1.0, 2, 1, 2, 2]))
+
+
+def random_input(bins: int = 2, width: int = 24, count: int = 40) -> tuple[InputStatistics, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    found = InputAccumulator("x", width, bins, count, 0)
+    parts = [torch.randn(count, width, generator=generator) * (1 + number) + 0.5 for number in range(bins)]
+    for number, part in enumerate(parts):
+        assert found.add(part, number)
+    return InputStatistics(**found.tensors()), parts
+
+
+def test_transformed_statistics_are_those_of_the_transformed_rows() -> None:
+    found, parts = random_input()
+    scale, shift = torch.linspace(0.5, 2, 24), torch.linspace(-1, 1, 24)
+    rotations = [(0, 8, hadamard_rotation(8)), (12, 24, block_hadamard_rotation(12, 4))]
+    changed = found.transformed(scale, shift, rotations)
+    for number, part in enumerate(parts):
+        x = part.double() * scale.double() - shift.double()
+        for start, stop, rotation in rotations:
+            x[:, start:stop] = x[:, start:stop] @ rotation.matrix()
+        # float32 sums of 40 rows went in, float32 comes out; no value is much above 10
+        bound = 40 * EPS * 40 * 10**2
+        torch.testing.assert_close(changed.second_moment[number].double(), x.T @ x, rtol=0, atol=bound)
+        torch.testing.assert_close(changed.total[number].double(), x.sum(0), rtol=0, atol=40 * EPS * 40 * 10)
+        # every row was sampled, so these are exact up to rounding
+        torch.testing.assert_close(changed.absmax[number].double(), x.abs().amax(0), rtol=8 * EPS, atol=8 * EPS)
+        crest = (x.abs().amax(1) / x.square().mean(1).sqrt()).mean()
+        assert float(changed.crest[number]) == pytest.approx(float(crest), rel=24 * EPS)
+        torch.testing.assert_close(changed.sample[changed.sample_bin == number].double(), x, rtol=EPS, atol=EPS)
+
+
+def test_scaling_alone_keeps_the_exact_absmax() -> None:
+    found, _ = random_input()
+    few = InputStatistics(**{**vars(found), "sample": found.sample[:1], "sample_bin": found.sample_bin[:1]})
+    scale = torch.linspace(0.5, 2, 24)
+    assert torch.equal(few.transformed(scale).absmax, found.absmax * scale)
+    assert torch.equal(found.transformed().hessian(), found.hessian())
+
+
+def test_what_was_saved_is_opened_again_bit_by_bit(saved: Path, statistics: Statistics) -> None:
+    opened = Statistics.open(saved, mini().fingerprint())
+    assert set(opened.groups) == set(SOME) and TOKENS in opened.groups and "nothing" not in opened.groups
+    assert all(same(opened.groups[name], statistics.groups[name]) for name in SOME)
+    assert opened.metadata == statistics.metadata
+    assert opened.sites[TOKENS] == statistics.sites[TOKENS]
+    origin = opened.metadata
+    assert (origin["seed"], origin["bins"], origin["steps"], origin["condition_count"]) == (0, BINS, 2, 2)
+    assert origin["sampling_arguments"] == ARGUMENTS["flux"] and origin["sampling_seed"] == 5
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "statistics.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def drop_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "statistics.safetensors")
+    del tensors[f"{TOKENS}.second_moment"]
+    save_file(tensors, folder / "statistics.safetensors")
+
+
+def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        index = json.loads((folder / "statistics.json").read_text())
+        change(index)
+        (folder / "statistics.json").write_text(json.dumps(index))
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (truncate, "statistics.safetensors: missing, truncated or damaged"),
+        (lambda folder: (folder / "statistics.safetensors").unlink(), "missing, truncated or damaged"),
+        (drop_tensor, f"does not hold the statistics of {TOKENS}"),
+        (lambda folder: (folder / "statistics.json").unlink(), "not a statistics folder"),
+        (lambda folder: (folder / "statistics.json").write_text("[]"), "should hold a JSON object"),
+        (edit(lambda index: index.update(format="other")), "not written by ditq"),
+        (edit(lambda index: index.update(version=2)), "has format version 2, this ditq reads 1"),
+        (edit(lambda index: index.pop("groups")), "damaged or incomplete"),
+        (edit(lambda index: index["groups"][TOKENS].update(width=8)), f"does not hold the statistics of {TOKENS}"),
+        (edit(lambda index: index["groups"][TOKENS].update(file="../x.safetensors")), "which is outside the folder"),
+    ],
+)
+def test_a_damaged_folder_is_named(copy: Path, damage: Callable[[Path], None], words: str) -> None:
+    damage(copy)
+    with pytest.raises(DitqError) as caught:
+        Statistics.open(copy)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_changed_byte_is_found_when_the_input_is_read(copy: Path) -> None:
+    path = copy / "statistics.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    opened = Statistics.open(copy)
+    with pytest.raises(DitqError, match="were changed or damaged; calibrate again"):
+        for name in opened.groups:
+            opened.groups[name]
+
+
+def test_statistics_of_another_checkpoint_or_model_are_refused(copy: Path, graph: DiTGraph) -> None:
+    with pytest.raises(DitqError, match=r"of another checkpoint \(mini, .*\); calibrate this one"):
+        Statistics.open(copy, "0" * 64)
+    with pytest.raises(DitqError, match="do not hold the input of x_embedder"):
+        Statistics.open(copy, graph=graph)
+
+
+def test_statistics_of_another_width_are_refused(statistics: Statistics, graph: DiTGraph) -> None:
+    narrow, _ = random_input()
+    wrong = Statistics({**statistics.groups, TOKENS: narrow}, statistics.sites, statistics.metadata)
+    with pytest.raises(DitqError, match=f"statistics of {TOKENS} have 24 channels, the model has 192"):
+        wrong.check(graph)
