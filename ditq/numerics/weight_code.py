@@ -42,13 +42,9 @@ def multiplied(carrier: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
     return (carrier.float() * multiplier.float() / 255).round()
 
 
-def nearest(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """The index of the nearest level: values [..., N], levels ascending [..., L] or [L] -> int64 [..., N].
-
-    Nearest in the value domain, by the midpoints between levels; at a midpoint, the lower one.
-    """
-    midpoints = ((levels[..., 1:] + levels[..., :-1]) / 2).contiguous()
-    return torch.searchsorted(midpoints, values.contiguous())
+def midpoints(levels: torch.Tensor) -> torch.Tensor:
+    """Ascending levels [..., L] -> the values [..., L - 1] halfway, where the nearest level changes."""
+    return ((levels[..., 1:] + levels[..., :-1]) / 2).contiguous()
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +107,7 @@ class WeightCode:
 
 
 def encode(weight: torch.Tensor, fit: Fit) -> WeightCode:
-    """weight [O, I] -> the code of the nearest level, each weight on its own.
+    """weight [O, I] -> the code of the nearest level in value, each weight on its own; halfway, the lower one.
 
     Raises:
         ValueError: when the fit was made for another shape, or the weight is not finite.
@@ -124,5 +120,5 @@ def encode(weight: torch.Tensor, fit: Fit) -> WeightCode:
     width = columns + fit.groups * fit.table.shape[-1]
     for part in row_chunks(rows, width):
         values = weight[part].float().unflatten(1, (fit.groups, -1))
-        codes[part] = nearest(values, fit.levels(part)).flatten(1).to(torch.uint8)
+        codes[part] = torch.searchsorted(midpoints(fit.levels(part)), values).flatten(1).to(torch.uint8)
     return WeightCode(codes, fit.table, fit.scale, fit.multiplier, fit.bits)
