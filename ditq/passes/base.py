@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -15,6 +15,10 @@ from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn.input_transform import InputTransform, RotatedRange
 from ditq.numerics.weight_code import WeightCode
+from ditq.progress import ProgressSetting, progress_bar
+
+
+Item = TypeVar("Item")
 
 
 def setting(default: Any, help: str, choices: tuple[Any, ...] | None = None) -> Any:  # noqa: A002
@@ -69,15 +73,24 @@ class Context:
     """
 
     def __init__(
-        self,
-        statistics: Statistics | None = None,
-        seed: int = 0,
-        on_progress: Callable[[str, int, int], None] | None = None,
-        site_cache: SiteCache | None = None,
+        self, statistics: Statistics | None = None, seed: int = 0, site_cache: SiteCache | None = None
     ) -> None:
         self._statistics, self.seed, self.site_cache = statistics, seed, site_cache
-        self._on_progress = on_progress
+        self._progress: ProgressSetting = False
+        self._latest: tuple[object, InputStatistics] | None = None
         self.changes: dict[str, InputChange] = {}
+
+    def showing(self, progress: ProgressSetting) -> Context:
+        """The same context, with its passes' progress shown so."""
+        self._progress = progress
+        return self
+
+    def track(self, name: str, items: Collection[Item]) -> Iterator[Item]:
+        """Go through `items` under a progress bar called `name`."""
+        with progress_bar(name, len(items), self._progress) as bar:
+            for item in items:
+                yield item
+                bar.advance()
 
     def change(self, group: str) -> InputChange:
         return self.changes.setdefault(group, InputChange())
@@ -92,10 +105,14 @@ class Context:
             raise DitqError(f"{group}: this recipe needs calibration statistics; run `ditq calibrate` or give prompts")
         if group not in self._statistics.groups:
             raise DitqError(f"{group}: the statistics do not hold this input; calibrate again with this model")
-        original, change = self._statistics.groups[group], self.changes.get(group)
-        if change is None:
-            return original
-        return original.transformed(change.inverse_scale, change.shift, change.rotations)
+        change = self.changes.get(group)
+        state = (group, None if change is None else (change.inverse_scale is not None, len(change.rotations)))
+        if self._latest is None or self._latest[0] != state:  # linears of one group ask one after the other
+            found = self._statistics.groups[group]
+            if change is not None:
+                found = found.transformed(change.inverse_scale, change.shift, change.rotations)
+            self._latest = (state, found)
+        return self._latest[1]
 
     def cached(self, site: str, make: Callable[[], WeightCode]) -> WeightCode:
         """The site's code from an earlier, interrupted run if there is one, else made now and kept."""
@@ -103,10 +120,6 @@ class Context:
             return make()
         found = self.site_cache.get(site)
         return self.site_cache.put(site, make()) if found is None else found
-
-    def progress(self, name: str, done: int, total: int) -> None:
-        if self._on_progress is not None:
-            self._on_progress(name, done, total)
 
 
 @dataclass(frozen=True)
@@ -117,7 +130,11 @@ class Pass(ABC):
     """
 
     name: ClassVar[str]
-    needs_statistics: ClassVar[bool] = True
+
+    @property
+    def requires_statistics(self) -> bool:
+        """Must the model be calibrated for this pass?"""
+        return True
 
     @abstractmethod
     def run(self, graph: DiTGraph, context: Context) -> PassReport:

@@ -68,7 +68,7 @@ class Quantize(Pass):
     rules: list[dict[str, Any]] = setting([], "overrides: {select: pattern or list, settings...}; a later one wins")
 
     @property
-    def needs_calibration(self) -> bool:
+    def requires_statistics(self) -> bool:
         return self.rounding == "gptq" or self.weighted or self.bias_correction or self.activation == "tensor"
 
     def check(self) -> None:
@@ -105,13 +105,12 @@ class Quantize(Pass):
         report = PassReport(self.name, self.settings())
         plan = self.plan(graph)
         weights = bits = 0.0
-        for done, (site, settings) in enumerate(plan.items(), 1):
+        for site, settings in context.track(self.name, plan.items()):
             layer, row = self._quantize(graph, context, site, settings)
             graph.replace(site, layer)
             report.rows.append(row)
             weights += layer.in_features * layer.out_features
             bits += row["bits a weight"] * layer.in_features * layer.out_features
-            context.progress(self.name, done, len(plan))
         report.summary = {"linears": len(plan), "weights": int(weights), "bits a weight": bits / max(weights, 1)}
         return report
 
@@ -122,7 +121,7 @@ class Quantize(Pass):
         linear = plain_linear(graph, site)
         weight, bias = linear.weight.detach().float(), linear.bias
         form = BitFormat.parse(settings.format)
-        statistics = context.statistics(graph.sites[site].group) if self.needs_calibration else None
+        statistics = context.statistics(graph.sites[site].group) if self.requires_statistics else None
         hessian = None if statistics is None else statistics.hessian()
         code = context.cached(site, lambda: self._code(site, weight, hessian, settings, form))
         decoded = code.decode()

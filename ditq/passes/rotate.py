@@ -98,9 +98,8 @@ class Rotate(Pass):
         if self.online:
             groups = [group for group in graph.groups.values() if set(group.sites) <= selected]
             flagged = self._flagged(groups, context)
-            for done, group in enumerate(groups, 1):
+            for group in context.track(self.name, groups):
                 report.rows.extend(self._rotate_group(graph, context, group, group.name in flagged))
-                context.progress(self.name, done, len(groups))
         kinds = [row["kind"] for row in report.rows]
         report.summary = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
         return report

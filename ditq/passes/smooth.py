@@ -50,9 +50,8 @@ class Smooth(Pass):
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
         groups = self._groups(graph)
-        for done, group in enumerate(groups, 1):
+        for group in context.track(self.name, groups):
             report.rows.append(self._smooth(graph, context, group))
-            context.progress(self.name, done, len(groups))
         report.summary = {"inputs folded": len(groups)}
         return report
 

@@ -1,0 +1,171 @@
+"""Compile: checkpoint -> calibration -> the recipe's passes over the graph -> engine folder with its report.
+
+This file is the whole path at a glance; each step lives in its own module.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ditq.calibration.calibrate import calibrate
+from ditq.calibration.statistics import Statistics
+from ditq.checkpoint import Checkpoint
+from ditq.errors import DitqError
+from ditq.export.engine import Engine, write_engine
+from ditq.folders import check_output, remove
+from ditq.graph import DiTGraph
+from ditq.inspection import example_inputs
+from ditq.passes import Context, PassReport
+from ditq.progress import ProgressSetting
+from ditq.recipe import DEFAULT, Recipe, load_recipe
+from ditq.site_cache import FolderSiteCache
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Everything of a compile but the checkpoint, the recipe and the output.
+
+    Attributes:
+        target: name of an export target, see `ditq targets`.
+        conditions: prompts (or labels) to calibrate on: a list, a file, or None for the built-in ones.
+        limit: how many of them to use at most; None is the default of `calibrate`.
+        steps: denoising steps of calibration; None is the checkpoint's own.
+        statistics: a folder that `ditq calibrate` wrote, instead of calibrating now.
+        seed: seed of every random choice.
+        resume: go on where an interrupted compile of the same output stopped.
+        force: replace the output folder if it exists.
+    """
+
+    target: str = "onnxruntime-cpu"
+    conditions: str | Path | Sequence[str | int] | None = None
+    limit: int | None = None
+    steps: int | None = None
+    statistics: str | Path | None = None
+    seed: int = 0
+    resume: bool = False
+    force: bool = False
+    progress: ProgressSetting = None
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What `compile` made. `seconds` by stage; `peak_memory` in bytes, of this process so far."""
+
+    engine: Engine
+    recipe: Recipe
+    reports: list[PassReport]
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory: int = 0
+
+
+def compile(  # noqa: A001  the word that users know
+    checkpoint: Checkpoint | str | Path,
+    out: str | Path,
+    recipe: Recipe | str | Path = DEFAULT,
+    options: CompileOptions = CompileOptions(),  # noqa: B008  frozen
+) -> CompileResult:
+    """Compile a diffusion transformer into an engine folder.
+
+    Raises:
+        DitqError: anything wrong with the checkpoint, recipe, prompts, statistics or output; nothing is left half-written.
+    """
+    out = Path(out)
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    check_output(out, options.force)
+    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+    work = out.absolute().parent / f".{out.name}.work"
+    if work.exists() and not options.resume:
+        remove(work)
+    clock = _Clock()
+    try:
+        model = checkpoint.load_model()
+        inputs = example_inputs(checkpoint)
+        graph = DiTGraph(model, inputs)
+        clock.lap("load")
+        statistics = None
+        if any(step.requires_statistics for step in recipe.passes):
+            statistics = _statistics(checkpoint, work, options)
+        clock.lap("calibrate")
+        reports = run_passes(graph, recipe, statistics, checkpoint, work, options)
+        clock.lap("passes")
+        engine = write_engine(
+            out,
+            model,
+            checkpoint=checkpoint,
+            recipe=recipe.to_json(),
+            example_inputs=inputs,
+            target=options.target,
+            reports=[report.to_json() for report in reports],
+            force=options.force,
+        )
+        clock.lap("export")
+    except DitqError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work, ignore_errors=True)
+    return CompileResult(engine, recipe, reports, clock.seconds, peak_memory())
+
+
+def run_passes(
+    graph: DiTGraph,
+    recipe: Recipe,
+    statistics: Statistics | None,
+    checkpoint: Checkpoint | None = None,
+    work: Path | None = None,
+    options: CompileOptions = CompileOptions(),  # noqa: B008  frozen
+) -> list[PassReport]:
+    """Run the recipe over the graph in place. After it the graph still runs, now with what the passes put in."""
+    cache = None
+    if work is not None and checkpoint is not None:
+        key = {
+            "checkpoint": checkpoint.fingerprint(),
+            "recipe": recipe.to_json(),
+            "seed": options.seed,
+            "statistics": None if statistics is None else statistics.metadata,
+        }
+        cache = FolderSiteCache(work / "sites", key)
+    context = Context(statistics, options.seed, cache).showing(options.progress)
+    reports = []
+    with torch.no_grad():
+        for step in recipe.passes:
+            reports.append(step.run(graph, context))
+    return reports
+
+
+def _statistics(checkpoint: Checkpoint, work: Path, options: CompileOptions) -> Statistics:
+    if options.statistics is not None:
+        return Statistics.open(options.statistics, fingerprint=checkpoint.fingerprint())
+    return calibrate(
+        checkpoint,
+        work / "calibration",
+        conditions=options.conditions,
+        steps=options.steps,
+        seed=options.seed,
+        prompts_limit=options.limit,
+        resume=options.resume and (work / "calibration").exists(),
+        progress=options.progress,
+    )
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._last
+        self._last = now
+
