@@ -148,8 +148,9 @@ def _translate(program: Any, names: list[str]) -> ir.Model:
     assert exported is not None
     graph = exported.model
     _drop_idle_squeezes(graph)
-    # Parameters keep the names and the layout of the state dict, so the runtime, not this, folds what touches them.
-    optimizer.optimize_ir(graph, should_fold=lambda node: False if any(map(_is_parameter, node.inputs)) else None)
+    optimizer.optimize_ir(graph, should_fold=_may_fold)
+    _fold_exponentials(graph)
+    optimizer.optimize_ir(graph, should_fold=_may_fold)
     cleanups.ClearMetadataAndDocStringPass()(graph)
     for value, name in zip(graph.graph.inputs, names, strict=True):
         value.name = name
@@ -174,8 +175,30 @@ def _drop_idle_squeezes(graph: ir.Model) -> None:
             graph.graph.remove(node, safe=True)
 
 
-def _is_parameter(value: ir.Value | None) -> bool:
-    return value is not None and value.is_initializer() and (value.name or "").startswith(_PREFIX)
+def _may_fold(node: ir.Node) -> bool | None:
+    """Parameters keep the names and the layout of the state dict, so the runtime, not the exporter, folds what touches them."""
+    parameters = [v for v in node.inputs if v is not None and v.is_initializer() and (v.name or "").startswith(_PREFIX)]
+    return False if parameters or node.op_type == "Exp" else None
+
+
+def _fold_exponentials(graph: ir.Model) -> None:
+    """Evaluate exponentials of constants as torch does, to the last bit.
+
+    They are the frequencies of sinusoidal embeddings, which a timestep of up to 1000 multiplies: one unit in the last
+    place here would move every layer's input by 1e-5 and flip roundings of activations all over the model.
+    """
+    for node in list(graph.graph):
+        value = node.inputs[0] if node.op_type == "Exp" else None
+        constant = None if value is None else ir.convenience.get_const_tensor(value)
+        if constant is None:
+            continue
+        result = torch.exp(torch.from_numpy(constant.numpy().copy()))
+        folded = ir.Value(name=node.outputs[0].name, const_value=ir.tensor(result.numpy()))
+        folded.shape, folded.type = node.outputs[0].shape, node.outputs[0].type
+        node.outputs[0].name = None
+        node.outputs[0].replace_all_uses_with(folded)
+        graph.graph.remove(node, safe=True)
+        graph.graph.register_initializer(folded)
 
 
 def _name_dimensions(graph: ir.Model, tensors: Mapping[str, Tensor], axes: Axes, fixed: list[str]) -> None:

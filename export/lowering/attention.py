@@ -1,8 +1,8 @@
-"""ONNX Attention -> com.microsoft.MultiHeadAttention, the faster kernel of ONNX Runtime's CPU provider.
+"""ONNX Attention in the forms that ONNX Runtime's CPU provider runs well.
 
-Rules:
-  1. Only plain attention (queries, keys and values [batch, heads, tokens, head_dim]; no cache, no causal or grouped form).
-  2. A mask stays with Attention: MultiHeadAttention wants it expanded over all queries, which costs more than it gains.
+Rules, for plain attention (queries, keys and values [batch, heads, tokens, head_dim]; no cache, not causal, not grouped):
+  1. Without a mask: com.microsoft.MultiHeadAttention, up to 1.4x as fast as Attention.
+  2. With a mask: MatMul, Add, Softmax, MatMul. Both kernels refuse a mask that broadcasts over the queries, as text masks do.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from ditq.export.lowering.writer import MICROSOFT, Writer
 _PLAIN = {"scale", "is_causal", "softcap", "qk_matmul_output_mode", "q_num_heads", "kv_num_heads", "softmax_precision"}
 
 
-def use_multi_head_attention(model: ir.Model) -> int:
-    """Rewrite every plain Attention of the graph, in place; how many were rewritten."""
-    writer, count = Writer(model), 0
+def lower_attention(model: ir.Model) -> None:
+    """Rewrite every plain Attention of the graph, in place."""
+    writer = Writer(model)
     for node in list(model.graph):
         if node.op_type == "Attention" and node.domain == "" and _is_plain(node):
             writer.move(node, node.name or "attention")
-            _rewrite(writer, node)
-            count += 1
-    return count
+            mask = node.inputs[3] if len(node.inputs) > 3 else None
+            y = _multi_head(writer, node) if mask is None else _masked(writer, node, mask)
+            y.shape, y.type = node.outputs[0].shape, node.outputs[0].type
+            node.outputs[0].replace_all_uses_with(y)
+            writer.graph.remove(node, safe=True)
 
 
 def _is_plain(node: ir.Node) -> bool:
-    if any(value is not None for value in node.inputs[3:]) or len(node.outputs) > 1 and any(
-        output.uses() for output in node.outputs[1:]
-    ):
+    if any(value is not None for value in node.inputs[4:]) or any(output.uses() for output in node.outputs[1:]):
         return False
     for name in ("is_causal", "softcap", "qk_matmul_output_mode", "q_num_heads", "kv_num_heads"):
         if name in node.attributes and node.attributes[name].value:
@@ -43,7 +43,7 @@ def _is_plain(node: ir.Node) -> bool:
     return len(heads) == 1 and len(widths) == 1 and isinstance(*heads, int) and isinstance(*widths, int)
 
 
-def _rewrite(writer: Writer, node: ir.Node) -> None:
+def _multi_head(writer: Writer, node: ir.Node) -> ir.Value:
     query = node.inputs[0]
     assert query is not None and query.shape is not None
     heads, width = int(query.shape[1]), int(query.shape[3])
@@ -54,11 +54,29 @@ def _rewrite(writer: Writer, node: ir.Node) -> None:
         assert value is not None
         turned = writer.op("Transpose", value, name="tokens_first", perm=[0, 2, 1, 3])
         tokens_first.append(writer.op("Reshape", turned, joined, name="heads_joined"))
-    settings = {"num_heads": heads}
-    if "scale" in node.attributes:
-        settings["scale"] = node.attributes["scale"].as_float()
+    settings = {"num_heads": heads, "scale": _scale(node)}
     y = writer.op("MultiHeadAttention", *tokens_first, name="attention", domain=MICROSOFT, **settings)
     y = writer.op("Reshape", y, parted, name="heads_parted")
-    y = writer.op("Transpose", y, name="heads_first", perm=[0, 2, 1, 3])
-    node.outputs[0].replace_all_uses_with(y)
-    writer.graph.remove(node, safe=True)
+    return writer.op("Transpose", y, name="heads_first", perm=[0, 2, 1, 3])
+
+
+def _masked(writer: Writer, node: ir.Node, mask: ir.Value) -> ir.Value:
+    query, key, value = node.inputs[:3]
+    keys_last = writer.op("Transpose", key, name="keys_last", perm=[0, 1, 3, 2])
+    scaled = writer.op("Mul", query, writer.constant(_scale(node), np.float32, name="scale"), name="scaled")
+    scores = writer.op("MatMul", scaled, keys_last, name="scores")
+    if mask.dtype == ir.DataType.BOOL:
+        lowest = writer.constant(np.finfo(np.float32).min, np.float32, name="lowest")
+        scores = writer.op("Where", mask, scores, lowest, name="masked")
+    else:
+        scores = writer.op("Add", scores, mask, name="masked")
+    return writer.op("MatMul", writer.op("Softmax", scores, name="weights", axis=-1), value, name="attention")
+
+
+def _scale(node: ir.Node) -> float:
+    """Of q k^T; 1/sqrt(head_dim) unless the node says otherwise."""
+    if "scale" in node.attributes:
+        return node.attributes["scale"].as_float()
+    query = node.inputs[0]
+    assert query is not None and query.shape is not None
+    return float(int(query.shape[3]) ** -0.5)

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ditq.export.lowering import activations, weights
-from ditq.export.lowering.attention import use_multi_head_attention
+from ditq.export.lowering.attention import lower_attention
 from ditq.export.lowering.transforms import apply_transform, fingerprint
 from ditq.export.lowering.writer import Writer
 from ditq.export.onnx_graph import DOMAIN
@@ -31,7 +31,7 @@ def lower(model: ir.Model, layers: Mapping[str, QuantLinear]) -> list[PlannedMat
         if node.domain == DOMAIN and node.op_type == "QuantLinear":
             lowering.replace(node, layers[node.attributes["site"].as_string()])
     model.graph.opset_imports.pop(DOMAIN, None)
-    use_multi_head_attention(model)
+    lower_attention(model)
     return lowering.planned
 
 
