@@ -9,13 +9,18 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import onnx_ir as ir
+from torch import Tensor
 
 from ditq.errors import DitqError
 from ditq.nn import QuantLinear
 
+if TYPE_CHECKING:
+    from ditq.export.engine import Engine
+
+Runner = Callable[[Mapping[str, Tensor]], Tensor]
 Kind = Literal["integer", "weight-only kernel", "dequantized"]
 
 
@@ -38,14 +43,15 @@ class Target:
         available: () -> (whether it runs here, why not).
         lower: (graph with ditq::QuantLinear nodes, layers by site) -> what each matmul is planned as; rewrites the graph in
             place. None: the target runs the engine without a graph.
-        runner: (engine, threads) -> a function of named input tensors (numpy by name) that returns the output.
+        runner: (engine, threads) -> a function of input tensors by name, of the engine's own dtypes and on the CPU, that
+            returns the output.
     """
 
     name: str
     description: str
     available: Callable[[], tuple[bool, str]]
     lower: Callable[[ir.Model, Mapping[str, QuantLinear]], list[PlannedMatMul]] | None
-    runner: Callable[[Any, int | None], Callable[[Mapping[str, Any]], Any]]
+    runner: Callable[[Engine, int | None], Runner]
 
 
 _targets: dict[str, Target] = {}

@@ -5,20 +5,26 @@ The forms are those that were measured to fuse (docs/targets.md); `export/fusion
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
+import torch
+from torch import Tensor
 
+from ditq.errors import DitqError
 from ditq.export.lowering import activations, weights
 from ditq.export.lowering.attention import lower_attention
 from ditq.export.lowering.transforms import apply_transform, fingerprint
 from ditq.export.lowering.writer import Writer
 from ditq.export.onnx_graph import DOMAIN
-from ditq.export.targets import PlannedMatMul, Target, register
+from ditq.export.targets import Kind, PlannedMatMul, Runner, Target, register
 from ditq.nn import QuantLinear
+
+if TYPE_CHECKING:
+    from ditq.export.engine import Engine
 
 
 def lower(model: ir.Model, layers: Mapping[str, QuantLinear]) -> list[PlannedMatMul]:
@@ -89,7 +95,7 @@ class _Lowering:
         y = self._planned(layer, "integer", writer.op("MatMul", integers, weights.integer_weight(writer, layer), name="matmul"))
         return writer.op("Squeeze", y, batch, name="one_batch") if rank == 2 else y
 
-    def _planned(self, layer: QuantLinear, kind: Any, product: ir.Value) -> ir.Value:
+    def _planned(self, layer: QuantLinear, kind: Kind, product: ir.Value) -> ir.Value:
         assert product.name is not None
         self.planned.append(PlannedMatMul(layer.site, kind, product.name))
         return product
@@ -104,31 +110,19 @@ def available() -> tuple[bool, str]:
     return True, f"onnxruntime {onnxruntime.__version__}"
 
 
-def session_options(threads: int | None = None) -> Any:
-    """The session options that every engine runs with."""
-    import onnxruntime
+def runner(engine: Engine, threads: int | None = None) -> Runner:
+    """Runs the engine's graph in one session."""
+    from ditq.export.session import RUNTIME_ERRORS, first_line, open_session, session_options
 
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3  # its warnings are about its own optimizer
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    # Before VNNI, x86 adds pairs of u8*s8 products in 16 bits and saturates: wrong by several percent, silently. With
-    # this, weights beyond +-64 go through the exact (slower) u8*u8 kernel there; it changes nothing elsewhere.
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    return options
+    session = open_session(engine.folder / "model.onnx", session_options(threads))
 
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        try:
+            return torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0])
+        except RUNTIME_ERRORS as error:
+            raise DitqError(f"{engine.folder}: ONNX Runtime cannot run these inputs: {first_line(error)}") from error
 
-def runner(engine: Any, threads: int | None = None) -> Callable[[Mapping[str, Any]], Any]:
-    """A function of the engine's inputs (numpy arrays by name) that returns the output as a numpy array."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(
-        str(engine.folder / "model.onnx"), session_options(threads), providers=["CPUExecutionProvider"]
-    )
-    return lambda inputs: session.run(None, dict(inputs))[0]
+    return run
 
 
-TARGET = register(
-    Target("onnxruntime-cpu", "ONNX Runtime on the CPU, integer matmuls", available, lower, runner)
-)
+TARGET = register(Target("onnxruntime-cpu", "ONNX Runtime on the CPU, integer matmuls", available, lower, runner))

@@ -1,0 +1,253 @@
+"""The engine folder: engine.json, weights.safetensors, model.onnx. Written whole or not at all; checked when opened.
+
+No file in it can run code, and no file in it may lead out of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from torch import nn
+
+from ditq.errors import DitqError
+from ditq.export.arguments import flatten
+from ditq.export.engine_files import check_external_data, check_files, hash_file
+from ditq.export.onnx_graph import OUTPUT, export_what_varies
+from ditq.export.targets import PlannedMatMul, target
+from ditq.export.weights_file import WEIGHTS, write_weights
+from ditq.nn import QuantLinear
+
+MANIFEST = "engine.json"
+GRAPH = "model.onnx"
+FORMAT_VERSION = 1
+
+_KEYS: dict[str, type | tuple[type, ...]] = {
+    "format_version": int,
+    "ditq_version": str,
+    "family": (str, type(None)),
+    "class_name": str,
+    "config": dict,
+    "source": dict,
+    "target": str,
+    "recipe": dict,
+    "inputs": list,
+    "layout": dict,
+    "arguments": list,
+    "dropped_axes": list,
+    "sites": dict,
+    "planned": list,
+    "files": dict,
+}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine folder that has been opened and checked. `manifest` is its engine.json."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path, verify: bool = True) -> Engine:
+        """Open and check an engine.
+
+        Args:
+            verify: also compare the SHA-256 of each file with the one that was written down.
+
+        Raises:
+            DitqError: no engine there; a file that is missing, changed or outside the folder; another format version.
+        """
+        folder = Path(folder)
+        manifest = _read_manifest(folder)
+        check_files(folder, manifest["files"], required=(GRAPH, WEIGHTS), verify=verify)
+        check_external_data(folder, GRAPH, manifest["files"])
+        return cls(folder, manifest)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The transformer's config.json."""
+        return dict(self.manifest["config"])
+
+    @property
+    def sites(self) -> dict[str, dict[str, Any]]:
+        """`QuantLinear.spec()` by site."""
+        return dict(self.manifest["sites"])
+
+    @cached_property
+    def planned(self) -> list[PlannedMatMul]:
+        """What each quantized linear is meant to run as."""
+        return [PlannedMatMul(**entry) for entry in self.manifest["planned"]]
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Bytes and SHA-256 of each file by name."""
+        return dict(self.manifest["files"])
+
+    def update(self, **entries: Any) -> Engine:
+        """Write more into engine.json (`measured=...`): a new Engine, the file replaced in one step."""
+        manifest = {**self.manifest, **entries}
+        beside = self.folder / f"{MANIFEST}.partial"
+        beside.write_text(_as_json(manifest), encoding="utf-8")
+        beside.replace(self.folder / MANIFEST)
+        return Engine(self.folder, manifest)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise DitqError(f"{folder}: no such engine folder")
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DitqError(f"{folder}: not an engine folder (it has no {MANIFEST}); compile one with: ditq compile") from error
+    except (OSError, ValueError) as error:
+        raise DitqError(f"{path}: damaged ({_first_line(error)}); compile the engine again") from error
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise DitqError(f"{path}: engine format {version!r} is not known here (only {FORMAT_VERSION}); use the ditq that wrote it")
+    for key, kind in _KEYS.items():
+        if key not in manifest or not isinstance(manifest[key], kind):
+            raise DitqError(f"{path}: damaged (no valid '{key}'); compile the engine again")
+    return manifest
+
+
+def write_engine(
+    folder: str | Path,
+    model: nn.Module,
+    *,
+    name: str,
+    config: Mapping[str, Any],
+    class_name: str,
+    family: str | None,
+    fingerprint: str,
+    recipe: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    axes: Mapping[str, tuple[str | None, ...]],
+    quality: Mapping[str, Any] | None = None,
+    reports: Sequence[Any] = (),
+    target_name: str = "onnxruntime-cpu",
+    force: bool = False,
+) -> Engine:
+    """Write `model` (with its QuantLinears) as an engine folder.
+
+    Args:
+        name, config, class_name, family, fingerprint: of the checkpoint that the model came from.
+        recipe: the recipe with all defaults filled in.
+        inputs: example keyword arguments of the model's forward; axes: names of what may vary (`onnx_graph.to_onnx`).
+        quality: what was measured of it, or None; reports: one JSON value a pass.
+        force: replace an existing engine of that name.
+
+    Raises:
+        DitqError: the folder exists (without force) or cannot be written; the model cannot be exported.
+    """
+    folder = Path(folder)
+    layers = {layer.site: layer for layer in model.modules() if isinstance(layer, QuantLinear)}
+    with _written_beside(folder, force) as partial:
+        graph, dropped = export_what_varies(model, inputs, axes)
+        lower = target(target_name).lower
+        if lower is None:
+            raise DitqError(f"target '{target_name}' runs engines but cannot be compiled for")
+        planned = lower(graph, layers)
+        described = [_describe(value) for value in graph.graph.inputs]
+        graph.producer_name, graph.producer_version = "ditq", _version()
+        graph.graph.name = class_name
+        write_weights(partial / WEIGHTS, model.state_dict(), graph, {"format": "pt", "ditq_version": _version()})
+        ir.save(graph, partial / GRAPH)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "ditq_version": _version(),
+            "family": family,
+            "class_name": class_name,
+            "config": _portable(config),
+            "source": {"name": Path(name).name, "fingerprint": fingerprint},
+            "target": target_name,
+            "recipe": dict(recipe),
+            "inputs": described,
+            "output": OUTPUT,
+            "layout": flatten(inputs)[1],
+            "arguments": _arguments(model),
+            "dropped_axes": dropped,
+            "sites": {site: layer.spec() for site, layer in layers.items()},
+            "planned": [dataclasses.asdict(entry) for entry in planned],
+            "reports": list(reports),
+            "measured": None if quality is None else dict(quality),
+            "files": {file.name: hash_file(file) for file in sorted(partial.iterdir())},
+        }
+        (partial / MANIFEST).write_text(_as_json(manifest), encoding="utf-8")
+    return Engine(folder, json.loads(_as_json(manifest)))
+
+
+@contextmanager
+def _written_beside(folder: Path, force: bool) -> Iterator[Path]:
+    """A new folder `<folder>.partial` that takes the place of `folder` at the end, or is gone after a failure."""
+    if folder.exists() and not force:
+        raise DitqError(f"{folder}: exists already; give another place or --force to replace it")
+    if folder.exists() and not (folder / MANIFEST).is_file() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        raise DitqError(f"{folder}: is not an engine, so it is not replaced even by force; give another place")
+    partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old.partial")
+    try:
+        for leftover in (partial, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+        if old.exists():
+            shutil.rmtree(old)
+    except OSError as error:
+        raise DitqError(f"{folder}: cannot be written: {error.strerror or _first_line(error)}") from error
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _describe(value: ir.Value) -> dict[str, Any]:
+    assert value.shape is not None and value.dtype is not None
+    shape = [size if isinstance(size, int) else str(size.value) for size in value.shape]
+    return {"name": value.name, "dtype": value.dtype.numpy().name, "shape": shape}
+
+
+def _arguments(model: nn.Module) -> list[str]:
+    """The forward's arguments in order, for positional calls."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name, parameter in inspect.signature(model.forward).parameters.items() if parameter.kind in kinds]
+
+
+def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without what belongs to one machine, such as the path it was loaded from."""
+    kept = ("_class_name", "_diffusers_version")
+    return {key: value for key, value in config.items() if not key.startswith("_") or key in kept}
+
+
+def _version() -> str:
+    try:
+        return metadata.version("ditq")
+    except metadata.PackageNotFoundError:
+        return "source"
+
+
+def _as_json(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, sort_keys=False, allow_nan=False) + "\n"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,67 @@
+"""Proof of fusion: the planned integer matmuls that the runtime really runs as integer kernels, read off its own graph."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from ditq.export.engine import GRAPH, Engine
+from ditq.export.session import open_session, session_options
+
+INTEGER_KERNELS = frozenset(
+    {"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger", "QLinearMatMul", "QGemm"}
+)
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """fused: sites whose product an integer kernel makes, with its name; not_fused: the others, with what makes it."""
+
+    planned: int
+    fused: dict[str, str]
+    not_fused: dict[str, str]
+
+    @property
+    def complete(self) -> bool:
+        return not self.not_fused
+
+    def __str__(self) -> str:
+        if self.complete:
+            return f"{len(self.fused)} of {self.planned} planned integer matmuls run as integer kernels"
+        named = ", ".join(f"{site} ({kernel})" for site, kernel in self.not_fused.items())
+        return f"{len(self.fused)} of {self.planned} planned integer matmuls run as integer kernels; not fused: {named}"
+
+
+def prove_fusion(engine: Engine | str | Path) -> FusionReport:
+    """Build the ONNX Runtime session, read back the graph that it made, and look for each planned integer matmul.
+
+    Raises:
+        DitqError: ONNX Runtime does not take the graph.
+    """
+    if not isinstance(engine, Engine):
+        engine = Engine.open(engine)
+    integer = [entry for entry in engine.planned if entry.kind == "integer"]
+    makers = kernels_of(engine.folder / GRAPH)
+    fused: dict[str, str] = {}
+    not_fused: dict[str, str] = {}
+    for entry in integer:
+        kernel = makers.get(entry.output, "vanished from the graph")
+        (fused if kernel in INTEGER_KERNELS else not_fused)[entry.site] = kernel
+    return FusionReport(len(integer), fused, not_fused)
+
+
+def kernels_of(graph: Path) -> dict[str, str]:
+    """What ONNX Runtime runs, by the name of each value that it makes: {output: operator}."""
+    with tempfile.TemporaryDirectory(prefix="ditq-fusion-") as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        options = session_options(threads=1)
+        options.optimized_model_filepath = str(optimized)
+        # Weights go into a file beside it, so that a graph of any size can be saved.
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        open_session(graph, options)
+        model = onnx.load(str(optimized), load_external_data=False)
+    return {output: node.op_type for node in model.graph.node for output in node.output if output}

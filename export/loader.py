@@ -1,0 +1,158 @@
+"""load_engine: an engine as the diffusers transformer that it was compiled from.
+
+    pipeline = FluxPipeline.from_pretrained(checkpoint, transformer=load_engine("engine"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor
+
+from ditq.errors import DitqError
+from ditq.export.arguments import Layout
+from ditq.export.engine import Engine
+from ditq.export.targets import Runner, target, targets
+
+_PREFERRED = ("onnxruntime-cpu", "torch")
+
+
+def load_engine(path: str | Path, target: str = "auto", threads: int | None = None) -> EngineTransformer:
+    """Open an engine folder, check it, and make it ready to run.
+
+    Args:
+        path: the engine folder.
+        target: what runs it: `onnxruntime-cpu`, `torch`, or `auto`, the first of these that is installed.
+        threads: of ONNX Runtime; None leaves the choice to it.
+
+    Raises:
+        DitqError: not a sound engine (see `Engine.open`), or the target does not run here.
+    """
+    return EngineTransformer(Engine.open(path), target, threads)
+
+
+class EngineTransformer(ModelMixin):
+    """Called like the diffusers transformer that it stands for. It has no parameters: it is for inference on the CPU."""
+
+    def __init__(self, engine: Engine, target_name: str = "auto", threads: int | None = None) -> None:
+        super().__init__()
+        self.engine = engine
+        self.target = _choose(target_name)
+        self._run: Runner = target(self.target).runner(engine, threads)
+        self._config = FrozenDict(engine.config)
+
+    @property
+    def config(self) -> FrozenDict:
+        """The transformer's config, with its entries as attributes."""
+        return self._config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def to(self, *arguments: Any, **keywords: Any) -> EngineTransformer:
+        """Stays where it is: inputs are brought to it and the output goes back to their device and dtype."""
+        return self
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Pipelines name their guidance branches by it, for step caches; an engine keeps nothing between calls."""
+        yield
+
+    def save_pretrained(self, *arguments: Any, **keywords: Any) -> None:
+        """Raises DitqError: an engine is a folder that is copied as it is."""
+        raise DitqError(f"{self.engine.folder}: an engine is not saved as a diffusers model; copy its folder instead")
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Transformer2DModelOutput | tuple[Tensor]:
+        """The denoiser's output for the original transformer's own arguments.
+
+        Raises:
+            DitqError: an argument that the engine was not compiled for, a missing one, or a shape that it does not take.
+        """
+        names = self.engine.manifest["arguments"]
+        if len(arguments) > len(names):
+            raise DitqError(f"{self.engine.name}: takes at most {len(names)} arguments, not {len(arguments)}")
+        given = dict(zip(names, arguments, strict=False))
+        for name, value in keywords.items():
+            if name not in names:
+                raise DitqError(f"{self.engine.name}: has no argument '{name}'; its arguments are: {', '.join(names)}")
+            if name in given:
+                raise DitqError(f"{self.engine.name}: argument '{name}' is given twice")
+            given[name] = value
+        as_output = given.pop("return_dict", True)
+        found = _collect(given, self.engine.manifest["layout"], self.engine.name)
+        inputs = _checked(found, self.engine.manifest["inputs"], self.engine.name)
+        sample = _like(self._run(inputs), next(iter(found.values())))
+        return Transformer2DModelOutput(sample=sample) if as_output else (sample,)
+
+
+def _choose(name: str) -> str:
+    if name != "auto":
+        runs, why_not = target(name).available()
+        if not runs:
+            raise DitqError(f"target '{name}' does not run here: {why_not}")
+        return name
+    known = targets()
+    runnable = [name for name in _PREFERRED if known[name].available()[0]]
+    if not runnable:
+        raise DitqError(f"no target runs here: {known[_PREFERRED[0]].available()[1]}")
+    return runnable[0]
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value is False or isinstance(value, Mapping | list | tuple) and not value
+
+
+def _collect(given: Mapping[str, Any], layout: Layout, engine: str, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors by flat name; everything that the engine does not take must be absent or empty."""
+    tensors: dict[str, Tensor] = {}
+    for argument, part in layout.items():
+        value, name = given.get(argument), prefix + argument
+        if "tensor" in part:
+            if not isinstance(value, Tensor):
+                raise DitqError(f"{engine}: argument '{name}' must be a tensor, not {type(value).__name__}")
+            tensors[name] = value
+        elif "values" in part:
+            tensors |= _collect(value if isinstance(value, Mapping) else {}, part["values"], engine, f"{name}.")
+        elif argument in given and not (_is_empty(value) and _is_empty(part["constant"])) and value != part["constant"]:
+            raise DitqError(f"{engine}: was compiled with '{name}' = {part['constant']!r}; it cannot take another value")
+    for argument, value in given.items():
+        if argument not in layout and not _is_empty(value):
+            raise DitqError(f"{engine}: was compiled without '{prefix}{argument}', so it cannot be given")
+    return tensors
+
+
+def _checked(tensors: Mapping[str, Tensor], described: list[dict[str, Any]], engine: str) -> dict[str, Tensor]:
+    """The inputs on the CPU and in the engine's dtypes, their shapes checked against its axes."""
+    sizes: dict[str, tuple[int, str]] = {}
+    inputs = {}
+    for entry in described:
+        name, shape = entry["name"], entry["shape"]
+        tensor = tensors[name]
+        wanted = f"[{', '.join(map(str, shape))}]"
+        if tensor.dim() != len(shape):
+            raise DitqError(f"{engine}: {name} has shape {list(tensor.shape)}, but the engine takes {wanted}")
+        for size, axis in zip(tensor.shape, shape, strict=True):
+            if isinstance(axis, int) and size != axis:
+                raise DitqError(f"{engine}: {name} has shape {list(tensor.shape)}, but the engine takes {wanted}")
+            if isinstance(axis, str) and sizes.setdefault(axis, (size, name))[0] != size:
+                first, where = sizes[axis]
+                raise DitqError(f"{engine}: axis '{axis}' is {first} in {where} but {size} in {name}")
+        inputs[name] = tensor.detach().to("cpu", getattr(torch, entry["dtype"])).contiguous()
+    return inputs
+
+
+def _like(sample: Tensor, given: Tensor) -> Tensor:
+    dtype = given.dtype if given.is_floating_point() else sample.dtype
+    return sample.to(given.device, dtype)

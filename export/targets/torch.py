@@ -1,0 +1,74 @@
+"""Plain torch: the diffusers model rebuilt around the engine's QuantLinears. The exact meaning; slow, needs diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ditq.errors import DitqError
+from ditq.export.arguments import unflatten
+from ditq.export.session import first_line
+from ditq.export.targets import Runner, Target, register
+from ditq.export.weights_file import EXTRA, WEIGHTS
+from ditq.nn import QuantLinear
+
+if TYPE_CHECKING:
+    from ditq.export.engine import Engine
+
+
+def rebuild(engine: Engine) -> nn.Module:
+    """The model that the engine was compiled from, float32, in eval mode.
+
+    Raises:
+        DitqError: its class is not in this diffusers, or its weights do not fit the class.
+    """
+    import diffusers
+    from accelerate import init_empty_weights
+
+    class_name = engine.manifest["class_name"]
+    builder: Any = getattr(diffusers, class_name, None)
+    if builder is None:
+        raise DitqError(f"{engine.folder}: the class {class_name} is not in diffusers {diffusers.__version__}; upgrade it")
+    stored = load_file(engine.folder / WEIGHTS)
+    state = {name: _widened(tensor) for name, tensor in stored.items() if not name.startswith(EXTRA)}
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = builder.from_config(engine.config)
+        for site, spec in engine.sites.items():
+            parent, _, leaf = site.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, QuantLinear.from_spec(spec, state))
+        model.load_state_dict(state, strict=True, assign=True)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise DitqError(f"{engine.folder}: its weights do not fit {class_name}: {first_line(error)}") from error
+    return model.eval().requires_grad_(False)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def available() -> tuple[bool, str]:
+    """Whether diffusers can be imported."""
+    try:
+        import diffusers
+    except ImportError as error:
+        return False, f"diffusers cannot be imported ({error}); pip install diffusers"
+    return True, f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+
+
+def runner(engine: Engine, threads: int | None = None) -> Runner:
+    """Calls the rebuilt model. `threads` is torch's own setting for the whole process, so it is left alone."""
+    model = rebuild(engine)
+
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        with torch.inference_mode():
+            return model(**unflatten(inputs, engine.manifest["layout"]), return_dict=False)[0]
+
+    return run
+
+
+TARGET = register(Target("torch", "plain torch, the exact meaning", available, None, runner))
