@@ -109,7 +109,7 @@ def _kronecker_orders(n: int) -> tuple[int, ...] | None:
         return ()
     if n & (n - 1) == 0:
         return (2,) * (n.bit_length() - 1)  # Sylvester
-    choices = [(n,)] if _is_paley_one(n) or _is_paley_two(n) else []
+    choices: list[tuple[int, ...]] = [(n,)] if _is_paley_one(n) or _is_paley_two(n) else []
     for a in range(2, math.isqrt(n) + 1):
         if n % a == 0:
             left, right = _kronecker_orders(a), _kronecker_orders(n // a)

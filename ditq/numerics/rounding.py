@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ditq.numerics.weight_code import Fit, WeightCode, check_weight, encode, midpoints, row_chunks
+from ditq.numerics.weight_code import Fit, WeightCode, check_fit, encode, midpoints, row_chunks
 
 LARGEST_DAMPING = 10.0  # of the mean diagonal: beyond that the Hessian no longer says anything
 
@@ -99,7 +99,7 @@ def round_gptq(  # noqa: PLR0917
     Raises:
         ValueError: for shapes that do not fit, a Hessian that is not finite, or one that no damping makes definite.
     """
-    check_weight(weight, fit.bits, fit.group_size)
+    check_fit(weight, fit)
     rows, columns = weight.shape
     if hessian.shape != (columns, columns):
         raise ValueError(f"a Hessian {list(hessian.shape)} is not of a weight {list(weight.shape)}")

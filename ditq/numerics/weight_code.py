@@ -106,16 +106,22 @@ class WeightCode:
         return (carrier * scale[:, :, None]).flatten(1)
 
 
+def check_fit(weight: torch.Tensor, fit: Fit) -> None:
+    """Raises ValueError when no codebook takes the weight, or the fit was made for a weight of another shape."""
+    check_weight(weight, fit.bits, fit.group_size)
+    rows, columns = weight.shape
+    if fit.scale.shape[0] != rows or columns != (fit.group_size or columns) * fit.groups:
+        raise ValueError(f"a fit of scales {list(fit.scale.shape)} is not of a weight {list(weight.shape)}")
+
+
 def encode(weight: torch.Tensor, fit: Fit) -> WeightCode:
     """weight [O, I] -> the code of the nearest level in value, each weight on its own; halfway, the lower one.
 
     Raises:
         ValueError: when the fit was made for another shape, or the weight is not finite.
     """
-    check_weight(weight, fit.bits, fit.group_size)
+    check_fit(weight, fit)
     rows, columns = weight.shape
-    if fit.scale.shape[0] != rows or columns != (fit.group_size or columns) * fit.groups:
-        raise ValueError(f"a fit of scales {list(fit.scale.shape)} is not of a weight {list(weight.shape)}")
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     width = columns + fit.groups * fit.table.shape[-1]
     for part in row_chunks(rows, width):
