@@ -34,10 +34,11 @@ from ditq.calibration.sampling import (
 )
 from ditq.checkpoint import BUILT_IN, Checkpoint
 from ditq.errors import DitqError
-from ditq.graph import DiTGraph
+from ditq.graph import DiTGraph, LinearModulation
 from ditq.inspection import example_inputs
 from ditq.progress import ProgressSetting, progress_bar
 from ditq.report import metrics
+from ditq.report.alignment import Alignment, RotatedBlocks, ScaledChannels
 from ditq.report.evaluation import Evaluation, PromptResult, StepResult
 from ditq.report.layers import per_layer_sqnr, quantized_sites, site_histograms
 from ditq.report.perceptual import NOT_INSTALLED, st_lpips, weights_path
@@ -276,8 +277,7 @@ def _measure_layers(
         quantized,
         calls,
         kinds={name: site.kind or site.role for name, site in graph.sites.items()},
-        # An orthogonal matrix a head may have been moved from the values to the layers that read the attention.
-        rotated_outputs={name: item.head_width for item in graph.attentions.values() for name in item.values},
+        alignments=_alignments(graph),
         progress=progress,
     )
     ranked = sorted(evaluation.sites, key=lambda site: site.sqnr_db)
@@ -286,6 +286,18 @@ def _measure_layers(
         worst_by_kind.setdefault(site.kind, site.site)
     shown = list(dict.fromkeys([*list(worst_by_kind.values())[:HISTOGRAM_SITES], ranked[-1].site]))
     evaluation.histograms = site_histograms(original, quantized, spread(calls, HISTOGRAM_CALLS), shown)
+
+
+def _alignments(graph: DiTGraph) -> dict[str, Alignment]:
+    """For the sites whose outputs passes write in another basis: an orthogonal matrix a head may have been moved from
+    the values to what reads the attention, and scales and shifts of a group's input into the modulation that feeds it.
+    """
+    modulations = {group.feed.site for group in graph.groups.values() if isinstance(group.feed, LinearModulation)}
+    values = {site: item.head_width for item in graph.attentions.values() for site in item.values}
+    return {
+        **{site: ScaledChannels() for site in modulations},
+        **{site: RotatedBlocks(width) for site, width in values.items()},
+    }
 
 
 def environment() -> dict[str, str]:

@@ -56,7 +56,7 @@ class SiteResult:
 
     `sqnr_db` holds what the layers before it added as well; `local_db` is the layer alone on the original's input, None
     where that input's basis was changed (a scale or rotation folded upstream) so that it cannot be fed to it.
-    `aligned`: the output is written in another basis (rotated values), so the best rotation brought it back first.
+    `aligned`: a pass has written the output in another basis, which was fitted and taken out first (alignment.py).
     """
 
     site: str

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ditq.nn.quant_linear import QuantLinear
 from ditq.progress import ProgressSetting, progress_bar
+from ditq.report.alignment import Alignment
 from ditq.report.evaluation import Histogram, SiteHistograms, SiteResult
 from ditq.report.metrics import decibels, energy_ratio
 
@@ -57,38 +58,20 @@ def _hooked(modules: Mapping[str, nn.Module], watch: Any) -> Iterator[None]:
 
 @dataclass
 class _Energies:
-    """Sums over the calls for one site."""
+    """Sums over the calls for one site: y the original's output, y' the other's."""
 
-    signal: float = 0.0
-    side_by_side: float = 0.0
+    alignment: Alignment | None = None
+    signal: float = 0.0  # ||y||^2
+    side_by_side: float = 0.0  # ||y - y'||^2
     local: float = 0.0
-    rows: int = 0
-    block: int = 0  # width of the diagonal blocks in which the output may be rotated; 0 = same basis
-    output: float = 0.0  # ||Y'||^2
-    cross: Tensor | None = None  # Y'^T Y by block [C / block, block, block]
     kept: list[Tensor] = field(default_factory=list)
 
     def add(self, reference: Tensor, output: Tensor) -> None:
         a, b = reference.double(), output.double()
         self.signal += float(a.square().sum())
         self.side_by_side += float((a - b).square().sum())
-        self.rows += a.shape[0]
-        if self.block:
-            self.output += float(b.square().sum())
-            a, b = (y.view(y.shape[0], -1, self.block).transpose(0, 1) for y in (a, b))
-            cross = b.transpose(1, 2) @ a
-            self.cross = cross if self.cross is None else self.cross + cross
-
-    def aligned(self) -> float | None:
-        """Energy left after the best rotation of each block, min_R ||Y - Y' R||^2; None with too few rows for it.
-
-        Orthogonal Procrustes (Schoenemann 1966): ||Y||^2 + ||Y'||^2 - 2 ||Y'^T Y||_nuclear. The best rotation also
-        takes up the part of the error that is itself a small rotation: up to about 1 dB for narrow models.
-        """
-        if self.cross is None or self.rows < 2 * self.block:
-            return None
-        nuclear = float(torch.linalg.svdvals(self.cross).sum())
-        return max(self.signal + self.output - 2 * nuclear, 0.0)
+        if self.alignment is not None:
+            self.alignment.add(a, b)
 
 
 @torch.no_grad()
@@ -99,7 +82,7 @@ def per_layer_sqnr(
     *,
     sites: Sequence[str] | None = None,
     kinds: Mapping[str, str] | None = None,
-    rotated_outputs: Mapping[str, int] | None = None,
+    alignments: Mapping[str, Alignment] | None = None,
     progress: ProgressSetting = None,
 ) -> list[SiteResult]:
     """Signal-to-quantization-noise ratio of every site's output, 10 log10(sum ||y||^2 / sum ||y - y'||^2), in dB.
@@ -112,13 +95,11 @@ def per_layer_sqnr(
     Args:
         sites: names of modules to compare; by default the quantized linears.
         kinds: what to call each site in the report.
-        rotated_outputs: site -> block width, for sites whose output may be written in another basis within blocks of
-            that many channels (rotated values: the head dimension). Where that explains more than 6 dB, the error left
-            after the best rotation of each block is reported, marked `aligned`.
+        alignments: a fresh one for each site whose output a pass may have written in another basis. Where the outputs
+            agree 3 dB better after it, what is left then is reported, marked `aligned`.
     """
     pairs = _paired(original, quantized, sites)
-    blocks = rotated_outputs or {}
-    energies = {name: _Energies(block=blocks.get(name, 0)) for name in pairs}
+    energies = {name: _Energies((alignments or {}).get(name)) for name in pairs}
 
     def before(name: str, x: Tensor, y: Tensor) -> None:
         kept = rows_of(y)
@@ -142,9 +123,9 @@ def per_layer_sqnr(
 def _result(name: str, pair: Pair, energy: _Energies, kind: str) -> SiteResult:
     ratio = decibels(energy_ratio(energy.side_by_side, energy.signal))
     local: float | None = decibels(energy_ratio(energy.local, energy.signal))
-    left = energy.aligned()
+    left = None if energy.alignment is None else energy.alignment.left()
     brought_back = None if left is None else decibels(energy_ratio(left, energy.signal))
-    aligned = brought_back is not None and brought_back > ratio + 6
+    aligned = brought_back is not None and brought_back > ratio + 3
     if aligned:
         assert brought_back is not None
         ratio, local = brought_back, None

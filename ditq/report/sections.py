@@ -180,7 +180,7 @@ def layers(evaluation: Evaluation, reports: Reports, charts: str, rows: int) -> 
         "<p>Both models run side by side on the same calls, so a layer's SQNR holds what the layers before it added. "
         "<i>Alone</i>: the layer on the original's input, where that input still has the same basis. <i>Rounding</i>: "
         "its weights alone, as the pass that rounded them measured it on the calibration inputs. <i>Aligned</i>: "
-        "values that a pass has rotated, rotated back before they were compared.</p>"
+        "an output that a pass has rotated, scaled or shifted, brought back before it was compared.</p>"
         f"{charts}<h3>The {len(worst)} worst</h3>"
         + table(headings, [cells(result) for result in worst], sortable=True)
         + "<p>To give them more bits, add what you want of these to the rules of the recipe's <code>quantize</code> "

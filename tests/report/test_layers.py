@@ -13,6 +13,7 @@ from ditq.nn import ActivationFormat, InputTransform, QuantLinear
 from ditq.numerics.codebook import CODEBOOKS, encode
 from ditq.numerics.rotation import hadamard_rotation
 from ditq.report import metrics
+from ditq.report.alignment import RotatedBlocks, ScaledChannels
 from ditq.report.layers import histogram, per_layer_sqnr, rows_of, site_histograms
 
 torch.set_num_threads(1)
@@ -83,7 +84,7 @@ def test_rotated_values_are_brought_back_before_they_are_compared(calls: list[di
     before = {result.site: result for result in per_layer_sqnr(original, plain, calls, sites=names)}
     after = {
         result.site: result
-        for result in per_layer_sqnr(original, rotated, calls, sites=names, rotated_outputs={"value": head})
+        for result in per_layer_sqnr(original, rotated, calls, sites=names, alignments={"value": RotatedBlocks(head)})
     }
     blind = per_layer_sqnr(original, rotated, calls, sites=["value"])[0]
     assert blind.sqnr_db < 3  # compared as they are, two bases have nothing in common
@@ -101,11 +102,46 @@ def test_rotated_values_are_brought_back_before_they_are_compared(calls: list[di
     assert before["out"].local_db is not None and after["out"].local_db is None
 
 
+@torch.no_grad()
+def test_folded_scales_and_shifts_are_taken_out_before_outputs_are_compared(calls: list[dict[str, Tensor]]) -> None:
+    original = Chain()
+    plain = noisy(original, ["value"])
+    folded = copy.deepcopy(plain)
+    scale = torch.linspace(0.2, 5.0, WIDTH)
+    shift = torch.linspace(-3.0, 3.0, WIDTH)
+    folded.value.weight.copy_(plain.value.weight * scale[:, None])
+    folded.value.bias.copy_(plain.value.bias * scale + shift)
+    (before,) = per_layer_sqnr(original, plain, calls, sites=["value"])
+    (after,) = per_layer_sqnr(original, folded, calls, sites=["value"], alignments={"value": ScaledChannels()})
+    assert after.aligned and after.local_db is None
+
+    # Exactly what a line fitted to each channel leaves, and close to the error itself.
+    inputs = torch.tanh(original.first(torch.cat([call["x"] for call in calls]))).reshape(-1, WIDTH)
+    wanted, given = (model.value(inputs).double() for model in (original, folded))
+    fitted = []
+    for channel in range(WIDTH):
+        columns = torch.stack([given[:, channel], torch.ones(len(given), dtype=torch.float64)], dim=1)
+        fitted.append(columns @ torch.linalg.lstsq(columns, wanted[:, channel, None]).solution[:, 0])
+    rows = len(given)
+    expected = metrics.sqnr_db(wanted, torch.stack(fitted, dim=1)) - 10 * math.log10(rows / (rows - 2))
+    assert after.sqnr_db == pytest.approx(expected, abs=1e-6)
+    assert after.sqnr_db == pytest.approx(before.sqnr_db, abs=1.0)
+
+
+def test_alignments_with_too_few_rows_say_nothing() -> None:
+    rotated, scaled = RotatedBlocks(4), ScaledChannels()
+    assert rotated.left() is None and scaled.left() is None
+    y = torch.randn(7, 8, dtype=torch.float64)
+    for alignment in (rotated, scaled):
+        alignment.add(y, y)
+        assert alignment.left() is None
+
+
 def test_values_in_the_same_basis_are_not_aligned(calls: list[dict[str, Tensor]]) -> None:
     original = Chain()
-    result = per_layer_sqnr(original, noisy(original, ["value"]), calls, sites=["value"], rotated_outputs={"value": 8})[
-        0
-    ]
+    result = per_layer_sqnr(
+        original, noisy(original, ["value"]), calls, sites=["value"], alignments={"value": RotatedBlocks(8)}
+    )[0]
     assert not result.aligned and result.local_db is not None
 
 
