@@ -260,8 +260,13 @@ def targets() -> None:
 
 
 def _print_evaluation(evaluation: Any) -> None:
-    for label, value in evaluation.lines():
-        click.echo(f"{label:34s} {value}")
+    from ditq.report.evaluation import METRICS
+
+    for name, value in evaluation.summary.items():
+        if value is not None:
+            click.echo(f"{METRICS[name].label:44s} {value:.4g}")
+    for line in (*evaluation.defects, *evaluation.notes):
+        click.echo(f"note: {line}")
 
 
 def _example(checkpoint: Any) -> str:

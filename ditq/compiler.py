@@ -19,6 +19,7 @@ from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError
 from ditq.export.engine import Engine, write_engine
+from ditq.export.targets import target
 from ditq.folders import check_output, remove
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
@@ -79,6 +80,7 @@ def compile(  # noqa: A001  the word that users know
     out = Path(out)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     check_output(out, options.force)
+    target(options.target)
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     work = out.absolute().parent / f".{out.name}.work"
     if work.exists() and not options.resume:
@@ -98,10 +100,15 @@ def compile(  # noqa: A001  the word that users know
         engine = write_engine(
             out,
             model,
-            checkpoint=checkpoint,
+            name=checkpoint.name,
+            config=checkpoint.config,
+            class_name=checkpoint.class_name,
+            family=checkpoint.family.name if checkpoint.family else None,
+            fingerprint=checkpoint.fingerprint(),
             recipe=recipe.to_json(),
-            example_inputs=inputs,
-            target=options.target,
+            inputs=inputs,
+            axes=checkpoint.family.axes if checkpoint.family else {},
+            target_name=options.target,
             reports=[report.to_json() for report in reports],
             force=options.force,
         )

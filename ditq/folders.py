@@ -1,12 +1,9 @@
-"""Output folders appear whole or not at all: written beside, then renamed; old ones are replaced only when asked."""
+"""Check where output goes before any work is done."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ditq.errors import DitqError
@@ -21,23 +18,6 @@ def check_output(path: Path, force: bool) -> None:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise DitqError(f"{path}: cannot be written, {parent} is not a folder that you may write to")
-
-
-@contextmanager
-def whole_folder(path: Path, force: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not."""
-    check_output(path, force)
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.absolute().parent))
-    partial.chmod(0o755)
-    try:
-        yield partial
-        if path.exists():
-            remove(path)
-        partial.rename(path)
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove(path: Path) -> None:

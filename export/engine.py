@@ -26,7 +26,7 @@ from ditq.export.engine_files import check_external_data, check_files, hash_file
 from ditq.export.onnx_graph import OUTPUT, export_what_varies
 from ditq.export.targets import PlannedMatMul, target
 from ditq.export.weights_file import WEIGHTS, write_weights
-from ditq.nn import QuantLinear
+from ditq.nn import QuantLinear, describe
 
 MANIFEST = "engine.json"
 GRAPH = "model.onnx"
@@ -45,7 +45,7 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "layout": dict,
     "arguments": list,
     "dropped_axes": list,
-    "sites": dict,
+    "structure": dict,
     "planned": list,
     "files": dict,
 }
@@ -86,7 +86,7 @@ class Engine:
     @property
     def sites(self) -> dict[str, dict[str, Any]]:
         """`QuantLinear.spec()` by site."""
-        return dict(self.manifest["sites"])
+        return dict(self.manifest["structure"]["quantized"])
 
     @cached_property
     def planned(self) -> list[PlannedMatMul]:
@@ -182,7 +182,7 @@ def write_engine(
             "layout": flatten(inputs)[1],
             "arguments": _arguments(model),
             "dropped_axes": dropped,
-            "sites": {site: layer.spec() for site, layer in layers.items()},
+            "structure": describe(model),
             "planned": [dataclasses.asdict(entry) for entry in planned],
             "reports": list(reports),
             "measured": None if quality is None else dict(quality),

@@ -49,4 +49,4 @@ def rebuild(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, 
         linear = model.get_submodule(name)
         if isinstance(linear, nn.Linear) and linear.bias is None:
             linear.bias = nn.Parameter(torch.zeros(linear.out_features), requires_grad=False)
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors, assign=True)

@@ -14,7 +14,7 @@ from ditq.export.arguments import unflatten
 from ditq.export.session import first_line
 from ditq.export.targets import Runner, Target, register
 from ditq.export.weights_file import EXTRA, WEIGHTS
-from ditq.nn import QuantLinear
+from ditq.nn import rebuild as nn_rebuild
 
 if TYPE_CHECKING:
     from ditq.export.engine import Engine
@@ -38,10 +38,7 @@ def rebuild(engine: Engine) -> nn.Module:
     try:
         with init_empty_weights(include_buffers=False):
             model: nn.Module = builder.from_config(engine.config)
-        for site, spec in engine.sites.items():
-            parent, _, leaf = site.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, QuantLinear.from_spec(spec, state))
-        model.load_state_dict(state, strict=True, assign=True)
+        nn_rebuild(model, engine.manifest["structure"], state)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise DitqError(f"{engine.folder}: its weights do not fit {class_name}: {first_line(error)}") from error
     return model.eval().requires_grad_(False)

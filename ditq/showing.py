@@ -1,0 +1,159 @@
+"""What the commands that only show things print: inspect, doctor, passes, targets. Text and tables as data."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditq.calibration.statistics import INDEX, Statistics
+from ditq.checkpoint import Checkpoint
+from ditq.errors import DitqError
+from ditq.export.engine import MANIFEST, Engine
+from ditq.export.fusion import prove_fusion
+from ditq.export.targets import targets
+from ditq.inspection import inspect_checkpoint
+from ditq.passes import passes
+from ditq.recipe import load_recipe
+from ditq.suggest import unknown_key
+
+Table = tuple[list[str], list[list[str]]]
+Lines = list[str | Table]
+
+PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxruntime", "triton", "tensorrt", "tensorrt_rtx")
+
+
+def show(what: str, recipe: str, config: Path | None = None) -> tuple[Lines, dict[str, Any]]:
+    """What `ditq inspect` prints, and the same as JSON, for a checkpoint, an engine or a statistics folder."""
+    folder = Path(what)
+    if (folder / MANIFEST).is_file():
+        return _show_engine(Engine.open(folder))
+    if (folder / INDEX).is_file():
+        return _show_statistics(Statistics.open(folder))
+    found = inspect_checkpoint(Checkpoint.open(what, config), load_recipe(recipe))
+    values = found.to_json()
+    total = max(sum(row["macs"] for row in values["roles"]), 1)
+    roles = [
+        [row["role"], str(row["linears"] or ""), f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e6:.1f}",
+         f"{100 * row['macs'] / total:.1f} %"]
+        for row in values["roles"]
+    ]  # fmt: skip
+    sites = [
+        [site["site"], site["role"], site["kind"], "x".join(map(str, site["shape"])), ", ".join(site["plan"]) or "kept"]
+        for site in values["sites"]
+        if site["role"] != "unused"
+    ]
+    head = f"{values['checkpoint']}: {values['class']}, {values['parameters'] / 1e6:.2f} M parameters"
+    return [
+        f"{head}, {len(values['blocks'])} blocks, family {values['family'] or 'unknown'}",
+        "",
+        (["linear", "role", "kind", "shape", f"with recipe {found.recipe.name}"], sites),
+        "",
+        (["role", "linears", "M parameters", "M multiply-adds", "share"], roles),
+    ], values
+
+
+def _show_engine(engine: Engine) -> tuple[Lines, dict[str, Any]]:
+    manifest = engine.manifest
+    kinds = {entry.site: entry.kind for entry in engine.planned}
+    sites = [
+        [site, f"w{spec['bits']}a{spec['activation']['bits']}", spec["codebook"], kinds.get(site, "")]
+        for site, spec in engine.sites.items()
+    ]
+    files = [[name, f"{entry['bytes'] / 1e6:.2f} MB"] for name, entry in engine.files.items()]
+    inputs = [[item["name"], item["dtype"], str(item["shape"])] for item in manifest["inputs"]]
+    measured = manifest.get("measured") or {}
+    summary = [[name, f"{value}"] for name, value in (measured.get("summary") or {}).items() if value is not None]
+    return [
+        f"{engine.name}: {manifest['class_name']} from {manifest['source']['name']}, recipe "
+        f"{manifest['recipe'].get('name')}, target {manifest['target']}",
+        "",
+        (["linear", "format", "codebook", "planned as"], sites),
+        "",
+        (["file", "size"], files),
+        "",
+        (["input", "dtype", "shape"], inputs),
+        *(["", (["measured", ""], summary)] if summary else []),
+    ], dict(manifest)
+
+
+def _show_statistics(statistics: Statistics) -> tuple[Lines, dict[str, Any]]:
+    rows, values = [], {}
+    for name in statistics.groups:
+        found = statistics.groups[name]
+        values[name] = {"width": found.width, "rms": found.rms(), "absmax": float(found.absmax_all.max()),
+                        "crest": found.mean_crest}  # fmt: skip
+        rows.append([name, str(found.width), f"{found.rms():.3g}", f"{values[name]['absmax']:.3g}", f"{found.mean_crest:.2f}"])
+    metadata = statistics.metadata
+    head = (
+        f"statistics of {metadata['checkpoint'].get('name')}: {metadata['condition_count']} conditions, "
+        f"{metadata['steps']} steps, {statistics.bins} bins"
+    )
+    return [head, "", (["input", "width", "RMS", "largest", "crest factor"], rows)], {**metadata, "inputs": values}
+
+
+def show_passes(name: str | None) -> Lines:
+    """All passes, or the settings of one with defaults, choices and meaning."""
+    known = passes()
+    if name is None:
+        return [(["pass", "what it does"], [[key, _first_line(found.__doc__)] for key, found in known.items()])]
+    if name not in known:
+        raise DitqError(unknown_key("pass", name, known))
+    made, rows = known[name](), []
+    for item in fields(known[name]):
+        choices = item.metadata.get("choices")
+        meaning = item.metadata["help"] + (f"; one of {', '.join(map(str, choices))}" if choices else "")
+        rows.append([item.name, repr(getattr(made, item.name)), meaning])
+    text = "\n".join(line.removeprefix("    ") for line in (known[name].__doc__ or "").strip().splitlines())
+    return [text, "", (["setting", "default", "meaning"], rows)]
+
+
+def show_targets() -> Table:
+    """All export targets and whether they work here."""
+    rows = []
+    for name, found in targets().items():
+        works, why = found.available()
+        rows.append([name, "yes" if works else "no", why, found.description])
+    return ["target", "works here", "", "what it is"], rows
+
+
+def diagnose(engine: str | None) -> tuple[list[str], bool]:
+    """What is installed and what works; with an engine, which of its planned integer products really are. And: all well?"""
+    lines = [f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"]
+    for package in PACKAGES:
+        try:
+            lines.append(f"{package:13s} {_version(package)}")
+        except PackageNotFoundError:
+            lines.append(f"{package:13s} not installed")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    lines += [f"GPU           {torch.cuda.get_device_name(i)}" for i in range(count)] or ["GPU           none that torch sees"]
+    for name, found in targets().items():
+        works, why = found.available()
+        lines.append(f"target {name}: {'works' if works else 'does not work'} ({why})")
+    if engine is None:
+        return lines, True
+    proof = prove_fusion(engine)
+    lines.append(f"{engine}: {len(proof.fused)} of {proof.planned} planned integer products run as integer kernels")
+    lines += [f"not fused: {site} runs as {kernel}" for site, kernel in proof.not_fused.items()]
+    return lines, proof.complete
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        if package in ("onnxruntime", "tensorrt_rtx", "tensorrt"):  # wheels whose name differs from the module's
+            try:
+                return str(importlib.import_module(package).__version__)
+            except ImportError:
+                pass
+        raise
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().splitlines()[0]
