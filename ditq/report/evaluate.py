@@ -163,16 +163,25 @@ def _draw(
     outputs: list[Tensor] = []
     steps: list[int] = []
 
-    def before(call: DenoiserCall) -> None:
-        steps.append(call.step)
-        if keep:
-            arguments.append(_copied(call.arguments))
+    done = 0
 
-    handle = transformer.register_forward_hook(lambda module, given, output: outputs.append(_first(output)))
+    def before(call: DenoiserCall) -> None:
+        arguments.append(_copied(call.arguments))
+
+    def after_call(_module: nn.Module, _given: Any, output: Any) -> None:
+        outputs.append(_first(output))
+        steps.append(done)
+
+    def after_step(_record: Any) -> None:
+        nonlocal done
+        done += 1
+        advance()
+
+    handle = transformer.register_forward_hook(after_call)
     try:
         with _in_place(pipeline, transformer), torch.no_grad():
             sample = sample_one(
-                pipeline, condition, settings, index, on_denoiser_call=before, on_step=lambda record: advance()
+                pipeline, condition, settings, index, on_denoiser_call=before if keep else None, on_step=after_step
             )
     except DitqError as error:
         raise DitqError(f"{who}: {error}") from error

@@ -16,9 +16,6 @@ STYLE = """
 --mono:ui-monospace,"SFMono-Regular",Menlo,Consolas,"DejaVu Sans Mono",monospace}
 @media (prefers-color-scheme:dark){:root{--paper:#14171a;--panel:#1d2125;--ink:#e6e8ea;--soft:#9aa4af;--rule:#3a424a;
 --blue:#56b4e9;--orange:#f08a3c;--green:#2fc79a;--purple:#d795bd;--bad:#ff8a80}}
-@media print{:root{--paper:#fff;--panel:#fff;--ink:#000;--soft:#444;--rule:#bbb;--blue:#0072b2;--orange:#c85200;
---green:#009e73;--purple:#a8578a;--bad:#b3261e}figure,tr,svg,.tile{break-inside:avoid}nav,.hint{display:none}
-h2,h3{break-after:avoid}body{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 var(--sans)}
 main{max-width:1040px;margin:0 auto;padding:28px 20px 60px}
@@ -55,6 +52,11 @@ svg.chart{display:block;width:100%;min-width:600px;height:auto;margin:4px 0}
 figcaption{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 12px;margin-bottom:3px}
 figcaption span{overflow-wrap:anywhere}figcaption span:first-child{color:var(--ink)}
 details>summary{cursor:pointer;font-weight:600;margin:6px 0}
+@media print{:root{--paper:#fff;--panel:#fff;--ink:#000;--soft:#444;--rule:#bbb;--blue:#0072b2;--orange:#c85200;
+--green:#009e73;--purple:#a8578a;--bad:#b3261e}figure,tr,svg,.tile{break-inside:avoid}nav,.hint{display:none}
+.wide{overflow:visible}table{font-size:10.5px}td,td code{min-width:0;white-space:normal;overflow-wrap:anywhere}
+.cards{grid-template-columns:1fr 1fr}svg.chart{min-width:0}
+h2,h3{break-after:avoid}body{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 
 # A click on a heading sorts the rows by that column: by number where there is one, otherwise by text.

@@ -121,7 +121,7 @@ def worst_sites(sites: Sequence[SiteResult], shown: int = WORST_SHOWN) -> str:
     ranked = sorted(sites, key=lambda result: result.sqnr_db)[:shown]
     values = [_drawable(result.sqnr_db) for result in ranked]
     with rc_context(STYLE):
-        figure, (axes,) = _figure(0.7 + 0.215 * len(ranked))
+        figure, (axes,) = _figure(1.1 + 0.215 * len(ranked))
         places = np.arange(len(ranked))
         axes.barh(places, values, height=0.72, color=ORANGE)
         reach = max([*values, *(_drawable(r.local_db) for r in ranked if r.local_db is not None), 1e-9])
