@@ -21,7 +21,9 @@ from ditq.numerics.uniform import SMALLEST_SCALE, largest_integer
 def per_token(writer: Writer, x: ir.Value, bits: int) -> tuple[ir.Value, ir.Value]:
     """x [..., I] -> (integers as the output of a DequantizeLinear [..., I], scale [..., 1])."""
     axis = writer.constant([-1], np.int64, name="last_axis")
-    largest = writer.op("ReduceMax", writer.op("Abs", x, name="magnitude"), axis, name="absmax", keepdims=1)
+    # max|x| by two reductions: Abs would write the whole tensor once more
+    lowest = writer.op("Neg", writer.op("ReduceMin", x, axis, name="minimum", keepdims=1), name="negated_minimum")
+    largest = writer.op("Max", writer.op("ReduceMax", x, axis, name="maximum", keepdims=1), lowest, name="absmax")
     scale = writer.op("Div", largest, writer.constant(largest_integer(bits), np.float32, name="q_max"), name="step")
     scale = writer.op("Max", scale, writer.constant(SMALLEST_SCALE, np.float32, name="smallest_scale"), name="token_scale")
     return _quantized(writer, writer.op("Div", x, scale, name="in_steps"), np.float32(1)), scale

@@ -91,6 +91,8 @@ def apply_rotation(writer: Writer, x: ir.Value, rank: int, rotation: Rotation) -
     leading = [0] * (rank - 1)  # in a Reshape, 0 keeps the dimension
     blocks: tuple[int, int] | None = None  # x is now [..., blocks, b]; None: [..., n]
 
+    flat_shape = writer.constant([*leading, rotation.size], np.int64, name="shape")
+
     def shaped(value: ir.Value, wanted: tuple[int, int] | None) -> ir.Value:
         if wanted == blocks:
             return value
@@ -105,9 +107,11 @@ def apply_rotation(writer: Writer, x: ir.Value, rank: int, rotation: Rotation) -
             x = writer.op("MatMul", x, writer.constant(step.matrix.float().numpy(), name="rotation"), name="rotation")
         elif step.stride is not None:
             x = shaped(x, step.stride)
-            blocks = (step.stride[1], step.stride[0])
             order = [*range(rank - 1), rank, rank - 1]
             x = writer.op("Transpose", x, name="rotation.transpose", perm=order)
+            # Flattened at once: a MatMul right behind a Transpose would be fused into many small products, one a token.
+            blocks = None
+            x = writer.op("Reshape", x, flat_shape, name="rotation.flat")
         else:
             assert isinstance(step, PermuteStep)
             x, blocks = shaped(x, None), None
