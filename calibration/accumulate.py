@@ -7,6 +7,9 @@ import hashlib
 import torch
 from torch import Tensor
 
+ROWS_AT_ONCE = 1024  # rows wait until there are about so many: one large product is quicker than many small ones
+BAND = 256  # channels of a second moment that are computed together
+
 
 class InputAccumulator:
     """Takes in rows [R, C] of one input, each call in one of B bins.
@@ -21,27 +24,46 @@ class InputAccumulator:
         self.absmax = torch.zeros(bins, width)
         self.crest = torch.zeros(bins, dtype=torch.float64)
         self.samples = [RowSample(width, rows_per_bin, _seed_of(seed, name, number)) for number in range(bins)]
+        self._waiting: list[Tensor] = []
+        self._waiting_bin = 0
 
     def add(self, rows: Tensor, number: int) -> bool:
-        """Take in float32 rows [R, C] for bin `number`; False, and nothing taken in, when one is not finite."""
+        """Take in rows [R, C] for bin `number`; False, and nothing taken in, when a value is not finite."""
         if not rows.shape[0]:
             return True
-        absmax = rows.abs().amax(0)
-        if not absmax.isfinite().all():
+        rows = rows.to(torch.float32, copy=True)  # the model may go on to change its tensor in place
+        if not rows.abs().max().isfinite():
             return False
+        if number != self._waiting_bin or sum(part.shape[0] for part in self._waiting) >= ROWS_AT_ONCE:
+            self._sum()
+        self._waiting.append(rows)
+        self._waiting_bin = number
         self.count[number] += rows.shape[0]
-        if rows.is_cpu:
-            self.second_moment[number].addmm_(rows.T, rows)
-        else:
-            self.second_moment[number] += (rows.T @ rows).cpu()
+        return True
+
+    def _sum(self) -> None:
+        """Add up the rows that wait."""
+        if not self._waiting:
+            return
+        rows, number = torch.cat(self._waiting), self._waiting_bin
+        self._waiting = []
+        moment = self.second_moment[number]
+        for start in range(0, rows.shape[1], BAND):  # the upper triangle in bands; the rest is its mirror image
+            left, right = rows[:, start : start + BAND].T, rows[:, start:]
+            if rows.is_cpu:
+                moment[start : start + BAND, start:].addmm_(left, right)
+            else:
+                moment[start : start + BAND, start:] += (left @ right).cpu()
         self.total[number] += rows.sum(0, dtype=torch.float64).cpu()
-        torch.maximum(self.absmax[number], absmax.cpu(), out=self.absmax[number])
+        torch.maximum(self.absmax[number], rows.abs().amax(0).cpu(), out=self.absmax[number])
         self.crest[number] += crest_factors(rows).sum(dtype=torch.float64).cpu()
         self.samples[number].add(rows)
-        return True
 
     def tensors(self) -> dict[str, Tensor]:
         """What was gathered, by the names of the fields of InputStatistics."""
+        self._sum()
+        for moment in self.second_moment:
+            moment.triu_().add_(moment.triu(1).mT)
         sizes = torch.tensor([sample.rows.shape[0] for sample in self.samples])
         return {
             "count": self.count,

@@ -171,7 +171,7 @@ class _Watcher:
         mask = self.call.arguments.get("encoder_attention_mask")
         if self._cross_attention and mask is not None and mask.shape == x.shape[:-1]:
             x = x[mask.to(x.device).bool()]
-        rows = x.reshape(-1, x.shape[-1]).float()
+        rows = x.reshape(-1, x.shape[-1])
         number = self._trajectories.bin_of(self.call.step, self._found.count.numel())
         if not self._found.add(rows, number):
             raise DitqError(
