@@ -168,6 +168,7 @@ def write_engine(
         graph.graph.name = class_name
         write_weights(partial / WEIGHTS, model.state_dict(), graph, {"format": "pt", "ditq_version": _version()})
         ir.save(graph, partial / GRAPH)
+        (partial / WEIGHTS).chmod((partial / GRAPH).stat().st_mode)  # safetensors makes it private
         manifest = {
             "format_version": FORMAT_VERSION,
             "ditq_version": _version(),
