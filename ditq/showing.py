@@ -69,7 +69,7 @@ def _show_engine(engine: Engine) -> tuple[Lines, dict[str, Any]]:
     inputs = [[item["name"], item["dtype"], str(item["shape"])] for item in manifest["inputs"]]
     measured = manifest.get("measured") or {}
     summary = [[name, f"{value}"] for name, value in (measured.get("summary") or {}).items() if value is not None]
-    return [
+    lines: Lines = [
         f"{engine.name}: {manifest['class_name']} from {manifest['source']['name']}, recipe "
         f"{manifest['recipe'].get('name')}, target {manifest['target']}",
         "",
@@ -78,8 +78,10 @@ def _show_engine(engine: Engine) -> tuple[Lines, dict[str, Any]]:
         (["file", "size"], files),
         "",
         (["input", "dtype", "shape"], inputs),
-        *(["", (["measured", ""], summary)] if summary else []),
-    ], dict(manifest)
+    ]
+    if summary:
+        lines += ["", (["measured", ""], summary)]
+    return lines, dict(manifest)
 
 
 def _show_statistics(statistics: Statistics) -> tuple[Lines, dict[str, Any]]:

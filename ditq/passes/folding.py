@@ -38,9 +38,9 @@ def fold_into_feed(graph: DiTGraph, feed: Feed, inverse_scale: Tensor, shift: Te
         if linear.bias is None:
             linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
         scales, shifts = slice(feed.scale, feed.scale + width), slice(feed.shift, feed.shift + width)
-        for rows, constant in ((scales, inverse - 1), (shifts, -moved)):
-            _set(linear.weight[rows], linear.weight[rows].double() * inverse[:, None])
-            _set(linear.bias[rows], linear.bias[rows].double() * inverse + constant)
+        for piece, constant in ((scales, inverse - 1), (shifts, -moved)):
+            _set(linear.weight[piece], linear.weight[piece].double() * inverse[:, None])
+            _set(linear.bias[piece], linear.bias[piece].double() * inverse + constant)
     elif isinstance(feed, TableModulation):
         table = graph.model.get_parameter(feed.table)
         rows = table.view(-1, table.shape[-1])

@@ -119,7 +119,8 @@ class Quantize(Pass):
     ) -> tuple[QuantLinear, dict[str, Any]]:
         module = graph.linear(site)
         linear = plain_linear(graph, site)
-        weight, bias = linear.weight.detach().float(), linear.bias
+        weight = linear.weight.detach().float()
+        bias: Tensor | None = linear.bias
         form = BitFormat.parse(settings.format)
         statistics = context.statistics(graph.sites[site].group) if self.requires_statistics else None
         hessian = None if statistics is None else statistics.hessian()

@@ -10,22 +10,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq.calibration.sampling import SamplingSettings, sample
+from ditq.calibration.sampling import DenoiserCall, SamplingSettings, sample
 from ditq.checkpoint import BUILT_IN, Checkpoint
 from ditq.errors import DitqError
+from ditq.export.arguments import flatten
 from ditq.export.baseline import float_onnx
 from ditq.export.engine import Engine
 from ditq.export.loader import load_engine
-from ditq.export.session import run_graph
+from ditq.export.session import open_session, session_options
 from ditq.export.targets.torch import rebuild
 from ditq.inspection import example_inputs
 from ditq.progress import ProgressSetting
-from ditq.report.evaluate import Conditions, evaluate
+from ditq.report.evaluate import Conditions, evaluate, heldout_conditions
 from ditq.report.evaluation import Evaluation
 from ditq.report.html import write_report
 from ditq.report.measure import Speed, file_sizes, measure_speed, peak_memory, table
 from ditq.report.pictures import image_grid
 
+_NUMPY = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(bool)": "bool"}
 TORCH, ONNX_FLOAT, ENGINE = "torch float32", "ONNX Runtime float32", "engine"
 
 
@@ -93,17 +95,35 @@ def report_on(
 
 
 def compare_speed(engine: Engine, checkpoint: Checkpoint, rounds: int = 15, threads: int | None = None) -> Speed:
-    """Time one denoiser call of the original in torch and ONNX Runtime float32 and of the engine, in turns."""
-    inputs = example_inputs(checkpoint)
+    """Time one real denoiser call of the original in torch and ONNX Runtime float32 and of the engine, in turns."""
     original, transformer = checkpoint.load_model(), load_engine(engine.folder, threads=threads)
+    inputs = real_call(checkpoint, original)
     if threads is not None:
         torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="ditq-baseline-") as folder:
         axes = checkpoint.family.axes if checkpoint.family else {}
-        baseline = run_graph(float_onnx(original, inputs, axes, Path(folder) / "float.onnx"), inputs, threads)
-        return measure_speed(
-            {TORCH: _call(original, inputs), ONNX_FLOAT: baseline, ENGINE: _call(transformer, inputs)}, rounds=rounds
-        )
+        graph = float_onnx(original, example_inputs(checkpoint), axes, Path(folder) / "float.onnx")
+        session = open_session(graph, session_options(threads))
+        known = {item.name: item.type for item in session.get_inputs()}
+        tensors = {name: tensor for name, tensor in flatten(inputs)[0].items() if name in known}
+        feeds = {name: tensor.numpy().astype(_NUMPY[known[name]]) for name, tensor in tensors.items()}
+        callables = {
+            TORCH: _call(original, inputs),
+            ONNX_FLOAT: lambda: session.run(None, feeds),
+            ENGINE: _call(transformer, inputs),
+        }
+        return measure_speed(callables, rounds=rounds)
+
+
+def real_call(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
+    """The arguments of one real denoiser call, as the pipeline makes it; made-up ones for a transformer alone."""
+    if checkpoint.pipeline_root is None:
+        return example_inputs(checkpoint)
+    calls: list[DenoiserCall] = []
+    pipeline = checkpoint.load_pipeline(model)
+    settings = SamplingSettings(dict(checkpoint.sampling) | {"num_inference_steps": 1})
+    sample(pipeline, heldout_conditions(checkpoint, 1), settings, on_denoiser_call=calls.append, decode=False, progress=False)
+    return {name: value for name, value in calls[0].arguments.items() if name != "return_dict"}
 
 
 def benchmark(engine_folder: str, against: str | None, rounds: int, threads: int | None) -> list[dict[str, Any]]:
