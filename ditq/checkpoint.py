@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ditq.errors import DitqError
@@ -23,6 +24,8 @@ from ditq.quiet import quiet_libraries
 from ditq.safetensors_files import TensorFile, TensorInfo, open_tensor_files
 
 ASSETS = Path(__file__).parent / "assets"
+# What diffusers' classes and conversions raise when the config or the tensors that they are given make no sense to them.
+REFUSALS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, MemoryError)
 BUILT_IN = {"mini": ASSETS / "mini", "mini-pixart": ASSETS / "mini_pixart"}
 
 
@@ -159,9 +162,9 @@ class Checkpoint:
             DitqError: a missing tensor, a wrong shape, NaN or infinity in the weights.
         """
         model = self._empty_model()
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        if set(expected) - set(self._places) and self.root.is_file():
-            return self._load_original_names(dtype)
+        expected = model.state_dict()
+        if self.root.is_file() and 2 * len(set(expected) & set(self._places)) < len(expected):
+            return self._load_original_names(dtype)  # a few names, such as context_embedder's, are the same in both
         for name in expected:
             if name not in self._places:
                 raise DitqError(f"{self.name}: the tensor {name} that {self.class_name} needs is not in its files")
@@ -193,20 +196,26 @@ class Checkpoint:
 
         builder: Any = self.model_class()
         try:
-            with init_empty_weights(include_buffers=False):
+            with quiet_libraries(), init_empty_weights(include_buffers=False):
                 return builder.from_config(dict(self.config))
-        except (TypeError, ValueError, KeyError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+        except REFUSALS as error:
             raise DitqError(f"{self.name}: {self.class_name} refuses its config.json: {_first_line(error)}") from error
 
-    def _checked(self, expected: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, shape in expected.items():
+    def _checked(self, expected: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, wanted in expected.items():
             info = self._places[name].tensors[name]
-            if info.shape != shape:
+            if info.shape != tuple(wanted.shape):
                 raise DitqError(
                     f"{self.name}: {name} has shape {list(info.shape)} but {self.class_name} with this config.json "
-                    f"needs {list(shape)}"
+                    f"needs {list(wanted.shape)}"
                 )
-            yield name, self._finite(name, self.read(name))
+            tensor = self._finite(name, self.read(name))
+            if tensor.is_floating_point() != wanted.is_floating_point():
+                raise DitqError(
+                    f"{self.name}: {name} is stored as {info.dtype}, but {self.class_name} needs floating-point numbers; "
+                    "give the checkpoint before it was quantized"
+                )
+            yield name, tensor
 
     def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
@@ -224,8 +233,9 @@ class Checkpoint:
             (Path(folder) / "config.json").write_text(json.dumps(dict(self.config)))
             weights = {name: self._finite(name, self.read(name)) for name in self._places}
             try:
-                model = builder.from_single_file(weights, config=folder, torch_dtype=dtype, local_files_only=True)
-            except (ValueError, KeyError, RuntimeError, OSError, AttributeError, StopIteration) as error:
+                with quiet_libraries():
+                    model = builder.from_single_file(weights, config=folder, torch_dtype=dtype, local_files_only=True)
+            except (*REFUSALS, OSError, StopIteration) as error:
                 raise DitqError(
                     f"{self.name}: neither {self.class_name}'s tensor names nor the original ones that diffusers "
                     f"converts: {_first_line(error)}"
@@ -255,7 +265,7 @@ class Checkpoint:
                     use_safetensors=True,
                     local_files_only=True,
                 ).to(dtype)
-        except (OSError, ValueError, TypeError, ImportError, AttributeError) as error:
+        except (*REFUSALS, OSError, ImportError, SafetensorError) as error:
             raise DitqError(f"{self.name}: the pipeline does not load: {_first_line(error)}") from error
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
