@@ -62,16 +62,13 @@ def inspect_checkpoint(checkpoint: Checkpoint, recipe: Recipe) -> Inspection:
     """Read the structure off a model without weights; nothing is loaded but headers.
 
     Raises:
-        DitqError: a class of no known family (its inputs cannot be made up), or a selector that matches nothing.
+        DitqError: a class of no known family (its inputs cannot be made up), or a recipe that does not fit the model.
     """
     model = checkpoint.skeleton()
     graph = DiTGraph(model, example_inputs(checkpoint))
-    plan: dict[str, list[str]] = defaultdict(list)
-    for step in recipe.passes:
-        for site, what in step.preview(graph).items():
-            plan[site].append(what)
+    plan = recipe.preview(graph)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Inspection(checkpoint, graph, parameters, recipe, dict(plan))
+    return Inspection(checkpoint, graph, parameters, recipe, plan)
 
 
 def example_inputs(checkpoint: Checkpoint, batch: int = 2, seed: int = 0) -> dict[str, Any]:

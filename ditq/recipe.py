@@ -9,16 +9,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ditq.errors import DitqError
 from ditq.passes import Pass, passes
 from ditq.suggest import unknown_key
+
+if TYPE_CHECKING:
+    from ditq.graph import DiTGraph
 
 SHIPPED = Path(__file__).parent / "recipes"
 DEFAULT = "w4a8"
@@ -36,6 +40,26 @@ class Recipe:
         """The resolved recipe, every setting written out; `Recipe.from_dict` reads it back."""
         steps = [{step.name: step.settings()} for step in self.passes]
         return {"name": self.name, "description": self.description, "passes": steps}
+
+    def preview(self, graph: DiTGraph) -> dict[str, list[str]]:
+        """What each pass would do to each site, in order; nothing is changed. Finds in a second what would fail in an hour.
+
+        Raises:
+            DitqError: a selector that matches nothing, settings that do not fit a site, passes in an impossible order.
+        """
+        plan: dict[str, list[str]] = {}
+        done: dict[str, list[str]] = {}
+        for step in self.passes:
+            for site, what in step.preview(graph).items():
+                before = done.setdefault(site, [])
+                if spoiled := next((name for name in before if name in step.not_after), None):
+                    raise DitqError(
+                        f"{self.name}: pass {step.name!r} cannot follow {spoiled!r} on {site}; "
+                        "change their order or what they select"
+                    )
+                before.append(step.name)
+                plan.setdefault(site, []).append(what)
+        return plan
 
     @classmethod
     def from_dict(cls, values: Any, where: str) -> Recipe:
@@ -70,7 +94,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
             raise DitqError(unknown_key("recipe", text, shipped_recipes()) + " (or give a .yaml file)")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise DitqError(f"{path}: not a readable YAML file: {str(error).splitlines()[0]}") from error
     return Recipe.from_dict(values, path.name)
 
@@ -89,7 +113,7 @@ def _make_pass(step: Any, where: str) -> Pass:
     known = passes()
     if name not in known:
         raise DitqError(unknown_key(f"{where}: pass", name, known))
-    settings = settings or {}
+    settings = {} if settings is None else settings
     if not isinstance(settings, Mapping):
         raise DitqError(f"{where}: the settings of pass {name!r} must be a mapping, not {settings!r}")
     described = {item.name: item for item in fields(known[name])}
@@ -117,6 +141,10 @@ def _check_value(where: str, value: Any, described: Any) -> None:
     numeric = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
     if type(value) is not type(default) and not numeric:
         raise DitqError(f"{where} is {value!r}, must be {_kind(default)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DitqError(f"{where} is {value!r}, must be a finite number")
+    if isinstance(value, list) and default and not all(type(item) is type(default[0]) for item in value):
+        raise DitqError(f"{where} is {value!r}, must be a list of {_kind(default[0]).removeprefix('a ')}s")
     if choices and value not in choices:
         raise DitqError(unknown_key(where, value, [str(choice) for choice in choices]))
 

@@ -130,6 +130,8 @@ class Pass(ABC):
     """
 
     name: ClassVar[str]
+    not_after: ClassVar[tuple[str, ...]] = ()
+    """Passes that must not have treated a linear before this one does."""
 
     @property
     def requires_statistics(self) -> bool:
@@ -141,7 +143,11 @@ class Pass(ABC):
         """Change the graph in place and say what was done."""
 
     def preview(self, graph: DiTGraph) -> dict[str, str]:
-        """What `run` would do to each site, in a word or two; for `ditq inspect`."""
+        """What `run` would do to each site, in a word or two; for `ditq inspect`, and to fail before calibration.
+
+        Raises:
+            DitqError: a selector that matches nothing, or a setting that does not fit a site.
+        """
         return {}
 
     def check(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ditq.errors import DitqError
 from ditq.graph import Attention, DiTGraph, Feed, LinearModulation, NormModulation, TableModulation
 from ditq.nn.modulation_factor import attach
 from ditq.nn.transformed_linear import TransformedLinear
@@ -17,11 +18,15 @@ from ditq.numerics.rotation import Rotation
 
 
 def plain_linear(graph: DiTGraph, site: str) -> nn.Linear:
-    """The nn.Linear at a site, seen through a transform that stands before it."""
+    """The nn.Linear at a site, seen through a transform that stands before it.
+
+    Raises:
+        DitqError: an earlier pass has quantized it, so nothing can be folded into it any more.
+    """
     module = graph.linear(site)
     linear = module.linear if isinstance(module, TransformedLinear) else module
     if not isinstance(linear, nn.Linear):
-        raise TypeError(f"{site}: {type(module).__name__} is already quantized; fold before quantizing")
+        raise DitqError(f"{site}: is quantized already; put the pass 'quantize' after those that change weights")
     return linear
 
 

@@ -56,6 +56,7 @@ class Quantize(Pass):
     """
 
     name: ClassVar[str] = "quantize"
+    not_after: ClassVar[tuple[str, ...]] = ("quantize",)
     format: str = setting("w4a8", "bits of weights and activations, w<2-8>a<4-8 or 16>")
     codebook: str = setting("twin_log_shared", "where the levels of the weights lie", tuple(CODEBOOKS))
     rounding: str = setting("gptq", "how weights are rounded to levels", ROUNDINGS)
@@ -69,16 +70,15 @@ class Quantize(Pass):
 
     @property
     def requires_statistics(self) -> bool:
-        return self.rounding == "gptq" or self.weighted or self.bias_correction or self.activation == "tensor"
+        asked = [{"rounding": self.rounding, "activation": self.activation}, *self.rules]
+        needed = any(item.get("rounding") == "gptq" or item.get("activation") == "tensor" for item in asked)
+        return needed or self.weighted or self.bias_correction
 
     def check(self) -> None:
-        known = [item.name for item in fields(SiteSettings)]
+        if self.damping <= 0:
+            raise DitqError(f"pass 'quantize': damping is {self.damping}, must be above 0")
         for rule in self.rules:
-            if not isinstance(rule, Mapping) or "select" not in rule:
-                raise DitqError(f"pass 'quantize': the rule {rule} has no select; write {{select: pattern, ...}}")
-            for key in rule:
-                if key not in (*known, "select"):
-                    raise DitqError(unknown_key(f"pass 'quantize': the rule for {rule['select']!r}", key, known))
+            _check_rule(rule)
             _check_site_settings(replace(self._base(), **{k: v for k, v in rule.items() if k != "select"}))
         _check_site_settings(self._base())
 
@@ -89,14 +89,20 @@ class Quantize(Pass):
         """What each selected site gets, before anything is done.
 
         Raises:
-            DitqError: a selector that matches nothing.
+            DitqError: a selector that matches nothing, or a group size that does not divide a linear's inputs.
         """
         plan = {site: self._base() for site in graph.select(self.select)}
         for rule in self.rules:
             overrides = {key: value for key, value in rule.items() if key != "select"}
             for site in graph.select(rule["select"]):
                 plan[site] = replace(plan.get(site, self._base()), **overrides)
-        return {site: plan[site] for site in graph.sites if site in plan and not plan[site].keep}
+        plan = {site: plan[site] for site in graph.sites if site in plan and not plan[site].keep}
+        for site, settings in plan.items():
+            width = graph.sites[site].in_features
+            if settings.group_size and width % settings.group_size:
+                size = settings.group_size
+                raise DitqError(f"pass 'quantize': {site}: group_size {size} does not divide its {width} inputs")
+        return plan
 
     def preview(self, graph: DiTGraph) -> dict[str, str]:
         return {site: f"{item.format} {item.codebook} {item.rounding}" for site, item in self.plan(graph).items()}
@@ -154,22 +160,34 @@ class Quantize(Pass):
         self, site: str, weight: Tensor, hessian: Tensor | None, settings: SiteSettings, form: BitFormat
     ) -> WeightCode:
         importance = hessian.diagonal().clone() if self.weighted and hessian is not None else None
-        fit = _fit(site, weight, importance, settings, form)
+        fit = _fit(weight, importance, settings, form)
         if settings.rounding == "nearest" or hessian is None:
             return round_nearest(weight, fit)
         return round_gptq(weight, hessian, fit, damping=self.damping)
 
 
-def _fit(site: str, weight: Tensor, importance: Tensor | None, settings: SiteSettings, form: BitFormat) -> Fit:
+def _fit(weight: Tensor, importance: Tensor | None, settings: SiteSettings, form: BitFormat) -> Fit:
     """Fit the codebook; 8 bits are uniform whatever the codebook, since the carrier is the int8 grid itself."""
-    group = settings.group_size
-    if group and weight.shape[1] % group:
-        raise DitqError(f"pass 'quantize': {site}: group_size {group} does not divide its {weight.shape[1]} inputs")
     keywords: dict[str, Any] = {"importance": importance}
-    if group:
-        keywords |= {"group_size": group, "float_group_scales": form.activation == 16}
+    if settings.group_size:
+        keywords |= {"group_size": settings.group_size, "float_group_scales": form.activation == 16}
     codebook = "uniform" if form.weight == 8 else settings.codebook
     return CODEBOOKS[codebook](weight, form.weight, **keywords)
+
+
+def _check_rule(rule: Any) -> None:
+    known = {item.name: item.default for item in fields(SiteSettings)}
+    if not isinstance(rule, Mapping) or "select" not in rule:
+        raise DitqError(f"pass 'quantize': the rule {rule} has no select; write {{select: pattern, ...}}")
+    where, patterns = f"pass 'quantize': the rule for {rule['select']!r}", rule["select"]
+    if not isinstance(patterns, str) and not (isinstance(patterns, list) and all(isinstance(p, str) for p in patterns)):
+        raise DitqError(f"{where}: select must be a pattern or a list of patterns, see `ditq inspect`")
+    for key, value in rule.items():
+        if key not in (*known, "select"):
+            raise DitqError(unknown_key(where, key, known))
+        if key != "select" and type(value) is not type(known[key]):
+            kind = {bool: "true or false", int: "a whole number", str: "a word"}[type(known[key])]
+            raise DitqError(f"{where}: {key} is {value!r}, must be {kind}")
 
 
 def _check_site_settings(settings: SiteSettings) -> None:
@@ -180,7 +198,7 @@ def _check_site_settings(settings: SiteSettings) -> None:
         raise DitqError(unknown_key("pass 'quantize': rounding", settings.rounding, list(ROUNDINGS)))
     if settings.activation not in ("token", "tensor"):
         raise DitqError(unknown_key("pass 'quantize': activation", settings.activation, ["token", "tensor"]))
-    if not isinstance(settings.group_size, int) or settings.group_size < 0:
+    if settings.group_size < 0:
         raise DitqError(f"pass 'quantize': group_size is {settings.group_size!r}, must be a whole number, 0 for none")
     if settings.group_size and settings.codebook == "twin_log":
         raise DitqError("pass 'quantize': twin_log keeps a table a row and takes no group_size; use twin_log_shared")

@@ -56,6 +56,7 @@ class Rotate(Pass):
     """
 
     name: ClassVar[str] = "rotate"
+    not_after: ClassVar[tuple[str, ...]] = ("quantize",)
     mode: str = setting("search", "how the matrix is chosen", ("literal", "quantile", "search", *KINDS))
     kinds: list[str] = setting(["identity", "block_hadamard", "hadamard"], "what `search` may choose from")
     online: bool = setting(True, "rotate inputs at run time; false keeps to the offline rotation of values")
@@ -72,6 +73,8 @@ class Rotate(Pass):
             raise DitqError(f"pass 'rotate': unknown kinds {unknown}; choose from {', '.join(KINDS)}")
         if not 0 <= self.quantile <= 1:
             raise DitqError(f"pass 'rotate': quantile is {self.quantile}, must be between 0 and 1")
+        if self.tolerance < 0:
+            raise DitqError(f"pass 'rotate': tolerance is {self.tolerance}, must be 0 or more")
         BitFormat.parse(self.format)
 
     def _folded(self, graph: DiTGraph, selected: set[str]) -> list[Attention]:

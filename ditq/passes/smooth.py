@@ -30,6 +30,7 @@ class Smooth(Pass):
     """
 
     name: ClassVar[str] = "smooth"
+    not_after: ClassVar[tuple[str, ...]] = ("smooth", "rotate", "quantize")
     alpha: float = setting(0.5, "how much of the spread moves to the weights: 0 none, 1 all")
     centre: bool = setting(True, "subtract each channel's calibrated mean, folded into shift and bias")
     salience: str = setting("absmax", "what a channel's size is", ("absmax", "rms"))
