@@ -24,7 +24,7 @@ from ditq.calibration.statistics import INDEX as STATISTICS_INDEX
 from ditq.calibration.statistics import Statistics
 from ditq.calibration.storage import PARTIAL, make_folder, remove_folder, rename
 from ditq.checkpoint import BUILT_IN, Checkpoint, read_json
-from ditq.errors import DitqError
+from ditq.errors import DitqError, Interrupted
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.progress import ProgressSetting
@@ -186,9 +186,12 @@ def _working_folder(out: Path, *, force: bool, resume: bool) -> Iterator[Path]:
     make_folder(partial)
     try:
         yield partial
-    except BaseException:
+    except BaseException as error:
         if not any((partial / TRAJECTORIES).glob("*.safetensors")):
             shutil.rmtree(partial, ignore_errors=True)
+        elif isinstance(error, KeyboardInterrupt):
+            message = f"interrupted; run again with --resume to go on (finished samples are in {partial})"
+            raise Interrupted(message) from error
         raise
     if out.exists():
         remove_folder(out)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import resource
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,10 +18,10 @@ import torch
 from ditq.calibration.calibrate import calibrate
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
-from ditq.errors import DitqError
-from ditq.export.engine import Engine, write_engine
+from ditq.errors import Interrupted
+from ditq.export.engine import Engine, check_replaceable, write_engine
 from ditq.export.targets import target
-from ditq.folders import check_output, remove
+from ditq.folders import check_output, remove, without_new_parents
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.passes import Context, PassReport
@@ -80,20 +81,19 @@ def compile(  # noqa: A001  the word that users know
     out = Path(out)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     check_output(out, options.force)
+    check_replaceable(out)
     target(options.target)
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
-    work = out.absolute().parent / f".{out.name}.work"
-    if work.exists() and not options.resume:
-        remove(work)
     clock = _Clock()
-    try:
+    with _work_folder(out, options.resume) as work:
         model = checkpoint.load_model()
         inputs = example_inputs(checkpoint)
         graph = DiTGraph(model, inputs)
+        recipe.preview(graph)
         clock.lap("load")
         statistics = None
         if any(step.requires_statistics for step in recipe.passes):
-            statistics = _statistics(checkpoint, work, options)
+            statistics = _statistics(checkpoint, graph, work, options)
         clock.lap("calibrate")
         reports = run_passes(graph, recipe, statistics, checkpoint, work, options)
         clock.lap("passes")
@@ -113,11 +113,33 @@ def compile(  # noqa: A001  the word that users know
             force=options.force,
         )
         clock.lap("export")
-    except DitqError:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    shutil.rmtree(work, ignore_errors=True)
     return CompileResult(engine, recipe, reports, clock.seconds, peak_memory())
+
+
+@contextmanager
+def _work_folder(out: Path, resume: bool) -> Iterator[Path]:
+    """Where finished parts are kept while an engine is made: `.NAME.work` beside it, made when something is put there.
+
+    An interruption keeps it for `--resume`. Success and errors remove it, except that an error in a resumed compile
+    leaves what the interrupted one had, so that a mistyped option does not cost the work of hours.
+    """
+    work = out.absolute().parent / f".{out.name}.work"
+    if work.exists() and not resume:
+        remove(work)
+    resumed = work.exists()
+    with without_new_parents(out):
+        try:
+            yield work
+        except KeyboardInterrupt as error:
+            if not any(work.rglob("*.safetensors")):  # nothing finished yet
+                shutil.rmtree(work, ignore_errors=True)
+                raise
+            raise Interrupted(f"interrupted; run again with --resume to go on (finished parts are in {work})") from error
+        except BaseException:
+            if not resumed:
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def run_passes(
@@ -146,9 +168,9 @@ def run_passes(
     return reports
 
 
-def _statistics(checkpoint: Checkpoint, work: Path, options: CompileOptions) -> Statistics:
+def _statistics(checkpoint: Checkpoint, graph: DiTGraph, work: Path, options: CompileOptions) -> Statistics:
     if options.statistics is not None:
-        return Statistics.open(options.statistics, fingerprint=checkpoint.fingerprint())
+        return Statistics.open(options.statistics, fingerprint=checkpoint.fingerprint(), graph=graph)
     return calibrate(
         checkpoint,
         work / "calibration",
@@ -156,7 +178,7 @@ def _statistics(checkpoint: Checkpoint, work: Path, options: CompileOptions) -> 
         steps=options.steps,
         seed=options.seed,
         prompts_limit=options.limit,
-        resume=options.resume and (work / "calibration").exists(),
+        resume=options.resume,
         progress=options.progress,
     )
 

@@ -1,9 +1,11 @@
-"""Check where output goes before any work is done."""
+"""Check where output goes before any work is done, and leave no empty folders behind where the work then fails."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ditq.errors import DitqError
@@ -13,11 +15,22 @@ def check_output(path: Path, force: bool) -> None:
     """Raise DitqError, before any work is done, if `path` is taken and not to be replaced, or cannot be written."""
     if path.exists() and not force:
         raise DitqError(f"{path}: exists already; give --force to replace it, or another name")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise DitqError(f"{path}: cannot be written, {parent} is not a folder that you may write to")
+
+
+@contextmanager
+def without_new_parents(path: Path) -> Iterator[None]:
+    """Folders above `path` that the block made are removed again when it raises and they are empty."""
+    missing = [folder for folder in path.absolute().parents if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # the first that is missing still, or that holds something
+            for folder in missing:
+                folder.rmdir()
+        raise
 
 
 def remove(path: Path) -> None:

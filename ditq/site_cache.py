@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ditq.calibration.storage import make_folder, writing
 from ditq.numerics.weight_code import WeightCode
 
 
@@ -20,7 +21,7 @@ class FolderSiteCache:
     def __init__(self, folder: Path, key: dict[str, Any]) -> None:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
         self.folder = folder / digest
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
 
     def get(self, site: str) -> WeightCode | None:
         path = self.folder / f"{site}.safetensors"
@@ -28,16 +29,15 @@ class FolderSiteCache:
             return None
         try:
             tensors = load_file(path)
-        except (SafetensorError, OSError):
+            bits = int(tensors["bits"])
+            return WeightCode(tensors["codes"], tensors["table"], tensors["scale"], tensors.get("multiplier"), bits)
+        except (SafetensorError, OSError, KeyError):
             return None
-        bits = int(tensors.pop("bits"))
-        return WeightCode(tensors["codes"], tensors["table"], tensors["scale"], tensors.get("multiplier"), bits)
 
     def put(self, site: str, code: WeightCode) -> WeightCode:
         tensors = {"codes": code.codes, "table": code.table, "scale": code.scale}
         if code.multiplier is not None:
             tensors["multiplier"] = code.multiplier
-        partial = self.folder / f"{site}.partial"
-        save_file({**{k: v.contiguous() for k, v in tensors.items()}, "bits": torch.tensor(code.bits)}, partial)
-        partial.rename(self.folder / f"{site}.safetensors")
+        with writing(self.folder / f"{site}.safetensors") as beside:
+            save_file({**{k: v.contiguous() for k, v in tensors.items()}, "bits": torch.tensor(code.bits)}, beside)
         return code

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from safetensors import SafetensorError
 from torch import nn
 
 from ditq.errors import DitqError
@@ -193,13 +194,18 @@ def write_engine(
     return Engine(folder, json.loads(_as_json(manifest)))
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raise DitqError if something other than an engine or an empty folder stands there, which force must not remove."""
+    if folder.exists() and not (folder / MANIFEST).is_file() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        raise DitqError(f"{folder}: is not an engine, so it is not replaced even by force; give another place")
+
+
 @contextmanager
 def _written_beside(folder: Path, force: bool) -> Iterator[Path]:
     """A new folder `<folder>.partial` that takes the place of `folder` at the end, or is gone after a failure."""
     if folder.exists() and not force:
         raise DitqError(f"{folder}: exists already; give another place or --force to replace it")
-    if folder.exists() and not (folder / MANIFEST).is_file() and any(folder.iterdir() if folder.is_dir() else [folder]):
-        raise DitqError(f"{folder}: is not an engine, so it is not replaced even by force; give another place")
+    check_replaceable(folder)
     partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old.partial")
     try:
         for leftover in (partial, old):
@@ -212,8 +218,9 @@ def _written_beside(folder: Path, force: bool) -> Iterator[Path]:
         partial.rename(folder)
         if old.exists():
             shutil.rmtree(old)
-    except OSError as error:
-        raise DitqError(f"{folder}: cannot be written: {error.strerror or _first_line(error)}") from error
+    except (OSError, SafetensorError) as error:  # safetensors hands on the operating system's error as text
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+        raise DitqError(f"{folder}: cannot be written: {reason}") from error
     finally:
         if old.exists() and not folder.exists():
             old.rename(folder)
