@@ -10,9 +10,13 @@ from typing import Any
 
 import click
 
-from ditq.errors import DitqError
+from ditq.errors import DitqError, Interrupted
 
+SEED = click.IntRange(min=0, max=2**62)  # seed + number of the prompt must fit 64 bits
 INTERRUPTED = "interrupted; nothing was left half-written"
+
+
+PICTURES = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 class _Commands(click.Group):
@@ -46,7 +50,7 @@ def cli() -> None:
 @click.option("--evaluate", "evaluated", default=4, show_default=True, type=click.IntRange(min=0),
               help="Held-out prompts for the report; 0 makes none.")  # fmt: skip
 @click.option("--config", type=click.Path(path_type=Path), help="config.json of a single .safetensors file.")
-@click.option("--seed", default=0, show_default=True, type=int)
+@click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option("--resume", is_flag=True, help="Go on where an interrupted compile to the same folder stopped.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 def compile_command(checkpoint: str, out: Path, recipe: str, target: str, prompts: Path | None, limit: int | None,
@@ -84,7 +88,7 @@ def compile_command(checkpoint: str, out: Path, recipe: str, target: str, prompt
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps.")
 @click.option("--bins", default=4, show_default=True, type=click.IntRange(min=1), help="Timestep bins.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="An argument of the pipeline's call.")
-@click.option("--seed", default=0, show_default=True, type=int)
+@click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option("--resume", is_flag=True, help="Go on where an interrupted calibration stopped.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 def calibrate(checkpoint: str, out: Path, prompts: Path | None, limit: int | None, steps: int | None, bins: int,
@@ -114,7 +118,7 @@ def calibrate(checkpoint: str, out: Path, prompts: Path | None, limit: int | Non
 @click.option("--target", default="auto", show_default=True, help="Run it so; see `ditq targets`.")
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="An argument of the pipeline's call.")
-@click.option("--seed", default=0, show_default=True, type=int)
+@click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option("--force", is_flag=True, help="Replace the picture if it exists.")
 def sample(engine: str, prompt: str, out: Path, against: str | None, checkpoint: str | None, target: str,
            steps: int | None, settings: tuple[str, ...], seed: int, force: bool) -> None:  # fmt: skip
@@ -127,6 +131,7 @@ def sample(engine: str, prompt: str, out: Path, against: str | None, checkpoint:
     from ditq.report.engine_report import draw
 
     check_output(out, force)
+    _check_picture(out)
     picture = draw(engine, prompt, checkpoint=checkpoint, against=against, target=target, steps=steps,
                    arguments=_arguments(settings), seed=seed)  # fmt: skip
     _save_picture(picture, out)
@@ -140,7 +145,7 @@ def sample(engine: str, prompt: str, out: Path, against: str | None, checkpoint:
 @click.option("--limit", default=32, show_default=True, type=click.IntRange(min=1), help="At most so many prompts.")
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps.")
 @click.option("--target", default="auto", show_default=True, help="Run the engine so; see `ditq targets`.")
-@click.option("--seed", default=1000, show_default=True, type=int, help="Seed of the first prompt's noise.")
+@click.option("--seed", default=1000, show_default=True, type=SEED, help="Seed of the first prompt's noise.")
 @click.option("--fail-below", metavar="METRIC=NUMBER,...", help="Exit with 1 if a metric is worse, e.g. psnr=22.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Where the report goes; default: the engine folder.")
 def evaluate(engine: str, against: str | None, prompts: Path | None, limit: int, steps: int | None, target: str,
@@ -292,14 +297,19 @@ def _arguments(settings: tuple[str, ...]) -> dict[str, Any]:
     return values
 
 
+def _check_picture(out: Path) -> None:
+    if out.suffix.lower() not in PICTURES:
+        raise DitqError(f"{out}: pictures are written as .png, .jpg or .webp; give it such a name")
+    if out.is_dir():
+        raise DitqError(f"{out}: is a folder; give the name of a picture")
+
+
 def _save_picture(picture: Any, out: Path) -> None:
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     try:
-        picture.save(partial, format=out.suffix.lstrip(".").upper().replace("JPG", "JPEG") or "PNG")
+        picture.save(partial, format=PICTURES[out.suffix.lower()])
         partial.replace(out)
-    except KeyError as error:
-        raise DitqError(f"{out}: pictures are written as .png, .jpg or .webp") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -314,21 +324,24 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script."""
     try:
         code = cli.main(arguments, standalone_mode=False)
-    except click.exceptions.Abort:
-        _fail(INTERRUPTED)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message())
-    except KeyboardInterrupt:
-        _fail(INTERRUPTED)
+    except (click.exceptions.Abort, KeyboardInterrupt) as error:  # click turns the one into the other
+        interruption = error.__cause__ if isinstance(error, click.exceptions.Abort) else error
+        _fail(str(interruption) if isinstance(interruption, Interrupted) else INTERRUPTED)
     except DitqError as error:
         _fail(str(error))
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno is None:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        _fail(f"{place}{error.strerror}; free space or choose another folder")
+        advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another file or folder"
+        _fail(f"{place}{error.strerror}; {advice}")
     sys.exit(code if isinstance(code, int) else 0)
 
 

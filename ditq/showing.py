@@ -93,8 +93,8 @@ def _show_statistics(statistics: Statistics) -> tuple[Lines, dict[str, Any]]:
         rows.append([name, str(found.width), f"{found.rms():.3g}", f"{values[name]['absmax']:.3g}", f"{found.mean_crest:.2f}"])
     metadata = statistics.metadata
     head = (
-        f"statistics of {metadata['checkpoint'].get('name')}: {metadata['condition_count']} conditions, "
-        f"{metadata['steps']} steps, {statistics.bins} bins"
+        f"statistics of {metadata['checkpoint'].get('name')}: {metadata.get('condition_count')} conditions, "
+        f"{metadata.get('steps')} steps, {statistics.bins} bins"
     )
     return [head, "", (["input", "width", "RMS", "largest", "crest factor"], rows)], {**metadata, "inputs": values}
 
