@@ -79,8 +79,8 @@ def report_on(
     if speed:
         info["speed"], info["speed_reference"] = compare_speed(engine, checkpoint), TORCH
         info["memory"] = {
-            ENGINE: peak_memory("ditq.report.engine_report:run_engine_once", str(engine.folder)),
-            TORCH: peak_memory("ditq.report.engine_report:run_original_once", str(checkpoint.name)),
+            ENGINE: peak_memory("ditq.report.engine_report:run_engine_once", str(engine.folder), str(checkpoint.root)),
+            TORCH: peak_memory("ditq.report.engine_report:run_original_once", str(checkpoint.root)),
         }
     write_report(where or engine.folder, evaluation, info, engine.manifest.get("reports", []), engine.manifest["recipe"])
     if where is None:
@@ -148,7 +148,11 @@ def draw(
     source = original_of(engine, checkpoint or against)
     settings = dict(source.sampling) | ({} if steps is None else {"num_inference_steps": steps}) | dict(arguments or {})
     pipeline = source.load_pipeline(load_engine(engine.folder, target))
-    condition: str | int = int(prompt) if source.family and source.family.condition == "class" else prompt
+    condition: str | int = prompt
+    if source.family and source.family.condition == "class":
+        if not prompt.isdecimal():
+            raise DitqError(f"{prompt!r} is not a class label; {source.name} is asked by a whole number, e.g. 207")
+        condition = int(prompt)
     drawn = sample(pipeline, [condition], SamplingSettings(settings, seed))[0].image
     if against is None:
         return drawn
@@ -157,16 +161,14 @@ def draw(
     return image_grid([[original, drawn]], ["original", "engine"])
 
 
-def run_engine_once(folder: str) -> None:
-    """Load an engine and call it once; run in a process of its own to measure memory."""
-    transformer = load_engine(folder)
-    source = Checkpoint.open(transformer.engine.manifest["source"]["name"])
-    _call(transformer, example_inputs(source))()
+def run_engine_once(folder: str, original: str) -> None:
+    """Load an engine and call it once, on its original's inputs; run in a process of its own to measure memory."""
+    _call(load_engine(folder), example_inputs(Checkpoint.open(original)))()
 
 
-def run_original_once(name: str) -> None:
+def run_original_once(path: str) -> None:
     """Load an original and call it once; run in a process of its own to measure memory."""
-    checkpoint = Checkpoint.open(name)
+    checkpoint = Checkpoint.open(path)
     _call(checkpoint.load_model(), example_inputs(checkpoint))()
 
 
