@@ -105,6 +105,8 @@ class Rotate(Pass):
                 report.rows.extend(self._rotate_group(graph, context, group, group.name in flagged))
         kinds = [row["kind"] for row in report.rows]
         report.summary = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+        products = sum(site.macs for site in graph.sites.values())
+        report.summary["online cost, % of multiply-adds"] = 100 * online_cost(graph) / products
         return report
 
     def _rotate_values(self, graph: DiTGraph, context: Context, selected: set[str]) -> list[dict[str, Any]]:
