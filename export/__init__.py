@@ -1,5 +1,6 @@
 """Export: a compressed graph -> ONNX -> an engine folder, its targets, and the loader."""
 
+from ditq.export.agreement import site_agreement
 from ditq.export.baseline import float_onnx
 from ditq.export.engine import Engine, write_engine
 from ditq.export.fusion import FusionReport, prove_fusion
@@ -14,6 +15,7 @@ __all__ = [
     "float_onnx",
     "load_engine",
     "prove_fusion",
+    "site_agreement",
     "targets",
     "to_onnx",
     "write_engine",

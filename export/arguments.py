@@ -1,7 +1,7 @@
 """Arguments of a transformer's forward as a flat dictionary of named tensors, and back.
 
-A nested dictionary becomes dotted names: `added_cond_kwargs={"resolution": r}` is the tensor `added_cond_kwargs.resolution`.
-The layout is the same nest with each tensor replaced by its name; it is plain JSON and is stored in engine.json.
+A nested dictionary becomes dotted names: `added_cond_kwargs={"resolution": r}` is `added_cond_kwargs.resolution`. The
+layout is the same nest with each tensor replaced by its name; it is plain JSON and is stored in engine.json.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ditq.errors import DitqError
 
-Layout = dict[str, Any]  # argument -> name of a tensor {"tensor": name}, a nested {"values": {...}}, or {"constant": value}
+# argument -> {"tensor": flat name}, {"values": a nested layout} or {"constant": value}
+Layout = dict[str, Any]
 
 
 def flatten(arguments: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], Layout]:
@@ -36,7 +37,9 @@ def flatten(arguments: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, T
         elif value is None or isinstance(value, bool | int | float | str):
             layout[argument] = {"constant": value}
         else:
-            raise DitqError(f"argument {name}: a {type(value).__name__} cannot be exported; give tensors or plain values")
+            raise DitqError(
+                f"argument {name}: a {type(value).__name__} cannot be exported; give tensors or plain values"
+            )
     return tensors, layout
 
 

@@ -92,7 +92,10 @@ class Engine:
     @cached_property
     def planned(self) -> list[PlannedMatMul]:
         """What each quantized linear is meant to run as."""
-        return [PlannedMatMul(**entry) for entry in self.manifest["planned"]]
+        try:
+            return [PlannedMatMul(**entry) for entry in self.manifest["planned"]]
+        except TypeError as error:
+            raise DitqError(f"{self.folder}: engine.json is damaged ('planned'); compile the engine again") from error
 
     @property
     def files(self) -> dict[str, dict[str, Any]]:
@@ -115,12 +118,16 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise DitqError(f"{folder}: not an engine folder (it has no {MANIFEST}); compile one with: ditq compile") from error
+        raise DitqError(
+            f"{folder}: not an engine folder (it has no {MANIFEST}); compile one with: ditq compile"
+        ) from error
     except (OSError, ValueError) as error:
         raise DitqError(f"{path}: damaged ({_first_line(error)}); compile the engine again") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
-        raise DitqError(f"{path}: engine format {version!r} is not known here (only {FORMAT_VERSION}); use the ditq that wrote it")
+        raise DitqError(
+            f"{path}: engine format {version!r} is not known here (only {FORMAT_VERSION}); use the ditq that wrote it"
+        )
     for key, kind in _KEYS.items():
         if key not in manifest or not isinstance(manifest[key], kind):
             raise DitqError(f"{path}: damaged (no valid '{key}'); compile the engine again")
@@ -195,7 +202,7 @@ def write_engine(
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise DitqError if something other than an engine or an empty folder stands there, which force must not remove."""
+    """Raises DitqError if something stands there that force must not remove: neither an engine nor an empty folder."""
     if folder.exists() and not (folder / MANIFEST).is_file() and any(folder.iterdir() if folder.is_dir() else [folder]):
         raise DitqError(f"{folder}: is not an engine, so it is not replaced even by force; give another place")
 

@@ -37,7 +37,7 @@ def check_files(folder: Path, files: Mapping[str, Any], required: Sequence[str],
             raise DitqError(f"{folder}: engine.json has no size and hash of {name}; compile the engine again")
         if not path.is_file():
             raise DitqError(f"{folder}: {name} is missing; copy the whole engine folder again")
-        changed = path.stat().st_size != entry["bytes"] or verify and hash_file(path)["sha256"] != entry["sha256"]
+        changed = path.stat().st_size != entry["bytes"] or (verify and hash_file(path)["sha256"] != entry["sha256"])
         if changed:
             raise DitqError(f"{folder}: {name} was changed since the engine was written; copy or compile it again")
 
@@ -59,10 +59,14 @@ def check_external_data(folder: Path, graph: str, files: Mapping[str, Any]) -> N
         location = entry.get("location", "")
         inside(folder, location, f"{graph}, tensor {tensor.name}")
         if location not in files:
-            raise DitqError(f"{folder}: {graph} reads {location!r}, which engine.json does not list; do not use this engine")
+            raise DitqError(
+                f"{folder}: {graph} reads {location!r}, which engine.json does not list; do not use this engine"
+            )
         start, length = entry.get("offset", "0"), entry.get("length", "0")
         if not start.isdecimal() or not length.isdecimal() or int(start) + int(length) > files[location]["bytes"]:
-            raise DitqError(f"{folder}: {graph}: tensor {tensor.name} lies beyond the end of {location}; compile it again")
+            raise DitqError(
+                f"{folder}: {graph}: tensor {tensor.name} lies beyond the end of {location}; compile it again"
+            )
 
 
 def inside(folder: Path, name: Any, where: str) -> Path:

@@ -1,4 +1,4 @@
-"""Proof of fusion: the planned integer matmuls that the runtime really runs as integer kernels, read off its own graph."""
+"""Proof of fusion: which planned integer matmuls really run as integer kernels, read off the runtime's own graph."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def prove_fusion(engine: Engine | str | Path) -> FusionReport:
     fused: dict[str, str] = {}
     not_fused: dict[str, str] = {}
     for entry in integer:
-        kernel = makers.get(entry.output, "vanished from the graph")
+        kernel = makers.get(entry.product, "vanished from the graph")
         (fused if kernel in INTEGER_KERNELS else not_fused)[entry.site] = kernel
     return FusionReport(len(integer), fused, not_fused)
 

@@ -1,6 +1,6 @@
 """load_engine: an engine as the diffusers transformer that it was compiled from.
 
-    pipeline = FluxPipeline.from_pretrained(checkpoint, transformer=load_engine("engine"))
+pipeline = FluxPipeline.from_pretrained(checkpoint, transformer=load_engine("engine"))
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from ditq.errors import DitqError
@@ -39,7 +39,7 @@ def load_engine(path: str | Path, target: str = "auto", threads: int | None = No
 
 
 class EngineTransformer(ModelMixin):
-    """Called like the diffusers transformer that it stands for. It has no parameters: it is for inference on the CPU."""
+    """Called like the diffusers transformer that it stands for. It has no parameters and is for inference."""
 
     def __init__(self, engine: Engine, target_name: str = "auto", threads: int | None = None) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class EngineTransformer(ModelMixin):
     def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def to(self, *arguments: Any, **keywords: Any) -> EngineTransformer:
+    def to(self, *arguments: Any, **keywords: Any) -> EngineTransformer:  # type: ignore[override]
         """Stays where it is: inputs are brought to it and the output goes back to their device and dtype."""
         return self
 
@@ -78,7 +78,7 @@ class EngineTransformer(ModelMixin):
         """The denoiser's output for the original transformer's own arguments.
 
         Raises:
-            DitqError: an argument that the engine was not compiled for, a missing one, or a shape that it does not take.
+            DitqError: an argument that the engine was not compiled for, a missing one, or a shape it cannot take.
         """
         names = self.engine.manifest["arguments"]
         if len(arguments) > len(names):
@@ -111,7 +111,7 @@ def _choose(name: str) -> str:
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or value is False or isinstance(value, Mapping | list | tuple) and not value
+    return value is None or value is False or (isinstance(value, Mapping | list | tuple) and not value)
 
 
 def _collect(given: Mapping[str, Any], layout: Layout, engine: str, prefix: str = "") -> dict[str, Tensor]:
@@ -126,7 +126,9 @@ def _collect(given: Mapping[str, Any], layout: Layout, engine: str, prefix: str 
         elif "values" in part:
             tensors |= _collect(value if isinstance(value, Mapping) else {}, part["values"], engine, f"{name}.")
         elif argument in given and not (_is_empty(value) and _is_empty(part["constant"])) and value != part["constant"]:
-            raise DitqError(f"{engine}: was compiled with '{name}' = {part['constant']!r}; it cannot take another value")
+            raise DitqError(
+                f"{engine}: was compiled with '{name}' = {part['constant']!r}; it cannot take another value"
+            )
     for argument, value in given.items():
         if argument not in layout and not _is_empty(value):
             raise DitqError(f"{engine}: was compiled without '{prefix}{argument}', so it cannot be given")

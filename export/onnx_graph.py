@@ -96,7 +96,9 @@ def export_what_varies(model: nn.Module, inputs: Mapping[str, Any], axes: Axes) 
             raise DitqError(f"axes: {name} has {tensor.dim()} dimensions but {len(axes[name])} names")
     wrapper = _Flat(model, layout).eval()
     # AUTO lets tracing find out what can vary; what it turned into a constant is read off the traced inputs.
-    varying = {name: {i: torch.export.Dim.AUTO for i, axis in enumerate(axes.get(name, ())) if axis} for name in tensors}
+    varying = {
+        name: {i: torch.export.Dim.AUTO for i, axis in enumerate(axes.get(name, ())) if axis} for name in tensors
+    }
     with torch.no_grad(), exporting(model), warnings.catch_warnings(), quiet_libraries(), _quiet_exporter():
         warnings.simplefilter("ignore")
         try:
@@ -150,7 +152,7 @@ def _translate(program: Any, names: list[str]) -> ir.Model:
     _drop_idle_squeezes(graph)
     optimizer.optimize_ir(graph, should_fold=_may_fold)
     _fold_exponentials(graph)
-    optimizer.optimize_ir(graph, should_fold=_may_fold)
+    optimizer.optimize_ir(graph, num_iterations=1, onnx_shape_inference=False, should_fold=_may_fold)
     cleanups.ClearMetadataAndDocStringPass()(graph)
     for value, name in zip(graph.graph.inputs, names, strict=True):
         value.name = name
@@ -176,7 +178,7 @@ def _drop_idle_squeezes(graph: ir.Model) -> None:
 
 
 def _may_fold(node: ir.Node) -> bool | None:
-    """Parameters keep the names and the layout of the state dict, so the runtime, not the exporter, folds what touches them."""
+    """Not what touches parameters, which keep the names and layout of the state dict: the runtime folds that."""
     parameters = [v for v in node.inputs if v is not None and v.is_initializer() and (v.name or "").startswith(_PREFIX)]
     return False if parameters or node.op_type == "Exp" else None
 

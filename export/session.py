@@ -34,16 +34,18 @@ def session_options(threads: int | None = None) -> Any:
     return options
 
 
-def open_session(graph: Path, options: Any) -> Any:
-    """A session on the CPU.
+def open_session(graph: Path | bytes, options: Any) -> Any:
+    """A session on the CPU, of a graph on disk or in memory.
 
     Raises:
         DitqError: ONNX Runtime does not take the graph.
     """
     try:
-        return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        model = graph if isinstance(graph, bytes) else str(graph)
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except RUNTIME_ERRORS as error:
-        raise DitqError(f"{graph}: ONNX Runtime does not take it: {first_line(error)}") from error
+        name = "the graph" if isinstance(graph, bytes) else graph
+        raise DitqError(f"{name}: ONNX Runtime does not take it: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The engine's one file of weights: the model's state dict as safetensors, with the ONNX initializers pointing into it."""
+"""The engine's one file of weights: the model's state dict as safetensors, into which the ONNX initializers point."""
 
 from __future__ import annotations
 

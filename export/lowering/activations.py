@@ -25,7 +25,9 @@ def per_token(writer: Writer, x: ir.Value, bits: int) -> tuple[ir.Value, ir.Valu
     lowest = writer.op("Neg", writer.op("ReduceMin", x, axis, name="minimum", keepdims=1), name="negated_minimum")
     largest = writer.op("Max", writer.op("ReduceMax", x, axis, name="maximum", keepdims=1), lowest, name="absmax")
     scale = writer.op("Div", largest, writer.constant(largest_integer(bits), np.float32, name="q_max"), name="step")
-    scale = writer.op("Max", scale, writer.constant(SMALLEST_SCALE, np.float32, name="smallest_scale"), name="token_scale")
+    scale = writer.op(
+        "Max", scale, writer.constant(SMALLEST_SCALE, np.float32, name="smallest_scale"), name="token_scale"
+    )
     return _quantized(writer, writer.op("Div", x, scale, name="in_steps"), np.float32(1)), scale
 
 

@@ -1,8 +1,9 @@
 """ONNX Attention in the forms that ONNX Runtime's CPU provider runs well.
 
-Rules, for plain attention (queries, keys and values [batch, heads, tokens, head_dim]; no cache, not causal, not grouped):
+Rules, for plain attention (all of [batch, heads, tokens, head_dim]; no cache, not causal, not grouped):
   1. Without a mask: com.microsoft.MultiHeadAttention, up to 1.4x as fast as Attention.
-  2. With a mask: MatMul, Add, Softmax, MatMul. Both kernels refuse a mask that broadcasts over the queries, as text masks do.
+  2. With a mask: MatMul, Add, Softmax, MatMul. Both kernels refuse a mask that broadcasts over the queries, as text
+     masks do.
 """
 
 from __future__ import annotations
@@ -36,17 +37,22 @@ def _is_plain(node: ir.Node) -> bool:
             return False
     if set(node.attributes) - _PLAIN:
         return False
-    shapes = [value.shape for value in node.inputs[:3] if value is not None]
-    if any(shape is None or len(shape) != 4 for shape in shapes):
-        return False
-    heads, widths = {shape[1] for shape in shapes if shape}, {shape[3] for shape in shapes if shape}
-    return len(heads) == 1 and len(widths) == 1 and isinstance(*heads, int) and isinstance(*widths, int)
+    sizes = {_heads_and_width(value) for value in node.inputs[:3]}
+    return len(sizes) == 1 and None not in sizes
+
+
+def _heads_and_width(value: ir.Value | None) -> tuple[int, int] | None:
+    """(heads, head_dim) of a value [batch, heads, tokens, head_dim] where they are known."""
+    if value is None or value.shape is None or len(value.shape) != 4:
+        return None
+    heads, width = value.shape[1], value.shape[3]
+    return (heads, width) if isinstance(heads, int) and isinstance(width, int) else None
 
 
 def _multi_head(writer: Writer, node: ir.Node) -> ir.Value:
-    query = node.inputs[0]
-    assert query is not None and query.shape is not None
-    heads, width = int(query.shape[1]), int(query.shape[3])
+    sizes = _heads_and_width(node.inputs[0])
+    assert sizes is not None
+    heads, width = sizes
     joined = writer.constant([0, 0, heads * width], np.int64, name="shape")
     parted = writer.constant([0, 0, heads, width], np.int64, name="shape")
     tokens_first = []
@@ -77,6 +83,6 @@ def _scale(node: ir.Node) -> float:
     """Of q k^T; 1/sqrt(head_dim) unless the node says otherwise."""
     if "scale" in node.attributes:
         return node.attributes["scale"].as_float()
-    query = node.inputs[0]
-    assert query is not None and query.shape is not None
-    return float(int(query.shape[3]) ** -0.5)
+    sizes = _heads_and_width(node.inputs[0])
+    assert sizes is not None
+    return float(sizes[1] ** -0.5)

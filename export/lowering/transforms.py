@@ -36,15 +36,15 @@ def fingerprint(transform: InputTransform | None) -> str:
     return digest.hexdigest()
 
 
-def apply_transform(writer: Writer, x: ir.Value, rank: int, transform: InputTransform | None) -> ir.Value:
-    """x [..., I] of that rank -> x'."""
+def apply_transform(writer: Writer, x: ir.Value, rank: int, width: int, transform: InputTransform | None) -> ir.Value:
+    """x [..., width] of that rank -> x'."""
     if transform is None:
         return x
-    pieces = _pieces(writer, x, transform)
-    ends = list(itertools.accumulate(width for _, width in pieces))
+    pieces = _pieces(writer, x, width, transform)
+    ends = itertools.accumulate(size for _, size in pieces)
     done = []
-    for (piece, width), stop in zip(pieces, ends, strict=True):
-        start = stop - width
+    for (whole, size), stop in zip(pieces, ends, strict=True):
+        piece, start = whole, stop - size
         if transform.inverse_scale is not None:
             factors = transform.inverse_scale[start:stop].numpy()
             piece = writer.op("Mul", piece, writer.constant(factors, name="inverse_scale"), name="scaled")
@@ -58,10 +58,8 @@ def apply_transform(writer: Writer, x: ir.Value, rank: int, transform: InputTran
     return done[0] if len(done) == 1 else writer.op("Concat", *done, name="joined", axis=-1)
 
 
-def _pieces(writer: Writer, x: ir.Value, transform: InputTransform) -> list[tuple[ir.Value, int]]:
+def _pieces(writer: Writer, x: ir.Value, width: int, transform: InputTransform) -> list[tuple[ir.Value, int]]:
     """x cut along its last axis wherever a rotation starts or ends, with the widths; in one piece without a cut."""
-    assert x.shape is not None
-    width = int(x.shape[-1])
     cuts = sorted({0, width, *(cut for start, stop, _ in transform.rotations for cut in (start, stop))})
     widths = [stop - start for start, stop in itertools.pairwise(cuts)]
     if len(widths) == 1:
@@ -74,7 +72,7 @@ def _pieces(writer: Writer, x: ir.Value, transform: InputTransform) -> list[tupl
 
 
 def _inputs_of_concat(x: ir.Value, widths: Sequence[int]) -> Sequence[ir.Value] | None:
-    """What x was joined from, where the joints are just the cuts: FLUX's single blocks join attention and feed-forward."""
+    """What x was joined from, where the joints are the cuts, as in FLUX's single blocks (attention, feed-forward)."""
     node = x.producer()
     if node is None or node.op_type != "Concat" or x.shape is None:
         return None

@@ -1,4 +1,4 @@
-"""Coded weights in ONNX: the file holds the packed codes, the runtime folds them into int8 (or float) when it loads them.
+"""Coded weights in ONNX: the file holds packed codes, which the runtime folds into int8 (or float) when it loads them.
 
 The bytes of the state dict are the initializers. A byte is an index into a table of what its codes stand for, so one
 Gather decodes two 4-bit codes, or spreads one bit plane over eight columns; all of it disappears at load.
@@ -19,7 +19,7 @@ _SMALLEST_BLOCK = 16  # of com.microsoft.MatMulNBits, which also wants a power o
 
 
 def transposed_carrier(writer: Writer, layer: QuantLinear) -> ir.Value:
-    """The int8 carrier [I, O]. The int8 values, not the dequantized ones, are transposed: folding is then 10x faster."""
+    """The int8 carrier [I, O]. Transposed before it is dequantized: the runtime then folds it 10x faster."""
     return writer.op("Transpose", _carrier(writer, layer), name="weight", perm=[1, 0])
 
 
@@ -111,7 +111,9 @@ def _looked_up(writer: Writer, layer: QuantLinear, codes: ir.Value) -> ir.Value:
     if layer.bits == 4:
         pairs = np.stack((table[_BYTES & 15], table[_BYTES >> 4]), axis=1)
         index = writer.op("Cast", codes, name="codes.index", to=ir.DataType.INT32)
-        return _flat(writer, layer, writer.op("Gather", writer.constant(pairs, name="table"), index, name="codes.pairs"))
+        return _flat(
+            writer, layer, writer.op("Gather", writer.constant(pairs, name="table"), index, name="codes.pairs")
+        )
     index = writer.op("Cast", _from_planes(writer, layer, codes), name="codes.index", to=ir.DataType.INT32)
     return writer.op("Gather", writer.constant(table, name="table"), index, name="carrier")
 
@@ -161,7 +163,9 @@ def _multiplied(writer: Writer, layer: QuantLinear, carrier: ir.Value) -> ir.Val
     floats = writer.op("Cast", writer.op("Reshape", carrier, shape, name="carrier.groups"), to=ir.DataType.FLOAT)
     multiplier = writer.state(f"{layer.site}.multiplier", layer.multiplier)
     factors = writer.op("Cast", multiplier, name="multiplier.float", to=ir.DataType.FLOAT)
-    column = writer.op("Unsqueeze", factors, writer.constant([-1], np.int64, name="last_axis"), name="multiplier.column")
+    column = writer.op(
+        "Unsqueeze", factors, writer.constant([-1], np.int64, name="last_axis"), name="multiplier.column"
+    )
     product = writer.op("Mul", floats, column, name="carrier.product")
     product = writer.op("Div", product, writer.constant(255, np.float32, name="full"), name="carrier.quotient")
     rounded = writer.op("Cast", writer.op("Round", product, name="carrier.rounded"), to=ir.DataType.INT8)

@@ -1,4 +1,4 @@
-"""Export targets: each file here lowers the exported graph to the forms that one runtime runs fast. Nothing else lists them.
+"""Export targets: each file here lowers the graph to the forms that one runtime runs fast. Nothing else lists them.
 
 A target is one file that ends in `TARGET = register(Target(...))`.
 """
@@ -26,10 +26,15 @@ Kind = Literal["integer", "weight-only kernel", "dequantized"]
 
 @dataclass(frozen=True)
 class PlannedMatMul:
-    """What a target means a quantized linear to run as, and the value in the graph that its product is."""
+    """What a target means a quantized linear to run as, and where it stands in the graph (names of values).
+
+    input: what the layer reads; product: what its matmul makes; output: what the layer makes, bias included.
+    """
 
     site: str
     kind: Kind
+    input: str
+    product: str
     output: str
 
 
@@ -41,10 +46,10 @@ class Target:
         name: short name, e.g. `onnxruntime-cpu`.
         description: one line.
         available: () -> (whether it runs here, why not).
-        lower: (graph with ditq::QuantLinear nodes, layers by site) -> what each matmul is planned as; rewrites the graph in
-            place. None: the target runs the engine without a graph.
-        runner: (engine, threads) -> a function of input tensors by name, of the engine's own dtypes and on the CPU, that
-            returns the output.
+        lower: (graph with ditq::QuantLinear nodes, layers by site) -> what each matmul is planned as; rewrites the
+            graph in place. None: the target runs the engine without a graph.
+        runner: (engine, threads) -> a function of input tensors by name, of the engine's own dtypes and on the CPU,
+            that returns the output.
     """
 
     name: str

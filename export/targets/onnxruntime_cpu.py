@@ -32,12 +32,12 @@ def lower(model: ir.Model, layers: Mapping[str, QuantLinear]) -> list[PlannedMat
 
     Layers that read the same value through the same transform share it, and share its quantized form.
     """
+    lower_attention(model)
     lowering = _Lowering(Writer(model))
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type == "QuantLinear":
             lowering.replace(node, layers[node.attributes["site"].as_string()])
     model.graph.opset_imports.pop(DOMAIN, None)
-    lower_attention(model)
     return lowering.planned
 
 
@@ -47,6 +47,7 @@ class _Lowering:
     planned: list[PlannedMatMul] = field(default_factory=list)
     transformed: dict[tuple[ir.Value, str], ir.Value] = field(default_factory=dict)
     quantized: dict[tuple[ir.Value, int], tuple[ir.Value, ir.Value]] = field(default_factory=dict)
+    static: dict[tuple[ir.Value, float, int], ir.Value] = field(default_factory=dict)
 
     def replace(self, node: ir.Node, layer: QuantLinear) -> None:
         writer = self.writer
@@ -56,8 +57,8 @@ class _Lowering:
         rank = len(x.shape)
         key = (x, fingerprint(layer.transform))
         if key not in self.transformed:
-            self.transformed[key] = apply_transform(writer, x, rank, layer.transform)
-        y = self._product(self.transformed[key], rank, layer)
+            self.transformed[key] = apply_transform(writer, x, rank, layer.in_features, layer.transform)
+        kind, product, y = self._product(self.transformed[key], rank, layer)
         if layer.bias is not None:
             y = writer.op("Add", y, writer.state(f"{layer.site}.bias", layer.bias), name="biased")
         result = node.outputs[0]
@@ -66,39 +67,38 @@ class _Lowering:
         if y.is_graph_output():
             y.name = result.name
         writer.graph.remove(node, safe=True)
+        assert x.name is not None and product.name is not None and y.name is not None
+        self.planned.append(PlannedMatMul(layer.site, kind, x.name, product.name, y.name))
 
-    def _product(self, x: ir.Value, rank: int, layer: QuantLinear) -> ir.Value:
-        """x' W^T without the bias."""
+    def _product(self, x: ir.Value, rank: int, layer: QuantLinear) -> tuple[Kind, ir.Value, ir.Value]:
+        """(what it is planned as, the matmul's own output, x' W^T without the bias)."""
         writer = self.writer
         if layer.activation.granularity == "token":
             token_key = (x, layer.activation.bits)
             if token_key not in self.quantized:
                 self.quantized[token_key] = activations.per_token(writer, x, layer.activation.bits)
             integers, scale = self.quantized[token_key]
-            y = self._planned(layer, "integer", writer.op("MatMul", integers, weights.integer_weight(writer, layer), name="matmul"))
-            return writer.op("Mul", y, scale, name="rescaled")
+            product = writer.op("MatMul", integers, weights.integer_weight(writer, layer), name="matmul")
+            return "integer", product, writer.op("Mul", product, scale, name="rescaled")
         if layer.activation.granularity == "tensor":
             return self._static_product(x, rank, layer)
         if weights.has_block_kernel(layer):
-            return self._planned(layer, "weight-only kernel", weights.block_matmul(writer, x, layer))
-        y = writer.op("MatMul", x, weights.float_weight(writer, layer), name="matmul")
-        return self._planned(layer, "dequantized", y)
+            product = weights.block_matmul(writer, x, layer)
+            return "weight-only kernel", product, product
+        product = writer.op("MatMul", x, weights.float_weight(writer, layer), name="matmul")
+        return "dequantized", product, product
 
-    def _static_product(self, x: ir.Value, rank: int, layer: QuantLinear) -> ir.Value:
+    def _static_product(self, x: ir.Value, rank: int, layer: QuantLinear) -> tuple[Kind, ir.Value, ir.Value]:
         writer, scale = self.writer, layer.activation_scale
         assert scale is not None
-        # A product of two matrices and a bias would become a Gemm, which is computed in float; three dimensions do not.
+        key = (x, scale.item(), layer.activation.bits)
         batch = writer.constant([0], np.int64, name="axis")
-        if rank == 2:
-            x = writer.op("Unsqueeze", x, batch, name="batch_of_one")
-        integers = activations.per_tensor(writer, x, scale, layer.activation.bits)
-        y = self._planned(layer, "integer", writer.op("MatMul", integers, weights.integer_weight(writer, layer), name="matmul"))
-        return writer.op("Squeeze", y, batch, name="one_batch") if rank == 2 else y
-
-    def _planned(self, layer: QuantLinear, kind: Kind, product: ir.Value) -> ir.Value:
-        assert product.name is not None
-        self.planned.append(PlannedMatMul(layer.site, kind, product.name))
-        return product
+        if key not in self.static:
+            # A product of two matrices and a bias would become a Gemm, computed in float; three dimensions do not.
+            deep = writer.op("Unsqueeze", x, batch, name="batch_of_one") if rank == 2 else x
+            self.static[key] = activations.per_tensor(writer, deep, scale, layer.activation.bits)
+        product = writer.op("MatMul", self.static[key], weights.integer_weight(writer, layer), name="matmul")
+        return "integer", product, writer.op("Squeeze", product, batch, name="one_batch") if rank == 2 else product
 
 
 def available() -> tuple[bool, str]:

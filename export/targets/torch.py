@@ -1,4 +1,4 @@
-"""Plain torch: the diffusers model rebuilt around the engine's QuantLinears. The exact meaning; slow, needs diffusers."""
+"""Plain torch: the diffusers model rebuilt around the engine's QuantLinears. The exact meaning; slow."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def rebuild(engine: Engine) -> nn.Module:
     class_name = engine.manifest["class_name"]
     builder: Any = getattr(diffusers, class_name, None)
     if builder is None:
-        raise DitqError(f"{engine.folder}: the class {class_name} is not in diffusers {diffusers.__version__}; upgrade it")
+        raise DitqError(
+            f"{engine.folder}: the class {class_name} is not in diffusers {diffusers.__version__}; upgrade it"
+        )
     stored = load_file(engine.folder / WEIGHTS)
     state = {name: _widened(tensor) for name, tensor in stored.items() if not name.startswith(EXTRA)}
     try:
