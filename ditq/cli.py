@@ -33,7 +33,7 @@ def cli() -> None:
 
     \b
     ditq compile mini -o engine                   compile the built-in checkpoint
-    ditq sample engine "red apple, fluent 3d"     draw with the engine
+    ditq sample engine "smirking face, noto"     draw with the engine
     ditq evaluate engine --against mini           how much was lost
     """
 
@@ -125,7 +125,7 @@ def sample(engine: str, prompt: str, out: Path, against: str | None, checkpoint:
     """Draw PROMPT (or a class label) with ENGINE.
 
     \b
-    ditq sample engine "red apple, fluent 3d" -o apple.png --against mini
+    ditq sample engine "smirking face, noto" -o face.png --against mini
     """
     from ditq.folders import check_output
     from ditq.report.engine_report import draw
@@ -275,7 +275,7 @@ def _print_evaluation(evaluation: Any) -> None:
 
 
 def _example(checkpoint: Any) -> str:
-    prompt = '"red apple, fluent 3d"' if checkpoint.name.startswith("mini") else '"your prompt"'
+    prompt = '"smirking face, noto"' if checkpoint.name.startswith("mini") else '"your prompt"'
     return prompt + " -o sample.png"
 
 
