@@ -25,6 +25,7 @@ from ditq.calibration.statistics import Statistics
 from ditq.calibration.storage import PARTIAL, make_folder, remove_folder, rename
 from ditq.checkpoint import BUILT_IN, Checkpoint, read_json
 from ditq.errors import DitqError, Interrupted
+from ditq.folders import without_new_parents
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.progress import ProgressSetting
@@ -183,16 +184,17 @@ def _working_folder(out: Path, *, force: bool, resume: bool) -> Iterator[Path]:
         return
     if partial.exists() and force:
         remove_folder(partial)
-    make_folder(partial)
-    try:
-        yield partial
-    except BaseException as error:
-        if not any((partial / TRAJECTORIES).glob("*.safetensors")):
-            shutil.rmtree(partial, ignore_errors=True)
-        elif isinstance(error, KeyboardInterrupt):
-            message = f"interrupted; run again with --resume to go on (finished samples are in {partial})"
-            raise Interrupted(message) from error
-        raise
+    with without_new_parents(out):
+        make_folder(partial)
+        try:
+            yield partial
+        except BaseException as error:
+            if not any((partial / TRAJECTORIES).glob("*.safetensors")):
+                shutil.rmtree(partial, ignore_errors=True)
+            elif isinstance(error, KeyboardInterrupt):
+                message = f"interrupted; run again with --resume to go on (finished samples are in {partial})"
+                raise Interrupted(message) from error
+            raise
     if out.exists():
         remove_folder(out)
     rename(partial, out)

@@ -147,7 +147,7 @@ class DiTGraph:
         example_inputs: keyword arguments of one forward; only shapes and dtypes matter.
 
     Raises:
-        DitqError: no repeated blocks with linears, so this is not a transformer that ditq can compile.
+        DitqError: the model does not run, or no repeated blocks with linears, so ditq cannot compile it.
     """
 
     def __init__(self, model: nn.Module, example_inputs: Mapping[str, Any]) -> None:
@@ -156,7 +156,14 @@ class DiTGraph:
         self.model = model
         self.example_inputs = dict(example_inputs)
         batch = next(value.shape[0] for value in example_inputs.values() if isinstance(value, torch.Tensor))
-        found = Structure(model, trace_forward(model, example_inputs), batch)
+        try:
+            trace = trace_forward(model, example_inputs)
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise DitqError(
+                f"{type(model).__name__}: does not run with its config and inputs of these shapes: {reason[0]}"
+            ) from error
+        found = Structure(model, trace, batch)
         self.blocks: dict[str, Block] = found.blocks
         self.sites: dict[str, LinearSite] = found.sites
         self.groups: dict[str, InputGroup] = found.groups

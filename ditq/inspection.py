@@ -80,7 +80,10 @@ def example_inputs(checkpoint: Checkpoint, batch: int = 2, seed: int = 0) -> dic
             "add a file to ditq/families (docs/add-a-family.md), or compile its whole pipeline folder"
         )
     config = {**_defaults(checkpoint), **checkpoint.config}
-    return family.example_inputs(config, batch, seed)
+    try:
+        return family.example_inputs(config, batch, seed)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DitqError(f"{checkpoint.name}: config.json does not tell the shapes of its inputs ({error!r})") from error
 
 
 def _defaults(checkpoint: Checkpoint) -> dict[str, Any]:

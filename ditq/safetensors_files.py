@@ -77,7 +77,7 @@ def open_tensor_files(folder: Path, checkpoint: str) -> Iterator[TensorFile]:
     places = _read_index(index)
     for shard in sorted(set(places.values())):
         path = folder / shard
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or shard in ("", ".."):
             raise DitqError(f"{index}: names {shard!r}, which is outside the folder")
         if not path.exists():
             raise DitqError(f"{checkpoint}: the shard {shard} that {index.name} names is missing; fetch it again")

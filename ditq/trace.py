@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ditq.quiet import quiet_fake_tensors
+
 
 @dataclass(frozen=True)
 class Value:
@@ -130,7 +132,8 @@ def trace_forward(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     Where the forward reads values out of tensors (which fake tensors do not have) it is run for real instead.
     """
     try:
-        return _record(model, inputs, FakeTensorMode(allow_non_fake_inputs=True))
+        with quiet_fake_tensors():
+            return _record(model, inputs, FakeTensorMode(allow_non_fake_inputs=True))
     except (DataDependentOutputException, DynamicOutputShapeException):
         return _record(model, inputs, None)
 
