@@ -1,8 +1,8 @@
 """ditq: a post-training quantization and compression compiler for Diffusion Transformers.
 
-    import ditq
-    ditq.compile("mini", "engine")
-    transformer = ditq.load_engine("engine")
+import ditq
+ditq.compile("mini", "engine")
+transformer = ditq.load_engine("engine")
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ditq.errors import DitqError
 if TYPE_CHECKING:
     from ditq.calibration.calibrate import calibrate
     from ditq.checkpoint import Checkpoint
-    from ditq.compiler import CompileOptions, compile  # noqa: A004
+    from ditq.compiler import CompileOptions, compile
     from ditq.export.loader import load_engine
     from ditq.graph import DiTGraph
     from ditq.recipe import Recipe, load_recipe

@@ -25,7 +25,16 @@ from ditq.safetensors_files import TensorFile, TensorInfo, open_tensor_files
 
 ASSETS = Path(__file__).parent / "assets"
 # What diffusers' classes and conversions raise when the config or the tensors that they are given make no sense to them.
-REFUSALS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, MemoryError)
+REFUSALS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    MemoryError,
+)
 BUILT_IN = {"mini": ASSETS / "mini", "mini-pixart": ASSETS / "mini_pixart"}
 
 
@@ -89,7 +98,9 @@ class Checkpoint:
             raise DitqError(f"{name}: {folder.name}/ is empty; a checkpoint needs a config.json and safetensors files")
         path = folder / "config.json"
         if not path.exists():
-            raise DitqError(f"{name}: no config.json in {folder.name}/; give a diffusers pipeline or transformer folder")
+            raise DitqError(
+                f"{name}: no config.json in {folder.name}/; give a diffusers pipeline or transformer folder"
+            )
         config = read_json(path)
         files = tuple(open_tensor_files(folder, name))
         return cls(name, root, config, _class_name(config, name), files, pipeline_root, sampling or {})
@@ -97,7 +108,9 @@ class Checkpoint:
     @classmethod
     def _open_file(cls, name: str, path: Path, config: str | Path | None) -> Checkpoint:
         if path.suffix != ".safetensors":
-            raise DitqError(f"{name}: only .safetensors files are read (others can run code when opened); convert it first")
+            raise DitqError(
+                f"{name}: only .safetensors files are read (others can run code when opened); convert it first"
+            )
         tensors = TensorFile.open(path)
         values: Any
         if config is not None:
@@ -228,7 +241,9 @@ class Checkpoint:
 
         builder: Any = self.model_class()
         if not hasattr(builder, "from_single_file"):
-            raise DitqError(f"{self.name}: its tensor names are not {self.class_name}'s, and diffusers cannot convert them")
+            raise DitqError(
+                f"{self.name}: its tensor names are not {self.class_name}'s, and diffusers cannot convert them"
+            )
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(dict(self.config)))
             weights = {name: self._finite(name, self.read(name)) for name in self._places}

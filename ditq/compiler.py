@@ -67,11 +67,11 @@ class CompileResult:
     peak_memory: int = 0
 
 
-def compile(  # noqa: A001  the word that users know
+def compile(
     checkpoint: Checkpoint | str | Path,
     out: str | Path,
     recipe: Recipe | str | Path = DEFAULT,
-    options: CompileOptions = CompileOptions(),  # noqa: B008  frozen
+    options: CompileOptions = CompileOptions(),
 ) -> CompileResult:
     """Compile a diffusion transformer into an engine folder.
 
@@ -134,7 +134,9 @@ def _work_folder(out: Path, resume: bool) -> Iterator[Path]:
             if not any(work.rglob("*.safetensors")):  # nothing finished yet
                 shutil.rmtree(work, ignore_errors=True)
                 raise
-            raise Interrupted(f"interrupted; run again with --resume to go on (finished parts are in {work})") from error
+            raise Interrupted(
+                f"interrupted; run again with --resume to go on (finished parts are in {work})"
+            ) from error
         except BaseException:
             if not resumed:
                 shutil.rmtree(work, ignore_errors=True)
@@ -148,7 +150,7 @@ def run_passes(
     statistics: Statistics | None,
     checkpoint: Checkpoint | None = None,
     work: Path | None = None,
-    options: CompileOptions = CompileOptions(),  # noqa: B008  frozen
+    options: CompileOptions = CompileOptions(),
 ) -> list[PassReport]:
     """Run the recipe over the graph in place. After it the graph still runs, now with what the passes put in."""
     cache = None
@@ -197,4 +199,3 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[stage] = now - self._last
         self._last = now
-

@@ -1,10 +1,10 @@
 """A recipe (YAML) -> an ordered list of passes with their settings, checked before anything runs.
 
-    name: w4a8
-    description: one line
-    passes:
-      - smooth: {alpha: 0.5}
-      - quantize: {format: w4a8}
+name: w4a8
+description: one line
+passes:
+  - smooth: {alpha: 0.5}
+  - quantize: {format: w4a8}
 """
 
 from __future__ import annotations

@@ -25,7 +25,17 @@ from ditq.suggest import unknown_key
 Table = tuple[list[str], list[list[str]]]
 Lines = list[str | Table]
 
-PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxruntime", "triton", "tensorrt", "tensorrt_rtx")
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "safetensors",
+    "onnx",
+    "onnxruntime",
+    "triton",
+    "tensorrt",
+    "tensorrt_rtx",
+)
 
 
 def show(what: str, recipe: str, config: Path | None = None) -> tuple[Lines, dict[str, Any]]:
@@ -90,7 +100,9 @@ def _show_statistics(statistics: Statistics) -> tuple[Lines, dict[str, Any]]:
         found = statistics.groups[name]
         values[name] = {"width": found.width, "rms": found.rms(), "absmax": float(found.absmax_all.max()),
                         "crest": found.mean_crest}  # fmt: skip
-        rows.append([name, str(found.width), f"{found.rms():.3g}", f"{values[name]['absmax']:.3g}", f"{found.mean_crest:.2f}"])
+        rows.append(
+            [name, str(found.width), f"{found.rms():.3g}", f"{values[name]['absmax']:.3g}", f"{found.mean_crest:.2f}"]
+        )
     metadata = statistics.metadata
     head = (
         f"statistics of {metadata['checkpoint'].get('name')}: {metadata.get('condition_count')} conditions, "
@@ -133,7 +145,9 @@ def diagnose(engine: str | None) -> tuple[list[str], bool]:
         except PackageNotFoundError:
             lines.append(f"{package:13s} not installed")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    lines += [f"GPU           {torch.cuda.get_device_name(i)}" for i in range(count)] or ["GPU           none that torch sees"]
+    lines += [f"GPU           {torch.cuda.get_device_name(i)}" for i in range(count)] or [
+        "GPU           none that torch sees"
+    ]
     for name, found in targets().items():
         works, why = found.available()
         lines.append(f"target {name}: {'works' if works else 'does not work'} ({why})")

@@ -96,7 +96,7 @@ class Structure:
             call = self.trace.producer.get(value)
             if value in self._site_of:
                 found.append(self._site_of[value])
-            elif call is None or call.function == ATTENTION or call.function == "linear":
+            elif call is None or call.function in (ATTENTION, "linear"):
                 only_views = False
             elif call.function in VIEWS:
                 pending.extend(call.inputs)
@@ -153,7 +153,12 @@ class Structure:
                 keys=tuple(self._linears_behind(key, pure=False)[0]),
                 values=tuple(values),
                 outputs=tuple(sorted(outputs, key=lambda o: o.site)),
-                foldable=bool(values) and pure_in and pure_out and whole and same_heads and self._feeds_only(call, values),
+                foldable=bool(values)
+                and pure_in
+                and pure_out
+                and whole
+                and same_heads
+                and self._feeds_only(call, values),
                 macs=2 * call.outputs[0].shape[1] * query.shape[-2] * key.shape[-2] * width,
             )
         return found
@@ -195,7 +200,9 @@ class Structure:
             call = self.trace.producer.get(value)
             if value in self._site_of:
                 found.append(self._site_of[value])
-            elif call is not None and (call.function in VIEWS or call.function in ACTIVATIONS or call.function == "mul"):
+            elif call is not None and (
+                call.function in VIEWS or call.function in ACTIVATIONS or call.function == "mul"
+            ):
                 activation = call.function if call.function in ACTIVATIONS else activation
                 pending.extend(call.inputs)
         order = list(self.calls)
@@ -249,7 +256,7 @@ class Structure:
         call = self.trace.producer.get(self._source(value))
         if call is None or call.function != function or len(call.inputs) != 2:
             return None
-        first, second = sorted(call.inputs, key=lambda v: _size(v), reverse=True)
+        first, second = sorted(call.inputs, key=_size, reverse=True)
         if first.shape != call.outputs[0].shape or _size(second) >= _size(first):
             return None
         return first, second

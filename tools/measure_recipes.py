@@ -42,7 +42,13 @@ MODULATION = {"select": "role:modulation", "format": "w4a16", "codebook": "unifo
 
 def nearest(form: str, codebook: str) -> list[dict[str, Any]]:
     """Round-to-nearest of the blocks' token linears, nothing else done."""
-    settings = {"format": form, "codebook": codebook, "rounding": "nearest", "weighted": False, "bias_correction": False}
+    settings = {
+        "format": form,
+        "codebook": codebook,
+        "rounding": "nearest",
+        "weighted": False,
+        "bias_correction": False,
+    }
     return [{"quantize": settings}]
 
 

@@ -44,7 +44,9 @@ class InputTransform(nn.Module):
         end = 0
         for start, stop, rotation in self.rotations:
             if start < end or stop - start != rotation.size:
-                raise ValueError(f"rotated range [{start}, {stop}) overlaps another or does not fit size {rotation.size}")
+                raise ValueError(
+                    f"rotated range [{start}, {stop}) overlaps another or does not fit size {rotation.size}"
+                )
             end = stop
 
     @property
@@ -88,7 +90,9 @@ class InputTransform(nn.Module):
         }
 
     @classmethod
-    def from_spec(cls, spec: dict[str, Any], state: dict[str, Tensor] | None = None, prefix: str = "") -> InputTransform:
+    def from_spec(
+        cls, spec: dict[str, Any], state: dict[str, Tensor] | None = None, prefix: str = ""
+    ) -> InputTransform:
         """Remake it from `spec()`; `state` holds the tensors of data-dependent rotations under `prefix`."""
         rotations = []
         for index, part in enumerate(spec["rotations"]):
@@ -112,7 +116,7 @@ class InputTransform(nn.Module):
             for name, tensor in rotation.spec()[1].items():
                 destination[f"{prefix}rotations.{index}.{name}"] = tensor
 
-    def _load_from_state_dict(  # noqa: D102
+    def _load_from_state_dict(
         self,
         state_dict: Any,
         prefix: str,
@@ -124,6 +128,4 @@ class InputTransform(nn.Module):
     ) -> None:
         own = {name for name in state_dict if name.startswith(f"{prefix}rotations.")}
         kept = {name: tensor for name, tensor in state_dict.items() if name not in own}
-        super()._load_from_state_dict(
-            kept, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(kept, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

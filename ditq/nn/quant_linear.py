@@ -58,7 +58,7 @@ class QuantLinear(nn.Module):
         site: str,
         weight: WeightCode,
         bias: Tensor | None,
-        activation: ActivationFormat = ActivationFormat(),  # noqa: B008  frozen
+        activation: ActivationFormat = ActivationFormat(),
         activation_scale: Tensor | None = None,
         transform: InputTransform | None = None,
         codebook: str = "",
@@ -143,10 +143,16 @@ class QuantLinear(nn.Module):
     def from_spec(cls, spec: dict[str, Any], state: dict[str, Tensor] | None = None) -> QuantLinear:
         """An empty layer of the same structure, for `load_state_dict`; `state` is needed for data-dependent rotations."""
         out_features, in_features, bits = spec["out_features"], spec["in_features"], spec["bits"]
-        table = torch.zeros(spec["table"], dtype=torch.int8) if spec["table"] else torch.arange(-128, 128).to(torch.int8)
+        table = (
+            torch.zeros(spec["table"], dtype=torch.int8) if spec["table"] else torch.arange(-128, 128).to(torch.int8)
+        )
         multiplier = torch.zeros(spec["multiplier"], dtype=torch.uint8) if spec["multiplier"] else None
         weight = WeightCode(
-            torch.zeros(out_features, in_features, dtype=torch.uint8), table, torch.zeros(spec["scale"]), multiplier, bits
+            torch.zeros(out_features, in_features, dtype=torch.uint8),
+            table,
+            torch.zeros(spec["scale"]),
+            multiplier,
+            bits,
         )
         activation = ActivationFormat(**spec["activation"])
         transform = None

@@ -78,7 +78,7 @@ class _ColumnLevels:
         return code[:, 0], self._levels.gather(1, code)[:, 0]
 
 
-def round_gptq(  # noqa: PLR0917
+def round_gptq(
     weight: torch.Tensor,
     hessian: torch.Tensor,
     fit: Fit,

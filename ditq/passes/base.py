@@ -17,11 +17,10 @@ from ditq.nn.input_transform import InputTransform, RotatedRange
 from ditq.numerics.weight_code import WeightCode
 from ditq.progress import ProgressSetting, progress_bar
 
-
 Item = TypeVar("Item")
 
 
-def setting(default: Any, help: str, choices: tuple[Any, ...] | None = None) -> Any:  # noqa: A002
+def setting(default: Any, help: str, choices: tuple[Any, ...] | None = None) -> Any:
     """A dataclass field of a pass: its default, what it means, and the values it may take."""
     metadata = {"help": help, "choices": choices}
     if isinstance(default, (list, dict)):
@@ -150,7 +149,7 @@ class Pass(ABC):
         """
         return {}
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027  most passes have nothing to check
         """Raise DitqError for settings that do not fit each other; called before anything runs."""
 
     def settings(self) -> dict[str, Any]:

@@ -61,7 +61,9 @@ class Quantize(Pass):
     codebook: str = setting("twin_log_shared", "where the levels of the weights lie", tuple(CODEBOOKS))
     rounding: str = setting("gptq", "how weights are rounded to levels", ROUNDINGS)
     group_size: int = setting(0, "columns that share a scale; 0 is the whole row")
-    activation: str = setting("token", "one scale a token, found at run time, or one calibrated scale", ("token", "tensor"))
+    activation: str = setting(
+        "token", "one scale a token, found at run time, or one calibrated scale", ("token", "tensor")
+    )
     bias_correction: bool = setting(True, "put the mean error of the output into the bias")
     damping: float = setting(0.01, "GPTQ: share of the mean diagonal added to it")
     weighted: bool = setting(True, "search scales by output error (diagonal of the second moments), not weight error")
@@ -213,4 +215,3 @@ def stored_bits(layer: QuantLinear) -> int:
 def quantized_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """Every QuantLinear of the model by its site."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-

@@ -200,4 +200,3 @@ def online_cost(graph: DiTGraph) -> int:
         if transform is not None:
             counted += graph.sites[group.sites[0]].tokens * transform.multiply_adds()
     return counted
-

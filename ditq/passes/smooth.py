@@ -62,7 +62,9 @@ class Smooth(Pass):
         if change.rotations or change.inverse_scale is not None:
             raise DitqError(f"pass 'smooth': {group.name} is rotated or smoothed already; put one smooth before rotate")
         statistics = context.statistics(group.name)
-        mean = statistics.mean().double() if self.centre and can_shift(group.feed) else torch.zeros(group.width).double()
+        mean = (
+            statistics.mean().double() if self.centre and can_shift(group.feed) else torch.zeros(group.width).double()
+        )
         size = self._size(statistics, mean)
         weights = torch.stack([plain_linear(graph, site).weight.double().abs().amax(0) for site in group.sites]).amax(0)
         floor = torch.finfo(torch.float32).tiny ** 0.25

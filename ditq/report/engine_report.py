@@ -41,8 +41,13 @@ def original_of(engine: Engine, against: Checkpoint | str | None) -> Checkpoint:
     if against is None and name not in BUILT_IN:
         raise DitqError(f"{engine.folder}: was compiled from {name}; say where that is with --against")
     checkpoint = against if isinstance(against, Checkpoint) else Checkpoint.open(against or name)
-    if checkpoint.class_name != engine.manifest["class_name"] or checkpoint.fingerprint() != engine.manifest["source"]["fingerprint"]:
-        raise DitqError(f"{engine.folder}: was compiled from {name}, which is not {checkpoint.name} (other weights or config)")
+    if (
+        checkpoint.class_name != engine.manifest["class_name"]
+        or checkpoint.fingerprint() != engine.manifest["source"]["fingerprint"]
+    ):
+        raise DitqError(
+            f"{engine.folder}: was compiled from {name}, which is not {checkpoint.name} (other weights or config)"
+        )
     return checkpoint
 
 
@@ -66,8 +71,17 @@ def report_on(
     engine = Engine.open(engine_folder)
     checkpoint = original_of(engine, against)
     transformer = load_engine(engine.folder, target)
-    evaluation = evaluate(transformer, checkpoint, conditions=conditions, steps=steps, seed=seed, limit=limit,
-                          quantized=rebuild(engine), name=f"{engine.name} ({transformer.target})", progress=progress)  # fmt: skip
+    evaluation = evaluate(
+        transformer,
+        checkpoint,
+        conditions=conditions,
+        steps=steps,
+        seed=seed,
+        limit=limit,
+        quantized=rebuild(engine),
+        name=f"{engine.name} ({transformer.target})",
+        progress=progress,
+    )
     sizes = file_sizes(engine.folder, checkpoint)
     info: dict[str, Any] = {
         "folder": engine.name,
@@ -82,7 +96,9 @@ def report_on(
             ENGINE: peak_memory("ditq.report.engine_report:run_engine_once", str(engine.folder), str(checkpoint.root)),
             TORCH: peak_memory("ditq.report.engine_report:run_original_once", str(checkpoint.root)),
         }
-    write_report(where or engine.folder, evaluation, info, engine.manifest.get("reports", []), engine.manifest["recipe"])
+    write_report(
+        where or engine.folder, evaluation, info, engine.manifest.get("reports", []), engine.manifest["recipe"]
+    )
     if where is None:
         measured = {
             "summary": evaluation.summary,
@@ -122,7 +138,14 @@ def real_call(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
     calls: list[DenoiserCall] = []
     pipeline = checkpoint.load_pipeline(model)
     settings = SamplingSettings(dict(checkpoint.sampling) | {"num_inference_steps": 1})
-    sample(pipeline, heldout_conditions(checkpoint, 1), settings, on_denoiser_call=calls.append, decode=False, progress=False)
+    sample(
+        pipeline,
+        heldout_conditions(checkpoint, 1),
+        settings,
+        on_denoiser_call=calls.append,
+        decode=False,
+        progress=False,
+    )
     return {name: value for name, value in calls[0].arguments.items() if name != "return_dict"}
 
 

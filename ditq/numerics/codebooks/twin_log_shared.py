@@ -62,7 +62,7 @@ def _choose_table(
 
 
 @codebook("twin_log_shared")
-def fit_twin_log_shared(  # noqa: PLR0917
+def fit_twin_log_shared(
     weight: torch.Tensor,
     bits: int,
     importance: torch.Tensor | None = None,

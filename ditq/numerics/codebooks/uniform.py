@@ -29,7 +29,7 @@ def _search(groups: torch.Tensor, bits: int, importance: torch.Tensor | None, cl
 
 
 @codebook("uniform")
-def fit_uniform(  # noqa: PLR0917
+def fit_uniform(
     weight: torch.Tensor,
     bits: int,
     importance: torch.Tensor | None = None,
