@@ -174,7 +174,7 @@ def write_engine(
         described = [_describe(value) for value in graph.graph.inputs]
         graph.producer_name, graph.producer_version = "ditq", _version()
         graph.graph.name = class_name
-        write_weights(partial / WEIGHTS, model.state_dict(), graph, {"format": "pt", "ditq_version": _version()})
+        write_weights(partial / WEIGHTS, model.state_dict(), graph, {"format": "pt"})  # more keys have no fixed order
         ir.save(graph, partial / GRAPH)
         (partial / WEIGHTS).chmod((partial / GRAPH).stat().st_mode)  # safetensors makes it private
         manifest = {

@@ -1,0 +1,237 @@
+"""Compiling: the engine appears whole or not at all, and an interrupted compile resumes to the very same bytes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import SafetensorError
+
+import ditq
+from ditq.compiler import CompileOptions
+from ditq.errors import DitqError, Interrupted
+from ditq.passes import quantize
+from tests.command_line import assert_refused, run
+from tests.small_checkpoint import files_below, write_pipeline
+
+PROMPTS = ["red apple, fluent 3d", "dog, noto"]
+FULL = os.strerror(errno.ENOSPC)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pipeline(tmp_path_factory.mktemp("compile") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "engine"
+    ditq.compile(pipeline, out, "w4a8", CompileOptions(conditions=PROMPTS, steps=1, progress=False))
+    return out
+
+
+@pytest.fixture
+def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exporting takes seconds; where it must not be reached it need not be run."""
+    monkeypatch.setattr("ditq.compiler.write_engine", lambda *_, **__: pytest.fail("reached the export"))
+
+
+def _digests(engine: Path) -> dict[str, str]:
+    return {name: hashlib.sha256((engine / name).read_bytes()).hexdigest() for name in ("weights.safetensors", "model.onnx")}
+
+
+def _on_call(number: int, error: BaseException, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, but its call of that number (from 1) raises `error`."""
+    calls = 0
+
+    def counted(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise error
+        return function(*arguments, **keywords)
+
+    return counted
+
+
+def _patch(monkeypatch: pytest.MonkeyPatch, place: str, number: int, error: BaseException) -> None:
+    module, _, name = place.rpartition(".")
+    monkeypatch.setattr(place, _on_call(number, error, getattr(__import__(module, fromlist=[name]), name)))
+
+
+def test_an_engine_appears_whole_with_nothing_beside_it(uninterrupted: Path) -> None:
+    assert files_below(uninterrupted.parent) == [
+        "engine", "engine/engine.json", "engine/model.onnx", "engine/weights.safetensors"
+    ]  # fmt: skip
+    manifest = json.loads((uninterrupted / "engine.json").read_text())
+    assert manifest["recipe"]["name"] == "w4a8" and [r["pass"] for r in manifest["reports"]] == ["smooth", "rotate", "quantize"]
+    assert str(uninterrupted.parent) not in (uninterrupted / "engine.json").read_text()  # it can be moved
+
+
+def test_a_compile_interrupted_twice_resumes_to_the_same_bytes(
+    uninterrupted: Path, pipeline: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    command = ["compile", pipeline, "-o", tmp_path / "engine", "--prompts", prompts, "--steps", 1, "--evaluate", 0]
+    again = [*command, "--resume"]
+    with monkeypatch.context() as patched:  # in the middle of calibration, after the first prompt
+        _patch(patched, "ditq.calibration.record.sample_one", 2, KeyboardInterrupt())
+        assert_refused(capsys, "interrupted; run again with --resume", *command)
+    assert not (tmp_path / "engine").exists() and (tmp_path / ".engine.work").is_dir()
+    with monkeypatch.context() as patched:  # in the middle of the passes, after five linears
+        _patch(patched, "ditq.passes.quantize.round_gptq", 6, KeyboardInterrupt())
+        _patch(patched, "ditq.calibration.record.sample_one", 2, AssertionError("the first prompt was recorded already"))
+        assert_refused(capsys, "interrupted; run again with --resume", *again)
+    assert files_below(tmp_path)[0] == ".engine.work" and not (tmp_path / "engine").exists()
+    with monkeypatch.context() as patched:
+        rounded: list[int] = []
+        gptq = quantize.round_gptq
+        patched.setattr(quantize, "round_gptq", lambda *a, **k: rounded.append(1) or gptq(*a, **k))
+        patched.setattr("ditq.calibration.record.sample_one", lambda *_, **__: pytest.fail("calibrated already"))
+        ran = run(capsys, *again)
+    assert ran.code == 0, ran.err
+    assert _digests(tmp_path / "engine") == _digests(uninterrupted)
+    assert files_below(tmp_path) == files_below(uninterrupted.parent)  # the work folder is gone
+    sites = json.loads((uninterrupted / "engine.json").read_text())["structure"]["quantized"]
+    assert len(rounded) == len(sites) - 5
+
+
+def test_an_interruption_before_anything_is_finished_leaves_nothing(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_export: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _patch(monkeypatch, "ditq.calibration.record.sample_one", 1, KeyboardInterrupt())
+    assert_refused(capsys, "interrupted; nothing was left", "compile", pipeline, "-o", tmp_path / "a" / "engine")
+    assert files_below(tmp_path) == []
+
+
+def test_an_interruption_is_still_a_keyboard_interrupt_to_a_program(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_export: None
+) -> None:
+    _patch(monkeypatch, "ditq.calibration.record.sample_one", 2, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt, match="--resume") as caught:
+        ditq.calibrate(pipeline, tmp_path / "stats", PROMPTS, steps=1)
+    assert isinstance(caught.value, Interrupted) and files_below(tmp_path)[0] == "stats.partial"
+
+
+def test_a_new_compile_without_resume_starts_again(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / ".engine.work" / "sites"
+    work.mkdir(parents=True)
+    (work / "old.safetensors").write_bytes(b"old")
+    monkeypatch.setattr("ditq.compiler.calibrate", lambda *_, **__: pytest.fail("old work is there") if work.exists() else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ditq.compile(pipeline, tmp_path / "engine")
+    assert files_below(tmp_path) == []
+
+
+def test_an_error_in_a_resumed_compile_keeps_what_was_finished(
+    pipeline: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_export: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    command = ["compile", pipeline, "-o", tmp_path / "engine", "--steps", 1]
+    with monkeypatch.context() as patched:
+        _patch(patched, "ditq.calibration.record.sample_one", 2, KeyboardInterrupt())
+        assert_refused(capsys, "--resume", *command, "--prompts", prompts)
+    kept = files_below(tmp_path)
+    assert_refused(capsys, "gone.txt: cannot be read", *command, "--resume", "--prompts", tmp_path / "gone.txt")
+    assert_refused(capsys, "recorded with other conditions", *command, "--resume", "--limit", 1)
+    assert files_below(tmp_path) == kept
+
+
+FAILURES = {
+    "full while recording": ("ditq.calibration.storage.save_file", OSError(errno.ENOSPC, FULL), FULL),
+    "full while recording, told as text": (
+        "ditq.calibration.storage.save_file", SafetensorError(f"I/O error: {FULL} (os error 28)"), FULL,
+    ),
+    "full while keeping codes": (
+        "ditq.site_cache.save_file", SafetensorError(f"I/O error: {FULL} (os error 28)"), FULL,
+    ),
+    "full while exporting": ("ditq.export.engine.export_what_varies", OSError(errno.ENOSPC, FULL), FULL),
+    "full while writing, told as text": (
+        "ditq.export.engine.export_what_varies", SafetensorError(f"I/O error: {FULL} (os error 28)"), FULL,
+    ),
+    "interrupted while exporting": ("ditq.export.engine.export_what_varies", KeyboardInterrupt(), "--resume"),
+    "read-only": ("ditq.calibration.storage.save_file", OSError(errno.EROFS, os.strerror(errno.EROFS)), "Read-only"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_no_failure_leaves_half_an_engine(
+    case: str, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, error, says = FAILURES[case]
+    recipe = tmp_path / "quick.yaml"
+    recipe.write_text("passes: [{quantize: {rounding: nearest, codebook: uniform}}]\n")
+    _patch(monkeypatch, place, 1, error)
+    out = tmp_path / "new" / "engine"
+    assert_refused(capsys, says, "compile", pipeline, "-o", out, "-r", recipe, "--limit", 1, "--steps", 1)
+    left = {name for name in files_below(tmp_path) if ".engine.work" not in name}
+    if case.startswith("interrupted"):
+        assert left == {"quick.yaml", "new"} and (tmp_path / "new" / ".engine.work").is_dir()
+    else:
+        assert left == {"quick.yaml"} and not (tmp_path / "new").exists()
+
+
+# --- where the engine goes
+
+
+def test_an_existing_folder_needs_force_and_must_be_an_engine(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ditq.checkpoint.Checkpoint.load_model", lambda *_: pytest.fail("work before the check"))
+    out = tmp_path / "engine"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    assert_refused(capsys, "engine: exists already; give --force", "compile", pipeline, "-o", out)
+    assert_refused(capsys, "is not an engine, so it is not replaced even by force", "compile", pipeline, "-o", out, "--force")
+    (tmp_path / "file").write_text("x")
+    assert_refused(capsys, "exists already", "compile", pipeline, "-o", tmp_path / "file")
+    assert_refused(capsys, "is not an engine", "compile", pipeline, "-o", tmp_path / "file", "--force")
+    assert files_below(tmp_path) == ["engine", "engine/thesis.tex", "file"]
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ditq.checkpoint.Checkpoint.load_model", lambda *_: pytest.fail("work before the check"))
+    (tmp_path / "file").write_text("x")
+    assert_refused(capsys, "cannot be written", "compile", pipeline, "-o", tmp_path / "file" / "engine")
+    assert_refused(capsys, "File name too long", "compile", pipeline, "-o", tmp_path / ("e" * 300))
+    with monkeypatch.context() as patched:  # tests may run as root, who may write everywhere
+        patched.setattr(os, "access", lambda path, mode: False)
+        assert_refused(capsys, "cannot be written, .* is not a folder that you may write to", "compile", pipeline, "-o",
+                       tmp_path / "engine")  # fmt: skip
+        with pytest.raises(DitqError, match="cannot be written"):
+            ditq.compile(pipeline, tmp_path / "engine")
+    assert files_below(tmp_path) == ["file"]
+
+
+def test_a_forced_compile_that_fails_leaves_the_old_engine(
+    pipeline: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _digests(uninterrupted)
+    _patch(monkeypatch, "ditq.export.engine.export_what_varies", 1, OSError(errno.ENOSPC, FULL))
+    command = ["compile", pipeline, "-o", uninterrupted, "--force", "--limit", 1, "--steps", 1]
+    assert_refused(capsys, FULL, *command)
+    assert _digests(uninterrupted) == before and len(files_below(uninterrupted.parent)) == 4
+
+
+def test_an_unknown_target_is_refused_before_any_work(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ditq.checkpoint.Checkpoint.load_model", lambda *_: pytest.fail("work before the check"))
+    assert_refused(capsys, "target 'cpu' is not known", "compile", pipeline, "-o", tmp_path / "e", "-t", "cpu")
