@@ -232,8 +232,8 @@ class Structure:
         if not shifted or not scaled:
             return None
         norm = self.trace.producer.get(self._source(scaled[0]))
-        plus_one = self.trace.producer.get(self._source(scaled[1]))
-        if norm is None or norm.function not in NORMS or plus_one is None or plus_one.function != "add":
+        plus_one = self._sum_behind(scaled[1])
+        if norm is None or norm.function not in NORMS or plus_one is None:
             return None
         constants = [a for a in plus_one.arguments if not isinstance(a, Value)]
         if constants != [1] or len(plus_one.inputs) != 1:
@@ -242,6 +242,17 @@ class Structure:
         if shift is None or scale is None or shift[0] != scale[0]:
             return None
         return self._modulation(shift[0], shift[1], scale[1], value.shape[-1])
+
+    def _sum_behind(self, value: Value) -> Call | None:
+        """The addition of which `value` is a view that nothing else reads."""
+        while len(self.trace.consumers.get(value, [])) == 1:
+            call = self.trace.producer.get(value)
+            if call is None or call.function == "add":
+                return call
+            if call.function not in VIEWS or len(call.inputs) != 1:
+                return None
+            value = call.inputs[0]
+        return None
 
     def _own_norm(self, call: Call) -> Feed | None:
         weight, bias = call.argument(2, "weight"), call.argument(3, "bias") if call.function == "layer_norm" else None

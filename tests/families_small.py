@@ -62,8 +62,8 @@ def small_graph(family: str) -> DiTGraph:
     return DiTGraph(model, small_inputs(model))
 
 
-def statistics_of(graph: DiTGraph, forwards: int = 3) -> Statistics:
-    """Statistics of the graph's inputs over a few forwards of random inputs."""
+def statistics_of(graph: DiTGraph, forwards: int = 3, inputs: list[dict[str, Any]] | None = None) -> Statistics:
+    """Statistics of the graph's inputs over a few forwards of random inputs, or of those given."""
     used = [group for group in graph.groups.values() if graph.sites[group.name].role != "unused"]
     gathered = {group.name: InputAccumulator(group.name, group.width, 1, 64, 0) for group in used}
     handles = [
@@ -72,8 +72,8 @@ def statistics_of(graph: DiTGraph, forwards: int = 3) -> Statistics:
         )
         for name, found in gathered.items()
     ]
-    for seed in range(forwards):
-        forward(graph.model, small_inputs(graph.model, seed=seed))
+    for given in inputs or [small_inputs(graph.model, seed=seed) for seed in range(forwards)]:
+        forward(graph.model, given)
     for handle in handles:
         handle.remove()
     groups = {name: InputStatistics(**found.tensors()) for name, found in gathered.items()}

@@ -1,0 +1,170 @@
+"""quantize: every shipped recipe runs on every family, loses less the more bits it has, and does what its rules say."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from ditq.errors import DitqError
+from ditq.formats import BitFormat
+from ditq.graph import DiTGraph
+from ditq.nn import QuantLinear
+from ditq.passes import Context
+from ditq.passes.quantize import Quantize, quantized_layers, stored_bits
+from ditq.recipe import Recipe, load_recipe, shipped_recipes
+from tests.families_small import FAMILIES, forward, small_graph, small_inputs, statistics_of
+
+QUICK = {"rounding": "nearest", "codebook": "uniform", "weighted": False, "bias_correction": False}
+
+
+def _error(reference: torch.Tensor, output: torch.Tensor) -> float:
+    return float((reference.double() - output.double()).norm() / reference.double().norm())
+
+
+@functools.cache
+def _error_of(recipe: str, family: str) -> float:
+    """Relative error of the output on inputs that the statistics have not seen."""
+    graph = small_graph(family)
+    inputs = small_inputs(graph.model, seed=9)
+    reference = forward(graph.model, inputs)
+    context = Context(statistics_of(graph))
+    for step in load_recipe(recipe).passes:
+        step.run(graph, context)
+    wanted = {site.name for site in graph.sites.values() if site.role in ("token", "modulation")}
+    assert set(quantized_layers(graph.model)) == wanted
+    return _error(reference, forward(graph.model, inputs))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recipe", shipped_recipes())
+def test_shipped_recipes_run_and_lose_little(recipe: str, family: str) -> None:
+    # Plain rounding of normal values, whose maximum is about 4 times their RMS: a step of 4 / 2^(b-1), an error of
+    # step / sqrt(12); those of weights and activations are independent. Much of the output comes down the residual stream
+    # past every quantized product, so that all of them together stay near the error of one.
+    form = next(step.format for step in load_recipe(recipe).passes if isinstance(step, Quantize))
+    bits = BitFormat.parse(form)
+    one = sum((4 / 2 ** (b - 1) / 12**0.5) ** 2 for b in (bits.weight, bits.activation)) ** 0.5
+    assert _error_of(recipe, family) < 1.5 * one
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_more_bits_lose_less(family: str) -> None:
+    errors = {name: _error_of(name, family) for name in ("w8a8", "w4a8", "w3a8", "w4a4")}
+    assert errors["w8a8"] < errors["w4a8"] < errors["w3a8"]
+    assert errors["w4a8"] < errors["w4a4"]
+
+
+def _one_linear(settings: dict[str, object], seed: int = 0) -> tuple[DiTGraph, dict[str, float]]:
+    graph = small_graph("dit")
+    step = Recipe.from_dict({"passes": [{"quantize": settings}]}, "test").passes[0]
+    report = step.run(graph, Context(statistics_of(graph), seed))
+    return graph, {row["site"]: row["output error"] for row in report.rows if "output error" in row}
+
+
+def test_the_output_error_halves_twice_with_every_bit() -> None:
+    """One bit halves the step, so the squared error falls to about a quarter: between a half and a tenth is accepted."""
+    site = "transformer_blocks.0.attn1.to_q"
+    found = [
+        _one_linear({"format": f"w{bits}a16", "codebook": "uniform", "select": [site]})[1][site] for bits in range(2, 9)
+    ]
+    for coarse, fine in zip(found, found[1:], strict=False):
+        assert 0.1 * coarse < fine < 0.5 * coarse
+
+
+@pytest.mark.parametrize("codebook", ["uniform", "twin_log", "twin_log_shared"])
+def test_gptq_loses_less_than_rounding_to_nearest(codebook: str) -> None:
+    errors = [
+        _one_linear({"format": "w3a16", "codebook": codebook, "rounding": rounding})[1]
+        for rounding in ("gptq", "nearest")
+    ]
+    assert sum(errors[0].values()) < sum(errors[1].values())
+
+
+def test_bias_correction_takes_the_mean_error_out_of_the_output() -> None:
+    site = "transformer_blocks.1.ff.net.2"
+    means = {}
+    for corrected in (True, False):
+        graph = small_graph("dit")
+        statistics = statistics_of(graph)
+        linear = graph.linear(site)
+        assert isinstance(linear, nn.Linear)
+        mean = statistics.groups[site].mean()
+        Quantize(format="w3a16", select=[site], bias_correction=corrected).run(graph, Context(statistics))
+        means[corrected] = (linear(mean) - graph.linear(site)(mean)).abs().max()
+    assert means[True] < 1e-5 * linear(mean).abs().max() < means[False]
+
+
+# --- rules
+
+
+def _formats(rules: list[dict[str, object]], **settings: object) -> dict[str, str]:
+    """Site -> its format, for the first block of a small DiT."""
+    graph = small_graph("dit")
+    step = Recipe.from_dict({"passes": [{"quantize": {**QUICK, **settings, "rules": rules}}]}, "test").passes[0]
+    step.run(graph, Context())
+    prefix = "transformer_blocks.0."
+    layers = quantized_layers(graph.model)
+    found = {name: f"w{layer.bits}a{layer.activation.bits}" for name, layer in layers.items()}
+    assert {n: layer.site for n, layer in layers.items()} == {n: n for n in layers}
+    return {name.removeprefix(prefix): form for name, form in found.items() if name.startswith(prefix)}
+
+
+def test_keep_leaves_a_linear_in_full_precision() -> None:
+    found = _formats([{"select": "kind:feed_forward_out", "keep": True}])
+    assert "ff.net.2" not in found and found["ff.net.0.proj"] == "w4a8"
+
+
+def test_a_later_rule_wins_and_overrides_only_what_it_names() -> None:
+    rules: list[dict[str, object]] = [
+        {"select": "transformer_blocks.0.attn1.*", "format": "w8a8", "group_size": 32},
+        {"select": ["*.to_q", "*.to_k"], "format": "w3a16"},
+        {"select": "*.attn1.*", "keep": True},
+        {"select": "*.to_v", "keep": False},
+    ]
+    assert _formats(rules) == {"attn1.to_v": "w8a8", "ff.net.0.proj": "w4a8", "ff.net.2": "w4a8"}
+    assert _formats(rules[:2])["attn1.to_q"] == "w3a16"
+    assert _formats(rules[1::-1])["attn1.to_q"] == "w8a8"
+    graph = small_graph("dit")
+    Quantize(**QUICK, rules=rules[:2]).run(graph, Context())
+    query, key = (graph.linear(f"transformer_blocks.{i}.attn1.to_q") for i in (0, 1))
+    assert query.scale.shape == (64, 2) and key.scale.dim() == 1  # the first rule's groups stay, in block 0 alone
+
+
+def test_a_rule_may_add_linears_that_the_pass_does_not_select() -> None:
+    found = _formats([{"select": "role:modulation", "format": "w8a16"}], select=["kind:query"])
+    assert found == {"attn1.to_q": "w4a8", "norm1.linear": "w8a16"}
+
+
+def test_a_rule_that_asks_for_gptq_or_static_activations_asks_for_statistics() -> None:
+    plain = Quantize(**QUICK)
+    assert not plain.requires_statistics
+    for rule in ({"rounding": "gptq"}, {"activation": "tensor"}):
+        asking = Quantize(**QUICK, rules=[{"select": "kind:query", **rule}])
+        assert asking.requires_statistics
+        with pytest.raises(DitqError, match="needs calibration statistics"):
+            asking.run(small_graph("dit"), Context())
+
+
+def test_static_activations_take_the_largest_value_that_calibration_saw() -> None:
+    graph = small_graph("dit")
+    statistics = statistics_of(graph)
+    site = "transformer_blocks.0.attn1.to_q"
+    Quantize(format="w8a6", activation="tensor", select=[site]).run(graph, Context(statistics))
+    layer = graph.linear(site)
+    assert isinstance(layer, QuantLinear) and layer.activation.granularity == "tensor"
+    assert layer.activation_scale is not None
+    assert float(layer.activation_scale) == pytest.approx(float(statistics.groups[site].absmax_all.max()) / 31)
+
+
+def test_the_report_counts_the_bits_that_are_stored() -> None:
+    graph = small_graph("dit")
+    report = Quantize(**{**QUICK, "format": "w4a8"}).run(graph, Context())
+    for row in report.rows:
+        layer = graph.linear(row["site"])
+        weights = layer.in_features * layer.out_features
+        # 4 bits a weight, a float32 scale a row, an int8 table of 16 levels.
+        assert stored_bits(layer) == 4 * weights + 32 * layer.out_features + 8 * 16 == row["bits a weight"] * weights
+    assert report.summary["linears"] == len(report.rows) == 12
