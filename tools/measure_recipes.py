@@ -65,7 +65,7 @@ BASELINES = {
 
 def w4a8(smooth: dict[str, Any] | None = None, rotate: dict[str, Any] | None = None, **quantize: Any) -> list[Any]:
     """The default recipe with one thing changed; `smooth` or `rotate` of {"skip": True} leaves the pass out."""
-    steps = [{"smooth": smooth or {}}, {"rotate": rotate or {}}, {"quantize": {"rules": [MODULATION], **quantize}}]
+    steps = [{"smooth": smooth or {}}, {"rotate": rotate or {"mode": "hadamard"}}, {"quantize": {"rules": [MODULATION], **quantize}}]
     return [step for step in steps if not next(iter(step.values())).get("skip")]
 
 
@@ -81,7 +81,7 @@ ABLATIONS = {
     "alpha 0.25": w4a8(smooth={"alpha": 0.25}),
     "no rotation at all": w4a8(rotate={"skip": True}),
     "rotation offline only": w4a8(rotate={"mode": "identity", "online": False}),
-    "full Hadamard everywhere": w4a8(rotate={"mode": "hadamard"}),
+    "rotation chosen by layer error (search)": w4a8(rotate={"mode": "search"}),
     "block Hadamard everywhere": w4a8(rotate={"mode": "block_hadamard"}),
     "rotation by RMS, literal (LRQ-DiT)": w4a8(rotate={"mode": "literal"}),
     "rotation by RMS, quantile": w4a8(rotate={"mode": "quantile"}),
