@@ -61,7 +61,7 @@ def build_pixart_transformer() -> DiffusersModel:
             attention_head_dim=64,
             in_channels=LATENT_CHANNELS,
             out_channels=LATENT_CHANNELS,
-            num_layers=8,
+            num_layers=6,
             cross_attention_dim=192,
             sample_size=LATENT_SIZE,
             patch_size=2,

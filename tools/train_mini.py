@@ -161,12 +161,14 @@ def write_pipeline(family: Family, vae: DiffusersModel, keep_vae: bool, partial:
 
 
 def tidy_settings(folder: Path) -> None:
-    """Name the tokenizers as every release of transformers knows them, and leave out where the VAE was read from."""
-    for path in (folder / "model_index.json", folder / "vae" / "config.json"):
+    """Name the tokenizers as every release of transformers knows them, and leave out where the parts were read from."""
+    names = ("model_index.json", "vae/config.json", "tokenizer*/tokenizer_config.json")
+    for path in (found for name in names for found in folder.glob(name)):
         values = json.loads(path.read_text(encoding="utf-8"))
-        values.pop("_name_or_path", None)
-        for name in values:
-            if name.startswith("tokenizer"):
+        for origin in ("_name_or_path", "is_local", "local_files_only"):
+            values.pop(origin, None)
+        for name in ("tokenizer", "tokenizer_2"):
+            if name in values:
                 values[name] = ["transformers", "PreTrainedTokenizerFast"]
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
