@@ -131,7 +131,32 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     for key, kind in _KEYS.items():
         if key not in manifest or not isinstance(manifest[key], kind):
             raise DitqError(f"{path}: damaged (no valid '{key}'); compile the engine again")
+    if bad := next(
+        (key for key, entries, wanted in _nested(manifest) for entry in entries if not _has(entry, wanted)), None
+    ):
+        raise DitqError(f"{path}: damaged (no valid '{bad}'); compile the engine again")
     return manifest
+
+
+def _nested(manifest: Mapping[str, Any]) -> list[tuple[str, list[Any], set[str]]]:
+    """What the entries of engine.json must hold themselves: (key, its entries, their keys)."""
+    quantized = manifest["structure"].get("quantized")
+    planned = {field.name for field in dataclasses.fields(PlannedMatMul)}
+    return [
+        ("source", [manifest["source"]], {"name", "fingerprint"}),
+        ("structure", [manifest["structure"]], {"quantized", "transformed", "factors", "biased"}),
+        (
+            "structure",
+            list(quantized.values()) if isinstance(quantized, dict) else [None],
+            {"bits", "activation", "codebook"},
+        ),
+        ("inputs", manifest["inputs"], {"name", "dtype", "shape"}),
+        ("planned", manifest["planned"], planned),
+    ]
+
+
+def _has(entry: Any, keys: set[str]) -> bool:
+    return isinstance(entry, dict) and keys <= set(entry)
 
 
 def write_engine(

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from safetensors import SafetensorError
 
 import ditq
 from ditq.compiler import CompileOptions
 from ditq.errors import DitqError, Interrupted
 from ditq.passes import quantize
+from ditq.report import engine_report
 from tests.command_line import assert_refused, run
 from tests.small_checkpoint import files_below, write_pipeline
 
@@ -235,3 +237,35 @@ def test_an_unknown_target_is_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr("ditq.checkpoint.Checkpoint.load_model", lambda *_: pytest.fail("work before the check"))
     assert_refused(capsys, "target 'cpu' is not known", "compile", pipeline, "-o", tmp_path / "e", "-t", "cpu")
+
+
+# --- what comes out works
+
+
+def test_an_engine_draws_beside_its_original(
+    uninterrupted: Path, pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = run(capsys, "sample", uninterrupted, PROMPTS[0], "-o", tmp_path / "both.png", "--against", pipeline, "--steps", 1)
+    assert ran.code == 0, ran.err
+    both = Image.open(tmp_path / "both.png")
+    assert both.width >= 2 * 32 and both.height >= 32
+    assert files_below(tmp_path) == ["both.png"]
+    assert_refused(capsys, "is empty|10,001", "sample", uninterrupted, "x" * 10_001, "--checkpoint", pipeline, "-o",
+                   tmp_path / "long.png")  # fmt: skip
+    assert_refused(capsys, "prompt 0 is empty", "sample", uninterrupted, "", "--checkpoint", pipeline, "-o",
+                   tmp_path / "none.png")  # fmt: skip
+    assert files_below(tmp_path) == ["both.png"]
+
+
+def test_a_report_of_a_checkpoint_that_is_not_built_in(
+    uninterrupted: Path, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(engine_report, "compare_speed", lambda *_, **__: None)
+    monkeypatch.setattr(engine_report, "peak_memory", lambda place, *arguments: measured.append((place, arguments)))
+    monkeypatch.setattr(engine_report, "write_report", lambda *_: None)
+    found = engine_report.report_on(uninterrupted, str(pipeline), conditions=PROMPTS[:1], steps=1, where=tmp_path)
+    assert len(found.prompts) == 1 and found.summary["psnr"] > 0
+    for place, arguments in measured:  # what a process of its own is told to run does run
+        getattr(engine_report, place.partition(":")[2])(*arguments)
+    assert len(measured) == 2
