@@ -77,7 +77,7 @@ def example_inputs(checkpoint: Checkpoint, batch: int = 2, seed: int = 0) -> dic
     if family is None:
         raise DitqError(
             f"{checkpoint.name}: {checkpoint.class_name} is of no family that ditq knows inputs for; "
-            "add a file to ditq/families (docs/add-a-family.md), or compile its whole pipeline folder"
+            "add a file to ditq/families (docs/add-a-family.md)"
         )
     config = {**_defaults(checkpoint), **checkpoint.config}
     try:

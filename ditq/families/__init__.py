@@ -1,7 +1,7 @@
 """Model families: what structure alone cannot tell about a transformer. One short file a family; nothing else lists them.
 
 A family gives example inputs (to trace the graph without a pipeline) and names the dimensions that may vary at run time.
-A transformer of no family still works where its pipeline folder is there: its real inputs are recorded instead.
+A transformer of no family can still be calibrated by its pipeline, whose calls show its inputs; compiling needs the file.
 """
 
 from __future__ import annotations
