@@ -30,6 +30,19 @@ DOMAIN = "ditq"
 OUTPUT = "sample"
 _PREFIX = "model."
 
+_CLEANUPS = (
+    cleanups.RemoveUnusedNodesPass(),
+    cleanups.RemoveUnusedFunctionsPass(),
+    cleanups.RemoveUnusedOpsetsPass(),
+    cleanups.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+    cleanups.DeduplicateInitializersPass(),
+    cleanups.CommonSubexpressionEliminationPass(),
+    cleanups.IdentityEliminationPass(),
+    cleanups.OutputFixPass(),
+    cleanups.NameFixPass(),
+    cleanups.ClearMetadataAndDocStringPass(),
+)
+
 Axes = Mapping[str, tuple[str | None, ...]]
 
 _quant_linear_schema = OpSchema(
@@ -150,10 +163,13 @@ def _translate(program: Any, names: list[str]) -> ir.Model:
     assert exported is not None
     graph = exported.model
     _drop_idle_squeezes(graph)
-    optimizer.optimize_ir(graph, should_fold=_may_fold)
+    # Rewrite rules are left out: they take a third of the export, and the runtimes have their own.
+    cleanups.InlinePass()(graph)
+    optimizer.fold_constants_ir(graph, onnx_shape_inference=True, should_fold=_may_fold)
     _fold_exponentials(graph)
-    optimizer.optimize_ir(graph, num_iterations=1, onnx_shape_inference=False, should_fold=_may_fold)
-    cleanups.ClearMetadataAndDocStringPass()(graph)
+    optimizer.fold_constants_ir(graph, should_fold=_may_fold)
+    for cleanup in _CLEANUPS:
+        cleanup(graph)
     for value, name in zip(graph.graph.inputs, names, strict=True):
         value.name = name
     graph.graph.outputs[0].name = OUTPUT

@@ -1,6 +1,6 @@
 """ONNX Runtime on the CPU: int8 carriers and uint8 activations, which its optimizer fuses into integer matmuls.
 
-The forms are those that were measured to fuse (docs/targets.md); `export/fusion.py` proves it for each engine.
+The forms are those that were measured to fuse (docs/engine.md); `export/fusion.py` proves it for each engine.
 """
 
 from __future__ import annotations

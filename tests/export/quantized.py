@@ -1,0 +1,95 @@
+"""Quantized layers for the export tests: one of each format, and whole small models of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ditq.export import Engine, write_engine
+from ditq.families import family_of
+from ditq.nn import ActivationFormat, InputTransform, QuantLinear
+from ditq.numerics.codebooks import CODEBOOKS
+from ditq.numerics.rotation import Rotation, block_hadamard_rotation, hadamard_rotation
+from ditq.numerics.weight_code import encode
+from tests.families_small import small_inputs, small_model
+
+
+def quantized(
+    linear: nn.Linear,
+    site: str,
+    bits: int = 4,
+    activation: ActivationFormat = ActivationFormat(8, "token"),  # noqa: B008  frozen
+    codebook: str = "twin_log_shared",
+    transform: InputTransform | None = None,
+    **settings: Any,
+) -> QuantLinear:
+    """`linear` rounded to the nearest levels. Its weight is taken as being in the transformed basis already."""
+    fit = CODEBOOKS[codebook](linear.weight.detach(), bits, **settings)
+    scale = torch.tensor(0.031) if activation.granularity == "tensor" else None
+    return QuantLinear(site, encode(linear.weight.detach(), fit), linear.bias, activation, scale, transform, codebook)
+
+
+def shallow_model(family: str) -> nn.Module:
+    """One block of each kind, which exports in half the time. SD3 keeps two: its last block is not like the others."""
+    model = small_model(family)
+    config = {**model.config, "num_layers": 2 if family == "sd3" else 1}  # type: ignore[dict-item]
+    if "num_single_layers" in config:
+        config["num_single_layers"] = 1
+    builder: Any = type(model)
+    shallow = builder.from_config(config)
+    weights = model.state_dict()
+    shallow.load_state_dict({name: weights[name] for name in shallow.state_dict()})
+    return shallow.eval().requires_grad_(False)
+
+
+def rotations(width: int) -> Rotation:
+    """The full Hadamard rotation where the width has one, else blocks."""
+    try:
+        return hadamard_rotation(width)
+    except ValueError:
+        return block_hadamard_rotation(width)
+
+
+def quantize_blocks(model: nn.Module, weight_only: bool = False) -> nn.Module:
+    """Every linear of the blocks as w4a8, rotated; modulation (and all of it, if so asked) as w4 with float inputs."""
+    for name, linear in list(model.named_modules()):
+        if not isinstance(linear, nn.Linear) or "blocks" not in name:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        if weight_only or "norm" in name:
+            layer = quantized(linear, name, activation=ActivationFormat())
+        else:
+            width = linear.in_features
+            transform = InputTransform(rotations=[(0, width, rotations(width))])
+            layer = quantized(linear, name, transform=transform)
+        setattr(model.get_submodule(parent), leaf, layer)
+    return model
+
+
+def engine_of(model: nn.Module, folder: Path, **settings: Any) -> Engine:
+    """An engine of a small model of a known family."""
+    family = family_of(type(model).__name__)
+    assert family is not None
+    return write_engine(
+        folder,
+        model,
+        **{
+            "name": "small",
+            "config": dict(model.config),  # type: ignore[arg-type]
+            "class_name": type(model).__name__,
+            "family": family.name,
+            "fingerprint": "0" * 64,
+            "recipe": {},
+            "inputs": small_inputs(model),
+            "axes": family.axes,
+            **settings,
+        },
+    )
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """||found - expected|| / ||expected||."""
+    return float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
