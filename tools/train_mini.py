@@ -1,6 +1,7 @@
 """Train the small checkpoints again: a VAE, text encoders and a diffusion transformer that draw emoji from captions."""
 
 import json
+import os
 import shutil
 import sys
 from contextlib import AbstractContextManager
@@ -9,11 +10,14 @@ from pathlib import Path
 
 import click
 import torch
-from diffusers import AutoencoderKL
-from diffusers.utils import logging
 from torch import Tensor, nn
 
+# What transformers remarks on when it is imported would hide the one line that an error here has.
+os.environ["TRANSFORMERS_VERBOSITY"] = os.environ.get("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from diffusers import AutoencoderKL
+from diffusers.utils import logging
 
 from tools.emoji_data import DataError, EmojiData, fetch_packages, load_emoji
 from tools.mini_families import FAMILIES, Family
