@@ -64,13 +64,13 @@ BASELINES = {
 
 
 def w4a8(smooth: dict[str, Any] | None = None, rotate: dict[str, Any] | None = None, **quantize: Any) -> list[Any]:
-    """The default recipe with one thing changed; `smooth` or `rotate` of {"skip": True} leaves the pass out."""
-    steps = [{"smooth": smooth or {}}, {"rotate": rotate or {"mode": "hadamard"}}, {"quantize": {"rules": [MODULATION], **quantize}}]
+    """w4a8 with rotation by search and one thing changed; `smooth` or `rotate` of {"skip": True} leaves the pass out."""
+    steps = [{"smooth": smooth or {}}, {"rotate": rotate or {}}, {"quantize": {"rules": [MODULATION], **quantize}}]
     return [step for step in steps if not next(iter(step.values())).get("skip")]
 
 
 ABLATIONS = {
-    "w4a8 (the default recipe)": w4a8(),
+    "rotation chosen by layer error (search)": w4a8(),
     "per-row twin-log tables": w4a8(codebook="twin_log"),
     "uniform levels": w4a8(codebook="uniform"),
     "round to nearest instead of GPTQ": w4a8(rounding="nearest"),
@@ -81,7 +81,7 @@ ABLATIONS = {
     "alpha 0.25": w4a8(smooth={"alpha": 0.25}),
     "no rotation at all": w4a8(rotate={"skip": True}),
     "rotation offline only": w4a8(rotate={"mode": "identity", "online": False}),
-    "rotation chosen by layer error (search)": w4a8(rotate={"mode": "search"}),
+    "full Hadamard everywhere (the w4a8 recipe)": w4a8(rotate={"mode": "hadamard"}),
     "block Hadamard everywhere": w4a8(rotate={"mode": "block_hadamard"}),
     "rotation by RMS, literal (LRQ-DiT)": w4a8(rotate={"mode": "literal"}),
     "rotation by RMS, quantile": w4a8(rotate={"mode": "quantile"}),
