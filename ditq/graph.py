@@ -1,4 +1,4 @@
-"""DiTGraph: a diffusion transformer with typed views of its parts: blocks, linear sites, input groups, attentions, feed-forwards.
+"""DiTGraph: a diffusion transformer with typed views of its blocks, linear sites, input groups, attentions, feed-forwards.
 
 The nn.Module stays the executable graph; the views are found by structure (ditq/structure.py), never by class name.
 """

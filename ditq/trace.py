@@ -145,9 +145,7 @@ def _record(model: nn.Module, inputs: Mapping[str, Any], fake: FakeTensorMode | 
 
     with ExitStack() as stack, torch.no_grad():
         for module in model.modules():
-            handle = module.register_forward_pre_hook(
-                lambda module, arguments, keywords: recorder.enter(module, arguments, keywords), with_kwargs=True
-            )
+            handle = module.register_forward_pre_hook(recorder.enter, with_kwargs=True)
             stack.callback(handle.remove)
             handle = module.register_forward_hook(lambda module, arguments, output: recorder.leave())
             stack.callback(handle.remove)

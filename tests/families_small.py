@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import diffusers
@@ -58,6 +60,12 @@ def small_inputs(model: nn.Module, batch: int = 2, seed: int = 0) -> dict[str, A
 
 
 def small_graph(family: str) -> DiTGraph:
+    """A graph of its own each time; the tracing, which takes longest, is done once."""
+    return copy.deepcopy(_traced(family))
+
+
+@functools.cache
+def _traced(family: str) -> DiTGraph:
     model = small_model(family)
     return DiTGraph(model, small_inputs(model))
 

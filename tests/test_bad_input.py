@@ -76,7 +76,9 @@ def _first(header: dict[str, Any]) -> str:
 def _overlap(header: dict[str, Any]) -> None:
     """The second tensor of the first one's size lies where the first lies."""
     first = header[_first(header)]
-    other = next(v for k, v in header.items() if k not in ("__metadata__", _first(header)) and v["shape"] == first["shape"])
+    other = next(
+        v for k, v in header.items() if k not in ("__metadata__", _first(header)) and v["shape"] == first["shape"]
+    )
     other["data_offsets"] = first["data_offsets"]
 
 
@@ -196,6 +198,7 @@ SHARDS: dict[str, tuple[Damage, str]] = {
     "empty weight_map": (lambda f: (f / INDEX).write_text('{"weight_map": {}}'), "needs is not in its files"),
 }
 
+
 def _pickle_text_encoder(folder: Path) -> None:
     (folder / "text_encoder" / "model.safetensors").unlink()
     place = folder / "text_encoder" / "pytorch_model.bin"
@@ -291,7 +294,11 @@ PROMPTS = {
 
 @pytest.mark.parametrize("case", PROMPTS)
 def test_bad_prompts_are_one_line_before_any_drawing(
-    case: str, sound: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    case: str,
+    sound: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     content, says = PROMPTS[case]
     ending = {"only a heading": ".csv", "another kind of file": ".docx"}.get(case, ".txt")
@@ -309,7 +316,12 @@ def test_bad_prompts_are_one_line_before_any_drawing(
 
 @pytest.mark.parametrize(
     ("prompts", "says"),
-    [([], "no prompts"), ([""], "prompt 0 is empty"), (["x" * 10_001], "10,001 characters"), ([7], "takes text prompts")],
+    [
+        ([], "no prompts"),
+        ([""], "prompt 0 is empty"),
+        (["x" * 10_001], "10,001 characters"),
+        ([7], "takes text prompts"),
+    ],
 )
 def test_bad_prompts_from_a_program_are_a_ditq_error(
     prompts: list[Any], says: str, sound: dict[str, Path], tmp_path: Path
@@ -418,7 +430,8 @@ def test_a_full_disk_while_saving_a_picture_leaves_no_part_of_it(
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("taken.png", "exists already; give --force"), ("p.docx", "pictures are written as"), ("d", "exists")]
+    ("name", "says"),
+    [("taken.png", "exists already; give --force"), ("p.docx", "pictures are written as"), ("d", "exists")],
 )
 def test_the_pictures_place_is_checked_before_drawing(
     name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -187,9 +187,7 @@ def test_a_single_file_in_the_authors_naming_goes_through_diffusers_conversion(
 
 
 @pytest.mark.parametrize("damage", ["missing", "shape", "NaN"])
-def test_a_damaged_file_in_the_authors_naming_is_refused(
-    tmp_path: Path, narrow_conversion: None, damage: str
-) -> None:
+def test_a_damaged_file_in_the_authors_naming_is_refused(tmp_path: Path, narrow_conversion: None, damage: str) -> None:
     folder = write_transformer(tmp_path / "transformer")
     tensors = _original_names(small_flux().state_dict())
     if damage == "missing":

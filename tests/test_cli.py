@@ -32,7 +32,9 @@ def test_every_command_says_what_it_does(name: str, capsys: pytest.CaptureFixtur
     assert len(said.split()) > 10
     assert run(capsys, name, "-h").out == ran.out
     for option in cli.commands[name].params:
-        assert not isinstance(option, click.Option) or option.help or option.name in ("seed", "out", "rounds", "show_help")
+        assert (
+            not isinstance(option, click.Option) or option.help or option.name in ("seed", "out", "rounds", "show_help")
+        )
 
 
 def test_the_first_help_shows_the_three_commands_to_begin_with(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +54,9 @@ def test_a_mistyped_command_or_option_is_one_line(tmp_path: Path, capsys: pytest
     assert_refused(capsys, "'--limit'.* 0 is not in the range", "compile", "mini", "-o", tmp_path / "e", "--limit", 0)
     assert_refused(capsys, "'--seed'", "compile", "mini", "-o", tmp_path / "e", "--seed", 2**70)
     assert_refused(capsys, "'--seed'", "sample", "engine", "a cat", "--seed", -1)
-    assert_refused(capsys, "--set height: write NAME=VALUE", "calibrate", "mini", "-o", tmp_path / "s", "--set", "height")
+    assert_refused(
+        capsys, "--set height: write NAME=VALUE", "calibrate", "mini", "-o", tmp_path / "s", "--set", "height"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -144,7 +148,7 @@ def test_inspect_reads_no_weights(
 def test_calibrate_and_inspect_its_statistics(
     pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "prompts.csv").write_text("prompt,note\n\"red apple, fluent 3d\",first\n")
+    (tmp_path / "prompts.csv").write_text('prompt,note\n"red apple, fluent 3d",first\n')
     command = ["calibrate", pipeline, "-o", tmp_path / "stats", "--prompts", tmp_path / "prompts.csv", "--bins", 2]
     ran = run(capsys, *command, "--set", "width=48")
     assert ran.code == 0, ran.err
@@ -167,7 +171,11 @@ def test_help_starts_without_torch() -> None:
     program = "import sys, ditq.cli; print(sorted({'torch', 'diffusers', 'onnx'} & set(sys.modules)))"
     root = str(Path(ditq.__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root}, check=True
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root},
+        check=True,
     )
     assert done.stdout.strip() == "[]"
 

@@ -32,7 +32,8 @@ def _groups(graph: DiTGraph, block: str) -> list[set[str]]:
 
 def test_flux_double_block() -> None:
     graph, block = small_graph("flux"), "transformer_blocks.0"
-    assert list(graph.blocks) == [f"{stack}.{i}" for stack in ("transformer_blocks", "single_transformer_blocks") for i in (0, 1)]
+    stacks = ("transformer_blocks", "single_transformer_blocks")
+    assert list(graph.blocks) == [f"{stack}.{i}" for stack in stacks for i in (0, 1)]
     assert _kinds(graph, block) == {
         "attn.to_q": "query", "attn.to_k": "key", "attn.to_v": "value", "attn.to_out.0": "attention_out",
         "attn.add_q_proj": "query", "attn.add_k_proj": "key", "attn.add_v_proj": "value", "attn.to_add_out": "attention_out",
@@ -170,7 +171,9 @@ def test_multiply_adds_of_one_sample_by_hand() -> None:
     assert macs["single_transformer_blocks.0.proj_out"] == 80 * 320 * 64
     assert macs["transformer_blocks.0.norm1.linear"] == 1 * 64 * 384
     attention = next(a for a in graph.attentions.values() if "transformer_blocks.0.attn.to_v" in a.values)
-    assert attention.macs == 2 * 2 * 80 * 80 * 32  # scores and their product with the values, two heads of 32, 80 tokens
+    assert (
+        attention.macs == 2 * 2 * 80 * 80 * 32
+    )  # scores and their product with the values, two heads of 32, 80 tokens
 
 
 def test_multiply_adds_do_not_depend_on_the_example_batch() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
 from torch import nn
 
+from ditq.calibration.statistics import Statistics
 from ditq.errors import DitqError
 from ditq.formats import BitFormat
 from ditq.graph import DiTGraph
@@ -25,12 +27,17 @@ def _error(reference: torch.Tensor, output: torch.Tensor) -> float:
 
 
 @functools.cache
+def _statistics(family: str) -> Statistics:
+    return statistics_of(small_graph(family))
+
+
+@functools.cache
 def _error_of(recipe: str, family: str) -> float:
     """Relative error of the output on inputs that the statistics have not seen."""
     graph = small_graph(family)
     inputs = small_inputs(graph.model, seed=9)
     reference = forward(graph.model, inputs)
-    context = Context(statistics_of(graph))
+    context = Context(_statistics(family))
     for step in load_recipe(recipe).passes:
         step.run(graph, context)
     wanted = {site.name for site in graph.sites.values() if site.role in ("token", "modulation")}
@@ -60,7 +67,7 @@ def test_more_bits_lose_less(family: str) -> None:
 def _one_linear(settings: dict[str, object], seed: int = 0) -> tuple[DiTGraph, dict[str, float]]:
     graph = small_graph("dit")
     step = Recipe.from_dict({"passes": [{"quantize": settings}]}, "test").passes[0]
-    report = step.run(graph, Context(statistics_of(graph), seed))
+    report = step.run(graph, Context(_statistics("dit"), seed))
     return graph, {row["site"]: row["output error"] for row in report.rows if "output error" in row}
 
 
@@ -70,7 +77,7 @@ def test_the_output_error_halves_twice_with_every_bit() -> None:
     found = [
         _one_linear({"format": f"w{bits}a16", "codebook": "uniform", "select": [site]})[1][site] for bits in range(2, 9)
     ]
-    for coarse, fine in zip(found, found[1:], strict=False):
+    for coarse, fine in itertools.pairwise(found):
         assert 0.1 * coarse < fine < 0.5 * coarse
 
 
@@ -88,7 +95,7 @@ def test_bias_correction_takes_the_mean_error_out_of_the_output() -> None:
     means = {}
     for corrected in (True, False):
         graph = small_graph("dit")
-        statistics = statistics_of(graph)
+        statistics = _statistics("dit")
         linear = graph.linear(site)
         assert isinstance(linear, nn.Linear)
         mean = statistics.groups[site].mean()
@@ -150,7 +157,7 @@ def test_a_rule_that_asks_for_gptq_or_static_activations_asks_for_statistics() -
 
 def test_static_activations_take_the_largest_value_that_calibration_saw() -> None:
     graph = small_graph("dit")
-    statistics = statistics_of(graph)
+    statistics = _statistics("dit")
     site = "transformer_blocks.0.attn1.to_q"
     Quantize(format="w8a6", activation="tensor", select=[site]).run(graph, Context(statistics))
     layer = graph.linear(site)
