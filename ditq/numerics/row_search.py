@@ -72,12 +72,21 @@ def group_multipliers(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return row, (scale / row[:, None] * 255).round().clamp(1, 255).to(torch.uint8)
 
 
-def int8_levels(levels: torch.Tensor) -> torch.Tensor:
-    """Positive levels [..., n], ascending, in steps of the int8 grid -> whole numbers 1..127, all different.
+def largest_carrier(bits: int) -> int:
+    """Where the largest level of a codebook stands on the int8 grid: 127, or 64 for codes of at most 4 bits.
+
+    Within 64, two products with uint8 activations fit 16 bits (2 * 255 * 64 < 2^15), which x86 CPUs without VNNI add them
+    in: their fast kernel is exact then. With 16 levels or fewer the coarser grid adds 2 % to the squared error at most.
+    """
+    return 64 if bits <= 4 else 127
+
+
+def int8_levels(levels: torch.Tensor, largest: int) -> torch.Tensor:
+    """Positive levels [..., n], ascending, in steps of the int8 grid -> whole numbers 1..largest, all different.
 
     Plain rounding, except where two levels would fall together: those move up to the next free whole number, so that no
     code is wasted.
     """
     order = torch.arange(levels.shape[-1], dtype=levels.dtype, device=levels.device)
     spread = (levels.round().clamp_min(1) - order).cummax(dim=-1).values + order
-    return torch.minimum(spread, 127 - order.flip(0))
+    return torch.minimum(spread, largest - order.flip(0))

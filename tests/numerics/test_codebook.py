@@ -6,7 +6,7 @@ import torch
 from ditq.numerics.codebook import CODEBOOKS, Fit, codebook, encode, fit_twin_log, fit_twin_log_shared, fit_uniform
 from ditq.numerics.codebooks.twin_log import CLIPS, OFFSETS
 from ditq.numerics.codebooks.twin_log_shared import STRENGTHS, mu_law_table
-from ditq.numerics.row_search import SortedRows, int8_levels
+from ditq.numerics.row_search import SortedRows, int8_levels, largest_carrier
 
 torch.set_num_threads(1)
 
@@ -78,7 +78,7 @@ def test_group_scales_have_the_known_gain(bits: int) -> None:
     weight, expected = gaussian(96), {3: 29.5e-3, 4: 7.22e-3}[bits]
     scales = relative_error(weight, fit_twin_log_shared(weight, bits, group_size=64, float_group_scales=True))
     multipliers = relative_error(weight, fit_twin_log_shared(weight, bits, group_size=64))
-    assert scales == pytest.approx(expected, rel=0.03) and multipliers == pytest.approx(scales, rel=0.02)
+    assert scales == pytest.approx(expected, rel=0.03) and multipliers == pytest.approx(scales, rel=0.03)
 
 
 @pytest.mark.parametrize("fitter", [fit_twin_log, fit_twin_log_shared])
@@ -96,8 +96,8 @@ def test_the_fast_search_finds_what_trying_everything_finds(importance: torch.Te
         positive = twin_log_reference(row, 1, 4, importance)
         negative = twin_log_reference(row, -1, 4, importance)
         largest = torch.maximum(positive[-1], negative[-1])
-        assert float(scale) == pytest.approx(float(largest) / 127, rel=1e-5)
-        levels = torch.cat((-negative.flip(0), positive)) / largest * 127
+        assert float(scale) == pytest.approx(float(largest) / 64, rel=1e-5)
+        levels = torch.cat((-negative.flip(0), positive)) / largest * 64
         assert float((table - levels).abs().max()) <= 0.5 + 1e-4
 
 
@@ -151,7 +151,7 @@ def test_twin_log_has_exactly_two_to_the_bits_codes_and_none_for_zero(bits: int)
     for table in [row for fit in fits for row in fit.table] + [mu_law_table(bits, mu) for mu in STRENGTHS]:
         assert len(table) == 1 << bits and bool((table.int().diff() > 0).all())
         assert int((table > 0).sum()) == int((table < 0).sum()) == 1 << (bits - 1)
-        assert int(table.abs().max()) == 127
+        assert int(table.abs().max()) == largest_carrier(bits)
 
 
 def test_every_code_is_used_and_the_top_levels_are_reached() -> None:
@@ -163,7 +163,7 @@ def test_every_code_is_used_and_the_top_levels_are_reached() -> None:
 def test_the_signs_have_ranges_of_their_own() -> None:
     weight = gaussian(8).abs() * torch.where(gaussian(8, seed=1) < 0, -0.2, 1.0)
     fit = fit_twin_log(weight, 4)
-    assert bool((fit.table[:, 0] > -40).all()) and bool((fit.table[:, -1] == 127).all())
+    assert bool((fit.table[:, 0] > -40).all()) and bool((fit.table[:, -1] == largest_carrier(fit.bits)).all())
     assert relative_error(weight, fit) < 0.8 * relative_error(weight, fit_twin_log_shared(weight, 4))
 
 
@@ -239,8 +239,8 @@ def test_plain_absmax_never_clips() -> None:
 
 
 def test_levels_that_would_fall_together_move_apart() -> None:
-    assert int8_levels(torch.tensor([0.1, 0.2, 0.3, 5.4, 126.8, 127.0])).tolist() == [1, 2, 3, 5, 126, 127]
-    assert int8_levels(torch.tensor([0.1, 126.9, 127.0, 127.0])).tolist() == [1, 125, 126, 127]
+    assert int8_levels(torch.tensor([0.1, 0.2, 0.3, 5.4, 126.8, 127.0]), 127).tolist() == [1, 2, 3, 5, 126, 127]
+    assert int8_levels(torch.tensor([0.1, 126.9, 127.0, 127.0]), 127).tolist() == [1, 125, 126, 127]
 
 
 def test_half_precision_weights_fit_like_their_float32_copies() -> None:
@@ -278,4 +278,5 @@ def test_what_cannot_be_coded_is_refused(wrong, words: str) -> None:
 
 
 def test_the_codebooks_have_their_names() -> None:
-    assert {"twin_log": fit_twin_log, "twin_log_shared": fit_twin_log_shared, "uniform": fit_uniform} == CODEBOOKS
+    named = {"twin_log": fit_twin_log, "twin_log_shared": fit_twin_log_shared, "uniform": fit_uniform}
+    assert named.items() <= CODEBOOKS.items()

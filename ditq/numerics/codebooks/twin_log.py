@@ -10,7 +10,7 @@ import torch
 
 from ditq.numerics.codebooks import codebook
 from ditq.numerics.codebooks.uniform import fit_uniform
-from ditq.numerics.row_search import SortedRows, int8_levels
+from ditq.numerics.row_search import SortedRows, int8_levels, largest_carrier
 from ditq.numerics.weight_code import SMALLEST_SCALE, Fit, check_weight, row_chunks
 
 OFFSETS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # eta over the largest magnitude of the sign
@@ -52,9 +52,10 @@ def _fit_rows(values: torch.Tensor, bits: int, importance: torch.Tensor | None) 
     # a row without one of the signs still has 2^bits codes: the missing side mirrors the other
     positive = torch.where(positive[:, -1:] > 0, positive, negative)
     negative = torch.where(negative[:, -1:] > 0, negative, positive)
-    scale = (torch.maximum(positive[:, -1], negative[:, -1]) / 127).clamp_min(SMALLEST_SCALE)
-    table = torch.cat((-int8_levels(negative / scale[:, None]).flip(1), int8_levels(positive / scale[:, None])), dim=1)
-    return table.to(torch.int8), scale
+    largest = largest_carrier(bits)
+    scale = (torch.maximum(positive[:, -1], negative[:, -1]) / largest).clamp_min(SMALLEST_SCALE)
+    below, above = (int8_levels(levels / scale[:, None], largest) for levels in (negative, positive))
+    return torch.cat((-below.flip(1), above), dim=1).to(torch.int8), scale
 
 
 @codebook("twin_log")
@@ -69,7 +70,8 @@ def fit_twin_log(
 
     For each row and each sign, eta and the clip (alpha or beta in the paper) are those of least squared error on a grid
     relative to the sign's own largest magnitude, so the result does not depend on the weight's scale. The two signs'
-    errors are separable. The row's scale puts its largest level at 127 and the others are rounded to whole steps.
+    errors are separable. The row's scale puts its largest level at 127 (64 at up to 4 bits: `largest_carrier`), and the
+    others are rounded to whole steps.
 
     weight [O, I]; importance [I]: weight of each column's squared error, e.g. the diagonal of X^T X.
     At 8 bits the int8 grid itself has 2^8 levels, so the fit is the uniform one.

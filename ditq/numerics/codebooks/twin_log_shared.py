@@ -10,7 +10,7 @@ import torch
 
 from ditq.numerics.codebooks import codebook
 from ditq.numerics.codebooks.uniform import CLIPS, fit_uniform
-from ditq.numerics.row_search import SortedRows, group_multipliers, int8_levels
+from ditq.numerics.row_search import SortedRows, group_multipliers, int8_levels, largest_carrier
 from ditq.numerics.weight_code import SMALLEST_SCALE, Fit, check_weight, row_chunks
 
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # mu
@@ -18,7 +18,9 @@ _SAMPLE = 1 << 14  # rows or groups that mu is chosen on; a tensor of more gives
 
 
 def mu_law_table(bits: int, mu: float) -> torch.Tensor:
-    """+-127 C_k rounded, C_k = ((1 + mu)^(u_k) - 1) / mu, u_k = (k + 1/2) / (n - 1/2), n = 2^(bits-1): int8 [2^bits].
+    """+-L C_k rounded, C_k = ((1 + mu)^(u_k) - 1) / mu, u_k = (k + 1/2) / (n - 1/2), n = 2^(bits-1): int8 [2^bits].
+
+    L is `largest_carrier(bits)`.
 
     Raises:
         ValueError: for bits outside 2..7 or a strength that is not positive.
@@ -27,7 +29,8 @@ def mu_law_table(bits: int, mu: float) -> torch.Tensor:
         raise ValueError(f"a mu-law table has 2 to 7 bits and a positive mu, not {bits} and {mu}")
     count = 1 << (bits - 1)
     u = (torch.arange(count, dtype=torch.float64) + 0.5) / (count - 0.5)
-    positive = int8_levels(127 * ((1 + mu) ** u - 1) / mu)
+    largest = largest_carrier(bits)
+    positive = int8_levels(largest * ((1 + mu) ** u - 1) / mu, largest)
     return torch.cat((-positive.flip(0), positive)).to(torch.int8)
 
 
@@ -39,7 +42,7 @@ def _best_scale(
     weights = None if importance is None else importance.float().expand_as(values).reshape(-1, width)
     rows = SortedRows(values.reshape(-1, width), weights)
     absmax = torch.maximum(rows.values[:, -1:], -rows.values[:, :1])
-    candidates = (absmax * (torch.tensor(CLIPS, device=absmax.device) / 127)).clamp_min(SMALLEST_SCALE)
+    candidates = (absmax * (torch.tensor(CLIPS, device=absmax.device) / tables.max())).clamp_min(SMALLEST_SCALE)
     scales, errors = [], []
     for table in tables.float():
         scale, error = rows.best_scale(table, candidates)
@@ -73,7 +76,7 @@ def fit_twin_log_shared(
     """One table int8 [2^bits] for the tensor: mu of least error out of 0.25 .. 32, or the one given; scales by search.
 
     weight [O, I]; importance [I]: weight of each column's squared error, e.g. the diagonal of X^T X.
-    The scale of a row (or of each run of `group_size` columns) is max|w| * (0.2 .. 1) / 127 of least squared error.
+    The scale of a row (or of each run of `group_size` columns) is max|w| * (0.2 .. 1) / L of least squared error.
     Groups are uint8 multipliers of the row's scale, or scales of their own with `float_group_scales`.
     At 8 bits the int8 grid itself has 2^8 levels, so the fit is the uniform one.
 

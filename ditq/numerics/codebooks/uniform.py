@@ -63,6 +63,6 @@ def fit_uniform(
         return Fit(integers.to(torch.int8), scale[:, 0], None, bits)
     if float_group_scales:
         return Fit(integers.to(torch.int8), scale, None, bits, group_size)
-    stretch = 128 // half
+    stretch = max(1, (64 if bits <= 4 else 128) // half)
     row, multiplier = group_multipliers(scale)
     return Fit((integers * stretch).to(torch.int8), row / stretch, multiplier, bits, group_size)
