@@ -31,7 +31,7 @@ from ditq.inspection import example_inputs
 from ditq.progress import ProgressSetting
 from ditq.quiet import quiet_libraries
 
-DEFAULT_CONDITIONS = 32
+DEFAULT_CONDITIONS = 16
 TRAJECTORIES = "trajectories"
 
 Conditions = str | Path | Sequence[str | int]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import click
 
 from ditq.errors import DitqError, Interrupted
 
-SEED = click.IntRange(min=0, max=2**62)  # seed + number of the prompt must fit 64 bits
+# Set before torch is loaded: threads that wait asleep. Spinning ones cost many times the work itself where other programs
+# share the processor and the operators are small.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 INTERRUPTED = "interrupted; nothing was left half-written"
-
-
+SEED = click.IntRange(min=0, max=2**62)  # seed + number of the prompt must fit 64 bits
 PICTURES = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
