@@ -170,7 +170,9 @@ class DiTGraph:
         self.attentions: dict[str, Attention] = found.attentions
         self.feed_forwards: dict[str, FeedForward] = found.feed_forwards
         if not self.blocks:
-            raise DitqError(f"{type(model).__name__}: no repeated blocks with linears found; not a diffusion transformer?")
+            raise DitqError(
+                f"{type(model).__name__}: no repeated blocks with linears found; not a diffusion transformer?"
+            )
 
     def linear(self, name: str) -> nn.Module:
         """The module that stands at a site now: an nn.Linear or what a pass has put in its place."""

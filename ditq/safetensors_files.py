@@ -71,7 +71,9 @@ def open_tensor_files(folder: Path, checkpoint: str) -> Iterator[TensorFile]:
         if not files:
             raise DitqError(f"{checkpoint}: no .safetensors file in {folder.name}/ (pickled weights are not read)")
         if len(files) > 1 and not plain:
-            raise DitqError(f"{checkpoint}: several .safetensors files in {folder.name}/ but no index; cannot choose one")
+            raise DitqError(
+                f"{checkpoint}: several .safetensors files in {folder.name}/ but no index; cannot choose one"
+            )
         yield TensorFile.open((plain or files)[0])
         return
     places = _read_index(index)

@@ -56,7 +56,9 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     producer: dict[Value, Call] = field(default_factory=dict)
     consumers: dict[Value, list[Call]] = field(default_factory=dict)
-    module_inputs: dict[str, dict[str, Any]] = field(default_factory=dict)  # module path -> argument name -> Value | constant
+    module_inputs: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # module path -> argument name -> Value | constant
     results: tuple[Value, ...] = ()  # what the model returned
 
 

@@ -110,9 +110,7 @@ class PixArtFamily(Family):
             # In the Flux layout T5 comes second; in the PixArt layout it is the only one.
             second = "_2" if (text_from / "text_encoder_2").is_dir() else ""
             self.tokenizer = PreTrainedTokenizerFast.from_pretrained(text_from / f"tokenizer{second}")
-            self.text_encoder = T5EncoderModel.from_pretrained(
-                text_from / f"text_encoder{second}", dtype=torch.float32
-            )
+            self.text_encoder = T5EncoderModel.from_pretrained(text_from / f"text_encoder{second}", dtype=torch.float32)
         self.transformer = mini_parts.build_pixart_transformer()
 
     def tokenize(self, captions: list[str]) -> dict[str, Tensor]:

@@ -168,7 +168,7 @@ def test_a_class_conditional_pipeline_takes_labels_from_a_file(tmp_path: Path) -
 
 
 def test_the_default_conditions_fit_the_checkpoint(pixart: Checkpoint, tmp_path: Path) -> None:
-    assert choose_conditions(mini(), None) == builtin_prompts("mini")[:32]
+    assert choose_conditions(mini(), None) == builtin_prompts("mini")[:16]
     everywhere = choose_conditions(pixart, None)
     assert len(everywhere) == 16 and everywhere[0] == builtin_prompts("vbench")[0]
     assert set(everywhere) <= set(builtin_prompts("vbench"))
