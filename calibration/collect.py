@@ -15,7 +15,8 @@ from ditq.calibration.record import RecordedCall, Trajectories
 from ditq.calibration.statistics import INDEX, InputStatistics, Statistics, read_groups, write_groups, write_index
 from ditq.calibration.storage import ditq_version
 from ditq.errors import DitqError
-from ditq.graph import DiTGraph, InputGroup
+from ditq.graph import DiTGraph
+from ditq.parts import InputGroup
 from ditq.progress import ProgressBar, ProgressSetting, progress_bar
 
 MEMORY_LIMIT = 2 << 30

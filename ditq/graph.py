@@ -7,136 +7,15 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from ditq.errors import DitqError
+from ditq.parts import Attention, Block, FeedForward, InputGroup, LinearSite
+from ditq.structure import Structure
 from ditq.trace import trace_forward
-
-Role = Literal["token", "modulation", "embedder", "final", "unused"]
-
-
-@dataclass(frozen=True)
-class LinearModulation:
-    """shift and scale are rows of a modulation linear's output: x = norm(z) * (1 + scale) + shift.
-
-    `shift` and `scale` are the first rows of each in that linear's weight; each spans the width of the group.
-    """
-
-    site: str
-    shift: int
-    scale: int
-
-
-@dataclass(frozen=True)
-class TableModulation:
-    """shift and scale are rows of a block's own table added to a vector that all blocks share (adaLN-single).
-
-    `table` is the parameter [.., rows, width]; `argument` the block's forward argument that carries the shared vector.
-    """
-
-    table: str
-    shift: int
-    scale: int
-    block: str
-    argument: str
-
-
-@dataclass(frozen=True)
-class NormModulation:
-    """The group reads a norm with its own weight and bias: x = norm(z) * weight + bias."""
-
-    weight: str
-    bias: str | None
-
-
-Feed = LinearModulation | TableModulation | NormModulation
-
-
-@dataclass(frozen=True)
-class LinearSite:
-    """One nn.Linear of the model. `macs` and `tokens` are for one sample of the example inputs."""
-
-    name: str
-    in_features: int
-    out_features: int
-    role: Role
-    kind: str
-    block: str | None
-    group: str
-    tokens: int
-
-    @property
-    def parameters(self) -> int:
-        return self.in_features * self.out_features
-
-    @property
-    def macs(self) -> int:
-        return self.tokens * self.parameters
-
-
-@dataclass(frozen=True)
-class InputGroup:
-    """All linears that read the very same tensor, named for the first of them.
-
-    `feed` is the norm and modulation that make this tensor and nothing else reads it; None where scale or shift of the
-    tensor cannot be folded into what comes before.
-    """
-
-    name: str
-    sites: tuple[str, ...]
-    width: int
-    feed: Feed | None
-
-
-@dataclass(frozen=True)
-class ChannelRange:
-    """Channels [start, stop) of a linear's input."""
-
-    site: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Attention:
-    """Softmax attention: `outputs` are the linears that read it, with the channels in which they do.
-
-    `foldable`: only reshapes and concatenations of tokens lie between the value linears and the score product and between
-    it and the outputs, so an orthogonal matrix a head can be moved from one to the other.
-    """
-
-    name: str
-    heads: int
-    head_width: int
-    queries: tuple[str, ...]
-    keys: tuple[str, ...]
-    values: tuple[str, ...]
-    outputs: tuple[ChannelRange, ...]
-    foldable: bool
-    macs: int
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """inputs -> activation -> output, with the channels of the output linear's input that it fills."""
-
-    name: str
-    inputs: tuple[str, ...]
-    output: ChannelRange
-    activation: str
-
-
-@dataclass(frozen=True)
-class Block:
-    """One item of a repeated stack."""
-
-    name: str
-    stack: str
-    sites: tuple[str, ...]
 
 
 class DiTGraph:
@@ -151,8 +30,6 @@ class DiTGraph:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Mapping[str, Any]) -> None:
-        from ditq.structure import Structure
-
         self.model = model
         self.example_inputs = dict(example_inputs)
         batch = next(value.shape[0] for value in example_inputs.values() if isinstance(value, torch.Tensor))

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from torch import nn
 
-from ditq.graph import (
+from ditq.parts import (
     Attention,
     Block,
     ChannelRange,

@@ -154,7 +154,7 @@ ARROWS = {
     "ditq/numerics": {"numerics"},
     "ditq/nn": {"nn", "numerics"},
     "ditq/families": {"families"},
-    "ditq/passes": {"passes", "graph", "nn", "numerics", "calibration.statistics"} | HELPERS,
+    "ditq/passes": {"passes", "graph", "parts", "nn", "numerics", "calibration.statistics"} | HELPERS,
     "export": {"export", "nn", "numerics"} | HELPERS,
 }
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ditq.errors import DitqError
-from ditq.graph import ChannelRange, DiTGraph, LinearModulation, TableModulation
+from ditq.graph import DiTGraph
+from ditq.parts import ChannelRange, LinearModulation, TableModulation
 from ditq.passes import Context
 from ditq.passes.rotate import Rotate
 from ditq.passes.smooth import Smooth

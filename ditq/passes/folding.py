@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ditq.errors import DitqError
-from ditq.graph import Attention, DiTGraph, Feed, LinearModulation, NormModulation, TableModulation
+from ditq.graph import DiTGraph
 from ditq.nn.modulation_factor import attach
 from ditq.nn.transformed_linear import TransformedLinear
 from ditq.numerics.rotation import Rotation
+from ditq.parts import Attention, Feed, LinearModulation, NormModulation, TableModulation
 
 
 def plain_linear(graph: DiTGraph, site: str) -> nn.Linear:

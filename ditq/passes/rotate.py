@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ditq.errors import DitqError
 from ditq.formats import BitFormat
-from ditq.graph import Attention, DiTGraph, InputGroup
+from ditq.graph import DiTGraph
 from ditq.nn.transformed_linear import TransformedLinear
 from ditq.numerics.codebook import encode, fit_uniform
 from ditq.numerics.rotation import (
@@ -22,6 +22,7 @@ from ditq.numerics.rotation import (
     outlier_rotation,
 )
 from ditq.numerics.uniform import quantize_per_token
+from ditq.parts import Attention, InputGroup
 from ditq.passes.base import Context, Pass, PassReport, register, relative_error, setting
 from ditq.passes.folding import fold_through_attention, plain_linear, rotate_consumers
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ditq.calibration.statistics import InputStatistics
 from ditq.errors import DitqError
-from ditq.graph import DiTGraph, InputGroup
+from ditq.graph import DiTGraph
+from ditq.parts import InputGroup
 from ditq.passes.base import Context, Pass, PassReport, register, setting
 from ditq.passes.folding import can_shift, fold_into_consumers, fold_into_feed, plain_linear
 

@@ -34,8 +34,9 @@ from ditq.calibration.sampling import (
 )
 from ditq.checkpoint import BUILT_IN, Checkpoint
 from ditq.errors import DitqError
-from ditq.graph import DiTGraph, LinearModulation
+from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
+from ditq.parts import LinearModulation
 from ditq.progress import ProgressSetting, progress_bar
 from ditq.report import metrics
 from ditq.report.alignment import Alignment, RotatedBlocks, ScaledChannels
