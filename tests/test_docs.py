@@ -123,10 +123,9 @@ def test_every_shipped_recipe_is_in_the_recipes_page_with_its_passes() -> None:
         assert [part.split(" (")[0] for part in said.split(", ")] == [next(iter(step)) for step in steps], name
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# The guides' recipes use what the guide adds, so they are parsed with it below.
+@pytest.mark.parametrize("page", [page for page in PAGES if not page.name.startswith("add-a-")], ids=lambda p: p.name)
 def test_every_recipe_in_the_pages_parses(page: Path) -> None:
-    if page.name.startswith("add-a-"):
-        pytest.skip("uses what the page adds; parsed with it below")
     for language, block in FENCE.findall(page.read_text()):
         if language == "yaml":
             Recipe.from_dict(yaml.safe_load(block), page.name)
