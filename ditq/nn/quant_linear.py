@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.library import custom_op
 from torch.nn import functional as F
 
 from ditq.nn.input_transform import InputTransform
@@ -177,7 +178,7 @@ class QuantLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, w{self.bits}{activation} {self.codebook}"
 
 
-@torch.library.custom_op("ditq::quant_linear", mutates_args=())
+@custom_op("ditq::quant_linear", mutates_args=())
 def _quant_linear(x: Tensor, site: str, out_features: int) -> Tensor:
     """The opaque node that stands for a QuantLinear in an exported graph; only its shape is ever computed."""
     raise RuntimeError(f"{site}: ditq::quant_linear exists only in exported graphs")
