@@ -46,6 +46,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "negative tolerance": (_passes("rotate: {tolerance: -0.5}"), "tolerance is -0.5, must be 0 or more"),
     "negative group": (_passes("quantize: {group_size: -8}"), "group_size is -8"),
     "unknown kind": (_passes("rotate: {kinds: [hadamart]}"), r"unknown kinds \['hadamart'\]"),
+    "block of 48": (_passes("rotate: {block: 48}"), "block is 48, must be a power of two"),
     "no kinds": (_passes("rotate: {kinds: []}"), "unknown kinds"),
     "unknown format": (_passes("quantize: {format: w9a8}"), "unknown format 'w9a8'; write w<2-8>a<4-8 or 16>"),
     "format 16": (_passes("rotate: {format: w16a16}"), "unknown format 'w16a16'"),

@@ -81,8 +81,8 @@ ABLATIONS = {
     "alpha 0.25": w4a8(smooth={"alpha": 0.25}),
     "no rotation at all": w4a8(rotate={"skip": True}),
     "rotation offline only": w4a8(rotate={"mode": "identity", "online": False}),
-    "full Hadamard everywhere (the w4a8 recipe)": w4a8(rotate={"mode": "hadamard"}),
-    "block Hadamard everywhere": w4a8(rotate={"mode": "block_hadamard"}),
+    "full Hadamard everywhere": w4a8(rotate={"mode": "hadamard"}),
+    "block Hadamard of 64 everywhere (the w4a8 recipe)": w4a8(rotate={"mode": "block_hadamard"}),
     "rotation by RMS, literal (LRQ-DiT)": w4a8(rotate={"mode": "literal"}),
     "rotation by RMS, quantile": w4a8(rotate={"mode": "quantile"}),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -27,11 +28,14 @@ from ditq.passes.base import Context, Pass, PassReport, register, relative_error
 from ditq.passes.folding import fold_through_attention, plain_linear, rotate_consumers
 
 # From cheapest to dearest at run time: a search keeps the first that is as good as the best.
-KINDS: dict[str, Callable[[Tensor, int], Rotation | None]] = {
-    "identity": lambda sample, seed: None,
-    "block_hadamard": lambda sample, seed: block_hadamard_rotation(sample.shape[1], seed=seed),
-    "hadamard": lambda sample, seed: hadamard_rotation(sample.shape[1], seed=seed),
-    "outlier": lambda sample, seed: outlier_rotation(sample, seed=seed),
+# Each makes its matrix of (sampled rows, largest block, seed).
+KINDS: dict[str, Callable[[Tensor, int, int], Rotation | None]] = {
+    "identity": lambda sample, block, seed: None,
+    "block_hadamard": lambda sample, block, seed: block_hadamard_rotation(
+        sample.shape[1], math.gcd(sample.shape[1], block), seed
+    ),
+    "hadamard": lambda sample, block, seed: hadamard_rotation(sample.shape[1], seed=seed),
+    "outlier": lambda sample, block, seed: outlier_rotation(sample, seed=seed),
 }
 
 
@@ -60,6 +64,9 @@ class Rotate(Pass):
     not_after: ClassVar[tuple[str, ...]] = ("quantize",)
     mode: str = setting("search", "how the matrix is chosen", ("literal", "quantile", "search", *KINDS))
     kinds: list[str] = setting(["identity", "block_hadamard", "hadamard"], "what `search` may choose from")
+    block: int = setting(
+        64, "channels that a block Hadamard mixes; else the largest power of two that divides the width"
+    )
     online: bool = setting(True, "rotate inputs at run time; false keeps to the offline rotation of values")
     values: bool = setting(True, "rotate the heads' values offline")
     format: str = setting("w4a8", "the format that `search` judges by")
@@ -72,6 +79,8 @@ class Rotate(Pass):
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or not self.kinds:
             raise DitqError(f"pass 'rotate': unknown kinds {unknown}; choose from {', '.join(KINDS)}")
+        if self.block < 2 or self.block & (self.block - 1):
+            raise DitqError(f"pass 'rotate': block is {self.block}, must be a power of two from 2 on, such as 32 or 64")
         if not 0 <= self.quantile <= 1:
             raise DitqError(f"pass 'rotate': quantile is {self.quantile}, must be between 0 and 1")
         if self.tolerance < 0:
@@ -146,7 +155,7 @@ class Rotate(Pass):
                 kind, rotation, error = self._search(sample, weight.float(), context.seed)
             else:
                 kind = ("outlier" if flagged else "hadamard") if self.mode in ("literal", "quantile") else self.mode
-                rotation, error = KINDS[kind](sample, context.seed), {}
+                rotation, error = KINDS[kind](sample, self.block, context.seed), {}
             row = {"input": group.name, "channels": f"{start}:{stop}", "kind": kind, "rms": float(statistics.rms())}
             rows.append({**row, **{f"error {name}": value for name, value in error.items()}})
             if rotation is None:
@@ -164,7 +173,7 @@ class Rotate(Pass):
         fitted, held_out = sample[::2], sample[1::2].float()
         reference, candidates, errors = held_out @ weight.T, {}, {}
         for kind in self.kinds:
-            rotation = KINDS[kind](fitted, seed)
+            rotation = KINDS[kind](fitted, self.block, seed)
             candidates[kind] = rotation
             x = held_out if rotation is None else rotation.apply(held_out)
             w = weight if rotation is None else rotation.right_multiply(weight.double()).float()
