@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ditq.calibration.storage import make_folder, writing
-from ditq.numerics.weight_code import WeightCode
+from ditq.numerics.codebook import LowRank, WeightCode
 
 
 class FolderSiteCache:
@@ -30,7 +30,9 @@ class FolderSiteCache:
         try:
             tensors = load_file(path)
             bits = int(tensors["bits"])
-            return WeightCode(tensors["codes"], tensors["table"], tensors["scale"], tensors.get("multiplier"), bits)
+            low_rank = LowRank(tensors["down"], tensors["up"], tensors["branch_scale"]) if "down" in tensors else None
+            multiplier = tensors.get("multiplier")
+            return WeightCode(tensors["codes"], tensors["table"], tensors["scale"], multiplier, bits, low_rank)
         except (SafetensorError, OSError, KeyError):
             return None
 
@@ -38,6 +40,9 @@ class FolderSiteCache:
         tensors = {"codes": code.codes, "table": code.table, "scale": code.scale}
         if code.multiplier is not None:
             tensors["multiplier"] = code.multiplier
+        if code.low_rank is not None:
+            branch = code.low_rank
+            tensors |= {"down": branch.down, "up": branch.up, "branch_scale": branch.scale}
         with writing(self.folder / f"{site}.safetensors") as beside:
             save_file({**{k: v.contiguous() for k, v in tensors.items()}, "bits": torch.tensor(code.bits)}, beside)
         return code

@@ -141,7 +141,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _nested(manifest: Mapping[str, Any]) -> list[tuple[str, list[Any], set[str]]]:
     """What the entries of engine.json must hold themselves: (key, its entries, their keys)."""
     quantized = manifest["structure"].get("quantized")
-    planned = {field.name for field in dataclasses.fields(PlannedMatMul)}
+    planned = {f.name for f in dataclasses.fields(PlannedMatMul) if f.default is dataclasses.MISSING}
     return [
         ("source", [manifest["source"]], {"name", "fingerprint"}),
         ("structure", [manifest["structure"]], {"quantized", "transformed", "factors", "biased"}),

@@ -5,6 +5,10 @@
     c  = table[code]                          int8 carrier; with group multipliers round(table[code] * m / 255)
     y  = (q c^T) * s_x * s_w + bias
 
+A low-rank branch (numerics/low_rank.py) adds (z A^T) B^T, A int8 rows with scales s_a and B int8. `branch` says what z is:
+'integer' z = q s_x, so that the rows of A are further rows of the same integer product; 'float' z = x', which the rounding
+of the input does not reach. With floating-point activations both are the same.
+
 Kernels and every export form are tested against this forward.
 """
 
@@ -21,11 +25,12 @@ from torch.library import custom_op
 from torch.nn import functional as F
 
 from ditq.nn.input_transform import InputTransform
-from ditq.numerics.codebook import WeightCode
+from ditq.numerics.codebook import LowRank, WeightCode
 from ditq.numerics.packing import pack, unpack
 from ditq.numerics.uniform import quantize_per_tensor, quantize_per_token
 
 Granularity = Literal["token", "tensor", "none"]
+Branch = Literal["integer", "float"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ class QuantLinear(nn.Module):
     """y = x W^T + b with W given by codes into an int8 table and scales.
 
     Buffers: `codes` packed uint8 (numerics/packing.py; int8 [O, I] itself at 8 bits), `table` int8 [L] or [O, L],
-    `scale` float32 [O] or [O, G], `multiplier` uint8 [O, G], `bias` float32 [O], `activation_scale` float32 [].
+    `scale` float32 [O] or [O, G], `multiplier` uint8 [O, G], `bias` float32 [O], `activation_scale` float32 []; of a branch
+    of rank r: `down` int8 [r, I], `up` int8 [O, r], `branch_scale` float32 [r].
     """
 
     codes: Tensor
@@ -53,6 +59,9 @@ class QuantLinear(nn.Module):
     multiplier: Tensor | None
     bias: Tensor | None
     activation_scale: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+    branch_scale: Tensor | None
 
     def __init__(
         self,
@@ -63,6 +72,7 @@ class QuantLinear(nn.Module):
         activation_scale: Tensor | None = None,
         transform: InputTransform | None = None,
         codebook: str = "",
+        branch: Branch = "integer",
     ) -> None:
         super().__init__()
         self.site, self.codebook = site, codebook
@@ -76,6 +86,12 @@ class QuantLinear(nn.Module):
         self.register_buffer("multiplier", None if eight else weight.multiplier)
         self.register_buffer("bias", None if bias is None else bias.detach().float())
         self.register_buffer("activation_scale", activation_scale)
+        low_rank = weight.low_rank
+        self.rank: int = 0 if low_rank is None else low_rank.rank
+        self.branch: Branch = branch
+        self.register_buffer("down", None if low_rank is None else low_rank.down)
+        self.register_buffer("up", None if low_rank is None else low_rank.up)
+        self.register_buffer("branch_scale", None if low_rank is None else low_rank.scale)
         if activation.granularity == "tensor" and activation_scale is None:
             raise ValueError(f"{site}: static activations need a calibrated scale")
         if activation.granularity != "none" and self.scale.dim() == 2 and self.scale.shape[1] > 1:
@@ -93,7 +109,15 @@ class QuantLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """The weight that the layer stands for, float32 [O, I], in the transformed input's basis."""
-        return self._scaled(self.carrier().float())
+        weight = self._scaled(self.carrier().float())
+        branch = self.low_rank()
+        return weight if branch is None else weight + branch.product()
+
+    def low_rank(self) -> LowRank | None:
+        """The branch beside the coded weight."""
+        if self.down is None or self.up is None or self.branch_scale is None:
+            return None
+        return LowRank(self.down, self.up, self.branch_scale)
 
     def _scaled(self, carrier: Tensor) -> Tensor:
         if self.scale.dim() == 1:
@@ -110,8 +134,7 @@ class QuantLinear(nn.Module):
             x = self.transform(x)
         if self._carrier is None or self._carrier.device != x.device:
             # Kept as floats: repeated calls dominate, and products of int8 values are exact in float32.
-            carrier = self.carrier().float()
-            self._carrier = self._scaled(carrier) if self.activation.granularity == "none" else carrier
+            self._carrier = self.weight() if self.activation.granularity == "none" else self.carrier().float()
         if self.activation.granularity == "none":
             return F.linear(x, self._carrier, self.bias).to(dtype)
         if self.activation.granularity == "token":
@@ -120,7 +143,16 @@ class QuantLinear(nn.Module):
             assert self.activation_scale is not None
             q, step = quantize_per_tensor(x, self.activation_scale, self.activation.bits), self.activation_scale
         y = F.linear(q, self._carrier) * self.scale.view(-1) * step
+        if self.up is not None:
+            y = y + F.linear(self._inner(x, q, step), self.up.float())
         return (y if self.bias is None else y + self.bias).to(dtype)
+
+    def _inner(self, x: Tensor, q: Tensor, step: Tensor) -> Tensor:
+        """z A^T [..., r]: the input on the few directions of the branch."""
+        assert self.down is not None and self.branch_scale is not None
+        if self.branch == "float":
+            return F.linear(x, self.down * self.branch_scale[:, None])
+        return F.linear(q, self.down.float()) * self.branch_scale * step
 
     def spec(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON."""
@@ -136,6 +168,8 @@ class QuantLinear(nn.Module):
             "codebook": self.codebook,
             "bias": self.bias is not None,
             "activation": asdict(self.activation),
+            "rank": self.rank,
+            "branch": self.branch,
             "transform": None if self.transform is None else self.transform.spec(),
             **shapes,
         }
@@ -148,12 +182,17 @@ class QuantLinear(nn.Module):
             torch.zeros(spec["table"], dtype=torch.int8) if spec["table"] else torch.arange(-128, 128).to(torch.int8)
         )
         multiplier = torch.zeros(spec["multiplier"], dtype=torch.uint8) if spec["multiplier"] else None
+        low_rank, rank = None, spec.get("rank", 0)  # absent in engines from before there were branches
+        if rank:
+            down, up = (torch.zeros(shape, dtype=torch.int8) for shape in ((rank, in_features), (out_features, rank)))
+            low_rank = LowRank(down, up, torch.zeros(rank))
         weight = WeightCode(
             torch.zeros(out_features, in_features, dtype=torch.uint8),
             table,
             torch.zeros(spec["scale"]),
             multiplier,
             bits,
+            low_rank,
         )
         activation = ActivationFormat(**spec["activation"])
         transform = None
@@ -167,6 +206,7 @@ class QuantLinear(nn.Module):
             torch.zeros(()) if activation.granularity == "tensor" else None,
             transform,
             spec["codebook"],
+            spec.get("branch", "integer"),
         )
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
@@ -175,7 +215,8 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         activation = "a16" if self.activation.granularity == "none" else f"a{self.activation.bits}"
-        return f"{self.in_features} -> {self.out_features}, w{self.bits}{activation} {self.codebook}"
+        branch = f", rank {self.rank} ({self.branch})" if self.rank else ""
+        return f"{self.in_features} -> {self.out_features}, w{self.bits}{activation} {self.codebook}{branch}"
 
 
 @custom_op("ditq::quant_linear", mutates_args=())

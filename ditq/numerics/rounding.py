@@ -125,7 +125,7 @@ def round_gptq(
             error = torch.sub(original[i], level, out=errors[start + i])
             target[i + 1 :].addr_(feedback[start + i, start + i + 1 : part.stop], error)
         codes[:, places] = chosen.T
-    return GptqCode(codes, fit.table, fit.scale, fit.multiplier, fit.bits, damping)
+    return GptqCode(codes, fit.table, fit.scale, fit.multiplier, fit.bits, damping=damping)
 
 
 def output_error(weight: torch.Tensor, approx: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -3,6 +3,7 @@
     carrier = table[code]                           int8; the row's own table where there is one a row
     carrier = round(carrier * multiplier / 255)     where groups of columns have a multiplier (half to even)
     weight  = carrier * scale                       by row [O], or by row and group [O, G]
+    weight += up diag(scale) down                   where there is a low-rank branch (low_rank.py)
 
 The carrier is what an integer matrix product takes, so a 3-bit weight runs through the int8 kernel of an 8-bit one.
 """
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+
+from ditq.numerics.low_rank import LowRank
 
 _AT_ONCE = 1 << 21  # elements of a weight that are widened at a time
 SMALLEST_SCALE = 1e-30  # an all-zero row: positive, since kernels may divide by it, yet no weight that anyone can see
@@ -79,13 +82,14 @@ class Fit:
 
 @dataclass(frozen=True, eq=False)
 class WeightCode:
-    """A coded weight: codes uint8 [O, I] with the table, scale and multiplier of its `Fit`."""
+    """A coded weight: codes uint8 [O, I] with the table, scale and multiplier of its `Fit`; beside them a branch, or None."""
 
     codes: torch.Tensor
     table: torch.Tensor
     scale: torch.Tensor
     multiplier: torch.Tensor | None
     bits: int
+    low_rank: LowRank | None = None
 
     def _carrier_rows(self, rows: slice) -> torch.Tensor:
         index = self.codes[rows].long()
@@ -100,10 +104,11 @@ class WeightCode:
         return torch.cat([self._carrier_rows(rows) for rows in row_chunks(*self.codes.shape)])
 
     def decode(self) -> torch.Tensor:
-        """float32 [O, I]: the weight that the codes stand for."""
+        """float32 [O, I]: the weight that the codes stand for, with the branch."""
         scale = self.scale if self.scale.dim() == 2 else self.scale[:, None]
         carrier = self.carrier().unflatten(1, (scale.shape[1], -1))
-        return (carrier * scale[:, :, None]).flatten(1)
+        decoded = (carrier * scale[:, :, None]).flatten(1)
+        return decoded if self.low_rank is None else decoded + self.low_rank.product()
 
 
 def check_fit(weight: torch.Tensor, fit: Fit) -> None:

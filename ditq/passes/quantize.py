@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -11,15 +12,17 @@ from torch import Tensor, nn
 from ditq.errors import DitqError
 from ditq.formats import BitFormat
 from ditq.graph import DiTGraph
-from ditq.nn.quant_linear import ActivationFormat, Granularity, QuantLinear
+from ditq.nn.quant_linear import ActivationFormat, Branch, Granularity, QuantLinear
 from ditq.nn.transformed_linear import TransformedLinear
 from ditq.numerics.codebook import CODEBOOKS, Fit, WeightCode
+from ditq.numerics.low_rank import code_with_branch
 from ditq.numerics.rounding import output_error, round_gptq, round_nearest
 from ditq.passes.base import Context, Pass, PassReport, register, relative_error, setting
 from ditq.passes.folding import plain_linear
 from ditq.suggest import unknown_key
 
 ROUNDINGS = ("nearest", "gptq")
+BRANCHES = ("integer", "float")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class SiteSettings:
     rounding: str = "gptq"
     group_size: int = 0
     activation: str = "token"
+    rank: int = 0
+    branch: str = "integer"
     keep: bool = False
 
 
@@ -39,7 +44,7 @@ class SiteSettings:
 class Quantize(Pass):
     """Replace linears by QuantLinear.
 
-    `format`, `codebook`, `rounding`, `group_size`, `activation` hold for the linears of `select`; each rule
+    `format`, `codebook`, `rounding`, `group_size`, `activation`, `rank`, `branch` hold for the linears of `select`; each rule
     `{select: ..., <settings>}` overrides them for the linears that it selects, a later rule wins, and `keep: true` leaves
     a linear in full precision. Rules may also add linears that `select` leaves out.
 
@@ -64,6 +69,8 @@ class Quantize(Pass):
     activation: str = setting(
         "token", "one scale a token, found at run time, or one calibrated scale", ("token", "tensor")
     )
+    rank: int = setting(0, "rank of the low-rank branch beside the codes; 0 is none")
+    branch: str = setting("integer", "what the branch reads: the quantized input, or the input in float", BRANCHES)
     bias_correction: bool = setting(True, "put the mean error of the output into the bias")
     damping: float = setting(0.01, "GPTQ: share of the mean diagonal added to it")
     weighted: bool = setting(True, "search scales by output error (diagonal of the second moments), not weight error")
@@ -85,7 +92,8 @@ class Quantize(Pass):
         _check_site_settings(self._base())
 
     def _base(self) -> SiteSettings:
-        return SiteSettings(self.format, self.codebook, self.rounding, self.group_size, self.activation)
+        shared = {item.name: getattr(self, item.name) for item in fields(SiteSettings) if item.name != "keep"}
+        return SiteSettings(**shared)
 
     def plan(self, graph: DiTGraph) -> dict[str, SiteSettings]:
         """What each selected site gets, before anything is done.
@@ -104,10 +112,16 @@ class Quantize(Pass):
             if settings.group_size and width % settings.group_size:
                 size = settings.group_size
                 raise DitqError(f"pass 'quantize': {site}: group_size {size} does not divide its {width} inputs")
+            smaller = min(width, graph.sites[site].out_features)
+            if settings.rank > smaller:
+                raise DitqError(f"pass 'quantize': {site}: a rank of {settings.rank} is above its width, {smaller}")
         return plan
 
     def preview(self, graph: DiTGraph) -> dict[str, str]:
-        return {site: f"{item.format} {item.codebook} {item.rounding}" for site, item in self.plan(graph).items()}
+        return {
+            site: f"{item.format} {item.codebook} {item.rounding}" + (f" rank {item.rank}" if item.rank else "")
+            for site, item in self.plan(graph).items()
+        }
 
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
@@ -145,7 +159,8 @@ class Quantize(Pass):
                 assert statistics is not None
                 scale = (statistics.absmax_all.max() / activation.maximum).float().clamp_min(1e-8)
         transform = module.transform if isinstance(module, TransformedLinear) else None
-        layer = QuantLinear(site, code, bias, activation, scale, transform, settings.codebook)
+        branch: Branch = "float" if settings.branch == "float" else "integer"
+        layer = QuantLinear(site, code, bias, activation, scale, transform, settings.codebook, branch)
         row = {
             "site": site,
             "format": settings.format,
@@ -154,6 +169,8 @@ class Quantize(Pass):
             "bits a weight": stored_bits(layer) / weight.numel(),
             "weight error": relative_error(weight, decoded),
         }
+        if settings.rank:
+            row["rank"] = settings.rank
         if hessian is not None:
             row["output error"] = float(output_error(weight, decoded, hessian))
         return layer, row
@@ -162,10 +179,17 @@ class Quantize(Pass):
         self, site: str, weight: Tensor, hessian: Tensor | None, settings: SiteSettings, form: BitFormat
     ) -> WeightCode:
         importance = hessian.diagonal().clone() if self.weighted and hessian is not None else None
-        fit = _fit(weight, importance, settings, form)
-        if settings.rounding == "nearest" or hessian is None:
-            return round_nearest(weight, fit)
-        return round_gptq(weight, hessian, fit, damping=self.damping)
+
+        def code(part: Tensor) -> WeightCode:
+            fit = _fit(part, importance, settings, form)
+            if settings.rounding == "nearest" or hessian is None:
+                return round_nearest(part, fit)
+            return round_gptq(part, hessian, fit, damping=self.damping)
+
+        if not settings.rank:
+            return code(weight)
+        error = partial(relative_error, weight) if hessian is None else partial(output_error, weight, hessian=hessian)
+        return code_with_branch(weight, hessian, settings.rank, code, error)
 
 
 def _fit(weight: Tensor, importance: Tensor | None, settings: SiteSettings, form: BitFormat) -> Fit:
@@ -202,13 +226,18 @@ def _check_site_settings(settings: SiteSettings) -> None:
         raise DitqError(unknown_key("pass 'quantize': activation", settings.activation, ["token", "tensor"]))
     if settings.group_size < 0:
         raise DitqError(f"pass 'quantize': group_size is {settings.group_size!r}, must be a whole number, 0 for none")
+    if settings.rank < 0:
+        raise DitqError(f"pass 'quantize': rank is {settings.rank!r}, must be a whole number, 0 for none")
+    if settings.branch not in BRANCHES:
+        raise DitqError(unknown_key("pass 'quantize': branch", settings.branch, list(BRANCHES)))
     if settings.group_size and settings.codebook == "twin_log":
         raise DitqError("pass 'quantize': twin_log keeps a table a row and takes no group_size; use twin_log_shared")
 
 
 def stored_bits(layer: QuantLinear) -> int:
-    """Bits that the coded weight takes on disk: codes, table, scales, multipliers (not the bias)."""
-    buffers = (layer.codes, layer.table, layer.scale, layer.multiplier)
+    """Bits that the coded weight takes on disk: codes, table, scales, multipliers, branch (not the bias)."""
+    coded = (layer.codes, layer.table, layer.scale, layer.multiplier)
+    buffers = (*coded, layer.down, layer.up, layer.branch_scale)
     return sum(8 * buffer.numel() * buffer.element_size() for buffer in buffers if buffer is not None)
 
 

@@ -11,6 +11,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from ditq.export.lowering import low_rank
 from ditq.export.lowering.writer import Writer
 from ditq.nn import QuantLinear
 
@@ -32,7 +33,15 @@ def integer_weight(writer: Writer, layer: QuantLinear) -> ir.Value:
 
 
 def float_weight(writer: Writer, layer: QuantLinear) -> ir.Value:
-    """W^T [I, O] in float, folded at load. Not by DequantizeLinear: ONNX Runtime makes that a slow 8-bit kernel."""
+    """W^T [I, O] in float, folded at load, with the branch unless that reads another input than the codes.
+
+    Not by DequantizeLinear: ONNX Runtime makes that a slow 8-bit kernel.
+    """
+    weight = _float_codes(writer, layer)
+    return weight if not layer.rank or low_rank.reads_float(layer) else low_rank.add_to_weight(writer, weight, layer)
+
+
+def _float_codes(writer: Writer, layer: QuantLinear) -> ir.Value:
     scale = writer.state(f"{layer.site}.scale", layer.scale)
     if layer.scale.dim() == 1 or layer.scale.shape[1] == 1:
         flat = scale

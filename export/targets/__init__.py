@@ -28,7 +28,8 @@ Kind = Literal["integer", "weight-only kernel", "dequantized"]
 class PlannedMatMul:
     """What a target means a quantized linear to run as, and where it stands in the graph (names of values).
 
-    input: what the layer reads; product: what its matmul makes; output: what the layer makes, bias included.
+    input: what the layer reads; product: what its matmul makes; output: what the layer makes, bias included; inner: what
+    the second integer matmul makes of a layer that has one for its low-rank branch.
     """
 
     site: str
@@ -36,6 +37,7 @@ class PlannedMatMul:
     input: str
     product: str
     output: str
+    inner: str | None = None
 
 
 @dataclass(frozen=True)

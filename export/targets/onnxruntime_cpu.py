@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ditq.errors import DitqError
-from ditq.export.lowering import activations, weights
+from ditq.export.lowering import activations, low_rank, weights
 from ditq.export.lowering.attention import lower_attention
 from ditq.export.lowering.transforms import apply_transform, fingerprint
 from ditq.export.lowering.writer import Writer
@@ -41,6 +41,16 @@ def lower(model: ir.Model, layers: Mapping[str, QuantLinear]) -> list[PlannedMat
     return lowering.planned
 
 
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """What a layer became. product: its matmul's own output; inner: that of a branch which reads integers."""
+
+    kind: Kind
+    product: ir.Value
+    output: ir.Value
+    inner: ir.Value | None = None
+
+
 @dataclass
 class _Lowering:
     writer: Writer
@@ -58,37 +68,40 @@ class _Lowering:
         key = (x, fingerprint(layer.transform))
         if key not in self.transformed:
             self.transformed[key] = apply_transform(writer, x, rank, layer.in_features, layer.transform)
-        kind, product, y = self._product(self.transformed[key], rank, layer)
-        if layer.bias is not None:
-            y = writer.op("Add", y, writer.state(f"{layer.site}.bias", layer.bias), name="biased")
+        made = self._product(self.transformed[key], rank, layer)
+        y = made.output
         result = node.outputs[0]
         y.shape, y.type = result.shape, result.type
         result.replace_all_uses_with(y, replace_graph_outputs=True)
         if y.is_graph_output():
             y.name = result.name
         writer.graph.remove(node, safe=True)
-        assert x.name is not None and product.name is not None and y.name is not None
-        self.planned.append(PlannedMatMul(layer.site, kind, x.name, product.name, y.name))
+        inner = None if made.inner is None else made.inner.name
+        assert x.name is not None and made.product.name is not None and y.name is not None
+        self.planned.append(PlannedMatMul(layer.site, made.kind, x.name, made.product.name, y.name, inner))
 
-    def _product(self, x: ir.Value, rank: int, layer: QuantLinear) -> tuple[Kind, ir.Value, ir.Value]:
-        """(what it is planned as, the matmul's own output, x' W^T without the bias)."""
+    def _product(self, x: ir.Value, rank: int, layer: QuantLinear) -> _Made:
+        """All that the layer makes of the transformed input."""
         writer = self.writer
         if layer.activation.granularity == "token":
             token_key = (x, layer.activation.bits)
             if token_key not in self.quantized:
                 self.quantized[token_key] = activations.per_token(writer, x, layer.activation.bits)
             integers, scale = self.quantized[token_key]
-            product = writer.op("MatMul", integers, weights.integer_weight(writer, layer), name="matmul")
-            return "integer", product, writer.op("Mul", product, scale, name="rescaled")
+            product, inner = self._integer_products(integers, layer)
+            y = writer.op("Mul", product, scale, name="rescaled")
+            scaled = None if inner is None else writer.op("Mul", inner, scale, name="inner.rescaled")
+            return _Made("integer", product, self._finished(y, scaled, x, rank, layer), inner)
         if layer.activation.granularity == "tensor":
             return self._static_product(x, rank, layer)
         if weights.has_block_kernel(layer):
             product = weights.block_matmul(writer, x, layer)
-            return "weight-only kernel", product, product
+            inner = low_rank.float_inner(writer, x, layer) if layer.rank else None
+            return _Made("weight-only kernel", product, self._finished(product, inner, x, rank, layer))
         product = writer.op("MatMul", x, weights.float_weight(writer, layer), name="matmul")
-        return "dequantized", product, product
+        return _Made("dequantized", product, self._finished(product, None, x, rank, layer))
 
-    def _static_product(self, x: ir.Value, rank: int, layer: QuantLinear) -> tuple[Kind, ir.Value, ir.Value]:
+    def _static_product(self, x: ir.Value, rank: int, layer: QuantLinear) -> _Made:
         writer, scale = self.writer, layer.activation_scale
         assert scale is not None
         key = (x, scale.item(), layer.activation.bits)
@@ -97,8 +110,28 @@ class _Lowering:
             # A product of two matrices and a bias would become a Gemm, computed in float; three dimensions do not.
             deep = writer.op("Unsqueeze", x, batch, name="batch_of_one") if rank == 2 else x
             self.static[key] = activations.per_tensor(writer, deep, scale, layer.activation.bits)
-        product = writer.op("MatMul", self.static[key], weights.integer_weight(writer, layer), name="matmul")
-        return "integer", product, writer.op("Squeeze", product, batch, name="one_batch") if rank == 2 else product
+        product, inner = self._integer_products(self.static[key], layer)
+        y, flat = product, inner
+        if rank == 2:
+            y = writer.op("Squeeze", product, batch, name="one_batch")
+            flat = None if inner is None else writer.op("Squeeze", inner, batch, name="inner.one_batch")
+        return _Made("integer", product, self._finished(y, flat, x, rank, layer), inner)
+
+    def _integer_products(self, integers: ir.Value, layer: QuantLinear) -> tuple[ir.Value, ir.Value | None]:
+        """(the product with the codes, the one with the rows of a branch that reads integers)."""
+        product = self.writer.op("MatMul", integers, weights.integer_weight(self.writer, layer), name="matmul")
+        reads = low_rank.reads_integers(layer)
+        return product, low_rank.integer_inner(self.writer, integers, layer) if reads else None
+
+    def _finished(self, y: ir.Value, inner: ir.Value | None, x: ir.Value, rank: int, layer: QuantLinear) -> ir.Value:
+        """y with the branch, whose inner values are given or made of x, and the bias."""
+        if low_rank.reads_float(layer):
+            inner = low_rank.float_inner(self.writer, x, layer)
+        if inner is not None:
+            return low_rank.add_branch(self.writer, y, inner, rank, layer)
+        if layer.bias is None:
+            return y
+        return self.writer.op("Add", y, self.writer.state(f"{layer.site}.bias", layer.bias), name="biased")
 
 
 def available() -> tuple[bool, str]:

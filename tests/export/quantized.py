@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import nn
 from ditq.export import Engine, write_engine
 from ditq.families import family_of
 from ditq.nn import ActivationFormat, InputTransform, QuantLinear
+from ditq.nn.quant_linear import Branch
 from ditq.numerics.codebooks import CODEBOOKS
+from ditq.numerics.low_rank import fit_low_rank
 from ditq.numerics.rotation import Rotation, block_hadamard_rotation, hadamard_rotation
 from ditq.numerics.weight_code import encode
 from tests.families_small import small_inputs, small_model
@@ -24,12 +27,17 @@ def quantized(
     activation: ActivationFormat = ActivationFormat(8, "token"),  # noqa: B008  frozen
     codebook: str = "twin_log_shared",
     transform: InputTransform | None = None,
+    rank: int = 0,
+    branch: Branch = "integer",
     **settings: Any,
 ) -> QuantLinear:
     """`linear` rounded to the nearest levels. Its weight is taken as being in the transformed basis already."""
-    fit = CODEBOOKS[codebook](linear.weight.detach(), bits, **settings)
+    weight = linear.weight.detach()
+    low_rank = fit_low_rank(weight, None, rank) if rank else None
+    remainder = weight if low_rank is None else weight - low_rank.product()
+    code = replace(encode(remainder, CODEBOOKS[codebook](remainder, bits, **settings)), low_rank=low_rank)
     scale = torch.tensor(0.031) if activation.granularity == "tensor" else None
-    return QuantLinear(site, encode(linear.weight.detach(), fit), linear.bias, activation, scale, transform, codebook)
+    return QuantLinear(site, code, linear.bias, activation, scale, transform, codebook, branch)
 
 
 def shallow_model(family: str) -> nn.Module:

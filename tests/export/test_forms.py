@@ -78,6 +78,8 @@ def check(layer: QuantLinear, folder: Path, kernel: str | None, rank: int = 3, t
     made_by = kernels.get(planned.product) or kernels[planned.output]  # the block kernel takes the bias in
     if planned.kind == "integer":
         assert made_by in INTEGER_KERNELS
+        assert (planned.inner is not None) == (layer.rank > 0 and layer.branch == "integer")
+        assert planned.inner is None or kernels[planned.inner] in INTEGER_KERNELS
     else:
         assert made_by == kernel
 
@@ -153,6 +155,24 @@ def test_even_levels_with_float_group_scales_run_as_the_block_kernel(group: int,
 )
 def test_other_weight_only_forms_are_dequantized_once_at_load(settings: dict[str, Any], tmp_path: Path) -> None:
     check(layer_of(activation=FLOAT, bias=False, **settings), tmp_path, "MatMul", tolerance=3e-6)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("activation", [ActivationFormat(4, "token"), TENSOR], ids=["token", "tensor"])
+@pytest.mark.parametrize("branch", ["integer", "float"])
+def test_a_low_rank_branch_beside_an_integer_product(
+    branch: Any, activation: ActivationFormat, dimensions: int, tmp_path: Path
+) -> None:
+    layer = layer_of(activation=activation, group_size=32, rank=8, branch=branch, bias=dimensions == 3)
+    # float32 sums of 96 products in another order
+    check(layer, tmp_path, None, dimensions, tolerance=SAME if branch == "integer" else 3e-6)
+
+
+@pytest.mark.parametrize("codebook", ["uniform", "twin_log_shared"])
+def test_a_low_rank_branch_of_a_weight_only_layer(codebook: str, tmp_path: Path) -> None:
+    blocks = {"group_size": 32, "float_group_scales": True} if codebook == "uniform" else {}
+    layer = layer_of(codebook=codebook, activation=FLOAT, rank=8, **blocks)
+    check(layer, tmp_path, "MatMulNBits" if blocks else "MatMul", tolerance=3e-6)
 
 
 @pytest.mark.parametrize("rank", [2, 3])

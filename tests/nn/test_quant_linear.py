@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ditq.nn import QuantLinear
 from ditq.nn.input_transform import InputTransform
-from ditq.nn.quant_linear import ActivationFormat, exporting
+from ditq.nn.quant_linear import ActivationFormat, Branch, exporting
 from ditq.numerics.codebook import CODEBOOKS
+from ditq.numerics.low_rank import fit_low_rank
 from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation, outlier_rotation
 from ditq.numerics.rounding import round_nearest
 from ditq.numerics.weight_code import WeightCode
@@ -29,6 +30,8 @@ class Form:
     activation: ActivationFormat = ActivationFormat()
     transform: bool = False
     bias: bool = True
+    rank: int = 0
+    branch: Branch = "integer"
 
 
 DYNAMIC, STATIC = ActivationFormat(8, "token"), ActivationFormat(8, "tensor")
@@ -45,6 +48,11 @@ FORMS = {
     "w4a8 transformed": Form(activation=DYNAMIC, transform=True),
     "w4a16 transformed": Form(transform=True, bias=False),
     "w8a8": Form(bits=8, activation=DYNAMIC),
+    "w4a8 rank 3": Form(activation=DYNAMIC, rank=3),
+    "w4a4 rank 3 in float": Form(activation=ActivationFormat(4, "token"), rank=3, branch="float", transform=True),
+    "w4a8 static rank 3": Form(group=16, activation=STATIC, rank=3),
+    "w4a8 static rank 3 in float": Form(activation=STATIC, rank=3, branch="float"),
+    "w4a16 groups rank 3": Form(group=16, rank=3),
 }  # fmt: skip
 
 
@@ -59,11 +67,15 @@ def _made(form: Form, seed: int = 0) -> tuple[QuantLinear, WeightCode, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     weight, x = torch.randn(OUT, IN, generator=generator), torch.randn(TOKENS, IN, generator=generator) * 2
     grouped = {"group_size": form.group, "float_group_scales": form.activation.bits == 16} if form.group else {}
-    code = round_nearest(weight, CODEBOOKS[form.codebook](weight, form.bits, **grouped))
+    low_rank = fit_low_rank(weight, None, form.rank) if form.rank else None
+    remainder = weight if low_rank is None else weight - low_rank.product()
+    code = round_nearest(remainder, CODEBOOKS[form.codebook](remainder, form.bits, **grouped))
+    code = replace(code, low_rank=low_rank)
     bias = torch.randn(OUT, generator=generator) if form.bias else None
     static = x.abs().max() / 127 * 0.9 if form.activation.granularity == "tensor" else None  # some values are clipped
     transform = _transform(x) if form.transform else None
-    return QuantLinear("site", code, bias, form.activation, static, transform, form.codebook), code, x
+    layer = QuantLinear("site", code, bias, form.activation, static, transform, form.codebook, form.branch)
+    return layer, code, x
 
 
 def _expected(layer: QuantLinear, code: WeightCode, x: Tensor) -> Tensor:
@@ -74,7 +86,7 @@ def _expected(layer: QuantLinear, code: WeightCode, x: Tensor) -> Tensor:
         x = x * layer.transform.inverse_scale.double() - layer.transform.shift.double()
         for start, stop, rotation in layer.transform.rotations:
             x[:, start:stop] = x[:, start:stop] @ rotation.matrix()
-    top = layer.activation.maximum
+    top, exact = layer.activation.maximum, x
     if layer.activation.granularity == "token":
         step = x.abs().amax(-1, keepdim=True) / top
         x = (x / step).round() * step
@@ -83,6 +95,9 @@ def _expected(layer: QuantLinear, code: WeightCode, x: Tensor) -> Tensor:
         step = layer.activation_scale.double()
         x = (x / step).round().clamp(-top, top) * step
     y = x @ code.decode().double().T
+    if layer.branch == "float":
+        branch = (layer.up.double() * layer.branch_scale.double()) @ layer.down.double()
+        y = y + (exact - x) @ branch.T  # the branch reads the input as it was
     return y if layer.bias is None else y + layer.bias.double()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ditq.nn import QuantLinear
 from ditq.passes import Context
 from ditq.passes.quantize import Quantize, quantized_layers, stored_bits
 from ditq.recipe import Recipe, load_recipe, shipped_recipes
+from ditq.site_cache import FolderSiteCache
 from tests.families_small import FAMILIES, forward, small_graph, small_inputs, statistics_of
 
 QUICK = {"rounding": "nearest", "codebook": "uniform", "weighted": False, "bias_correction": False}
@@ -175,3 +177,51 @@ def test_the_report_counts_the_bits_that_are_stored() -> None:
         # 4 bits a weight, a float32 scale a row, an int8 table of 16 levels.
         assert stored_bits(layer) == 4 * weights + 32 * layer.out_features + 8 * 16 == row["bits a weight"] * weights
     assert report.summary["linears"] == len(report.rows) == 12
+
+
+# --- low-rank branches
+
+
+def test_a_branch_loses_less_and_comes_back_from_the_cache_of_a_resumed_run(tmp_path: Path) -> None:
+    site = "transformer_blocks.0.attn1.to_q"
+    layers, errors = {}, {}
+    for rank in (0, 8, 8):
+        graph, cache = small_graph("dit"), FolderSiteCache(tmp_path, {"rank": rank})
+        report = Quantize(format="w3a8", rank=rank, select=[site]).run(graph, Context(_statistics("dit"), 0, cache))
+        before, layers[rank] = layers.get(rank), graph.linear(site)
+        errors[rank] = report.rows[0]["output error"]
+    assert errors[8] < 0.8 * errors[0]
+    assert before is not None and before.spec() == layers[8].spec()
+    assert all(torch.equal(a, b) for a, b in zip(before.buffers(), layers[8].buffers(), strict=True))
+    # int8 factors [8, 64] and [64, 8] and a float32 scale a row of the first
+    assert stored_bits(layers[8]) - stored_bits(layers[0]) == 8 * 2 * 8 * 64 + 32 * 8
+
+
+def test_a_float_branch_spares_its_part_of_the_input_the_rounding() -> None:
+    """At 4 bits the rounding of the input is most of the error; without a branch that no bit of the weight can change."""
+    site = "transformer_blocks.0.attn1.to_q"
+    statistics = _statistics("dit")
+    x = statistics.groups[site].sample
+    errors = {}
+    for settings in ({"rank": 0}, {"rank": 32, "branch": "integer"}, {"rank": 32, "branch": "float"}):
+        graph = small_graph("dit")
+        expected = graph.linear(site)(x)
+        Quantize(format="w4a4", select=[site], **settings).run(graph, Context(statistics))
+        errors[settings.get("branch", "")] = _error(expected, graph.linear(site)(x))
+    assert errors["float"] < 0.8 * errors["integer"] < errors[""]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": -1}, "rank is -1, must be a whole number, 0 for none"),
+        ({"rank": 65}, "a rank of 65 is above its width, 64"),
+        ({"rules": [{"select": "*", "rank": "low"}]}, "rank is 'low', must be a whole number"),
+        ({"rules": [{"select": "*", "branch": "int"}]}, "branch"),
+    ],
+)
+def test_ranks_and_branches_that_cannot_be_are_refused_before_anything_runs(
+    settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(DitqError, match=message):
+        Recipe.from_dict({"passes": [{"quantize": settings}]}, "test").passes[0].preview(small_graph("dit"))
