@@ -1,7 +1,7 @@
 """Layer output error and bits a weight with low-rank branches of several ranks, beside other uses of the same bits.
 
-    python tools/measure_low_rank.py mini --stats stats
-    python tools/measure_low_rank.py mini --stats stats --pictures 8
+    python -m tools.measure_low_rank mini --stats stats
+    python -m tools.measure_low_rank mini --stats stats --pictures 8
 
 The error is that of the quantized layer on sampled rows of its input, activations quantized too, in dB, averaged over
 linears; `pictures` draws with the variants that matter and compares with the original's pictures.
