@@ -1,0 +1,45 @@
+"""ditq's own recipes, in their torch meaning; each once as shipped and once with the modulation left in full precision."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from ditq.compiler import run_passes
+from ditq.formats import BitFormat
+from ditq.nn.quant_linear import QuantLinear
+from ditq.passes.quantize import stored_bits
+from ditq.recipe import Recipe, load_recipe, shipped_recipes
+from tools.peers.bench import Bench
+from tools.peers.row import Outcome, add
+
+
+def apply(bench: Bench, recipe: dict[str, Any]) -> Outcome:
+    run_passes(bench.graph, Recipe.from_dict(recipe, recipe["name"]), bench.statistics)
+    layers = {module.site: module for module in bench.graph.model.modules() if isinstance(module, QuantLinear)}
+    return Outcome(bench.graph.model, {site: stored_bits(layer) for site, layer in layers.items()})
+
+
+def without_modulation(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe less its rules for modulation."""
+    steps = []
+    for step in recipe["passes"]:
+        ((name, settings),) = step.items()
+        if "rules" in settings:
+            kept = [rule for rule in settings["rules"] if rule.get("select") != "role:modulation"]
+            settings = {**settings, "rules": kept}
+        steps.append({name: settings})
+    return {**recipe, "passes": steps}
+
+
+def activation_bits(recipe: dict[str, Any]) -> int:
+    formats = [settings["format"] for step in recipe["passes"] for name, settings in step.items() if name == "quantize"]
+    return BitFormat.parse(formats[-1]).activation if formats else 16
+
+
+for _name in shipped_recipes():
+    _recipe = load_recipe(_name).to_json()
+    _bare = without_modulation(_recipe)
+    add(f"ditq {_name}", "ditq", activation_bits(_recipe), partial(apply, recipe=_recipe), _recipe)
+    if _bare != _recipe:
+        add(f"ditq {_name}, modulation left", "ditq", activation_bits(_bare), partial(apply, recipe=_bare), _bare)
