@@ -14,13 +14,16 @@ from ditq.recipe import Recipe
 
 @dataclass(frozen=True)
 class Inspection:
-    """The structure of a checkpoint. `plan` says per site what each pass of the recipe would do."""
+    """The structure of a checkpoint. `plan` says per site what each pass of the recipe would do; `online` what all of them add
+    at run time: the least and the most multiply-adds for one sample.
+    """
 
     checkpoint: Checkpoint
     graph: DiTGraph
     parameters: int
     recipe: Recipe
     plan: dict[str, list[str]]
+    online: tuple[int, int]
 
     def by_role(self) -> list[dict[str, Any]]:
         """One row a role: number of linears, parameters, multiply-adds for one sample."""
@@ -53,6 +56,7 @@ class Inspection:
             "parameters": self.parameters,
             "blocks": list(self.graph.blocks),
             "recipe": self.recipe.to_json(),
+            "online_multiply_adds": list(self.online),
             "roles": self.by_role(),
             "sites": sites,
         }
@@ -68,7 +72,9 @@ def inspect_checkpoint(checkpoint: Checkpoint, recipe: Recipe) -> Inspection:
     graph = DiTGraph(model, example_inputs(checkpoint))
     plan = recipe.preview(graph)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Inspection(checkpoint, graph, parameters, recipe, plan)
+    costs = [step.runtime_cost(graph) for step in recipe.passes]
+    online = sum(least for least, _ in costs), sum(most for _, most in costs)
+    return Inspection(checkpoint, graph, parameters, recipe, plan, online)
 
 
 def example_inputs(checkpoint: Checkpoint, batch: int = 2, seed: int = 0) -> dict[str, Any]:

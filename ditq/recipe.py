@@ -138,9 +138,12 @@ def _check_value(where: str, value: Any, described: Any) -> None:
     """The value must be of the default's type and among the choices, if there are any."""
     default = described.default if described.default_factory is MISSING else described.default_factory()
     choices = described.metadata.get("choices")
+    words = described.metadata.get("words") or ()
+    if value in words:
+        return
     numeric = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
     if type(value) is not type(default) and not numeric:
-        raise DitqError(f"{where} is {value!r}, must be {_kind(default)}")
+        raise DitqError(f"{where} is {value!r}, must be {' or '.join([_kind(default), *words])}")
     if isinstance(value, float) and not math.isfinite(value):
         raise DitqError(f"{where} is {value!r}, must be a finite number")
     if isinstance(value, list) and default and not all(type(item) is type(default[0]) for item in value):

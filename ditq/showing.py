@@ -65,7 +65,14 @@ def show(what: str, recipe: str, config: Path | None = None) -> tuple[Lines, dic
         (["linear", "role", "kind", "shape", f"with recipe {found.recipe.name}"], sites),
         "",
         (["role", "linears", "M parameters", "M multiply-adds", "share"], roles),
+        "",
+        _online_cost(found.recipe.name, found.online, total),
     ], values
+
+
+def _online_cost(recipe: str, online: tuple[int, int], total: int) -> str:
+    least, most = (f"{100 * count / total:.1f}" for count in online)
+    return f"recipe {recipe} adds {least if least == most else f'{least} to {most}'} % multiply-adds at run time"
 
 
 def _show_engine(engine: Engine) -> tuple[Lines, dict[str, Any]]:

@@ -124,6 +124,7 @@ def test_inspect_shows_a_checkpoint_and_what_a_recipe_would_do(
     assert "token" in line and "query" in line and "64x64" in line and "smooth+centre, rotate hadamard, w4a4" in line
     kept = next(line for line in ran.out.splitlines() if line.startswith("proj_out "))
     assert kept.endswith("kept")
+    assert "recipe w4a4 adds" in ran.out and "% multiply-adds at run time" in ran.out
 
     values = json.loads(run(capsys, "inspect", pipeline, "-r", "w4a4", "--json").out)
     sites = {site["site"]: site for site in values["sites"]}

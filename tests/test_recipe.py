@@ -30,7 +30,13 @@ WRONG: dict[str, tuple[str, str]] = {
     "a number as setting": (_passes("smooth: {1: 2}"), "pass 'smooth' has no setting 1"),
     "unknown key": ("name: x\npases: []\n", "unknown 'pases'; did you mean 'passes'"),
     "not a choice": (_passes("rotate: {mode: serch}"), "mode: unknown 'serch'; did you mean 'search'"),
-    "word for a number": (_passes("smooth: {alpha: half}"), "alpha is 'half', must be a number"),
+    "word for a number": (_passes("smooth: {alpha: half}"), "alpha is 'half', must be a number or search"),
+    "steps": (_passes("rotate: {mode: learned, steps: 0}"), "steps is 0, must be 1 or more"),
+    "codebook to judge by": (
+        _passes("smooth: {codebook: unifrm}"),
+        "codebook: unknown 'unifrm'; did you mean 'uniform'",
+    ),
+    "grid": (_passes("smooth: {alpha: search, grid: 1}"), "grid is 1, must be 2 or more"),
     "boolean for a number": (_passes("quantize: {group_size: true}"), "group_size is True, must be a whole number"),
     "number for a boolean": (_passes("smooth: {centre: 1}"), "centre is 1, must be true or false"),
     "fraction for a whole number": (

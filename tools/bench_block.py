@@ -27,7 +27,8 @@ from ditq.nn import ActivationFormat, InputTransform, QuantLinear
 from ditq.numerics.codebooks import CODEBOOKS
 from ditq.numerics.rotation import Rotation, block_hadamard_rotation, hadamard_rotation
 from ditq.numerics.weight_code import encode
-from ditq.passes.rotate import KINDS, Rotate
+from ditq.passes.rotate import Rotate
+from ditq.passes.rotation_kinds import KINDS, Making
 from ditq.recipe import load_recipe
 
 WIDTH, HEADS, HEAD_DIM = 1152, 16, 72
@@ -84,7 +85,7 @@ def _rotation(kind: str, site: str, width: int) -> Rotation | None:
         return hadamard_rotation(width) if kind == "full" else block_hadamard_rotation(width, int(kind))
     (rotate,) = (step for step in load_recipe("w4a8").passes if isinstance(step, Rotate))
     offline = rotate.values and "to_out" in site
-    return None if offline or not rotate.online else KINDS[rotate.mode](torch.empty(0, width), rotate.block, 0)
+    return None if offline or not rotate.online else KINDS[rotate.mode](torch.empty(0, width), Making(rotate.block))
 
 
 def _engine(model: Block, folder: Path, inputs: dict[str, Tensor]) -> Engine:

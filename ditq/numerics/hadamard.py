@@ -162,3 +162,37 @@ def two_factors(n: int) -> tuple[int, int]:
         if n % a == 0 and is_hadamard_order(a) and is_hadamard_order(n // a):
             return a, n // a
     raise ValueError(f"{n} is not the product of two Hadamard orders")
+
+
+def is_regular_order(n: int) -> bool:
+    """Whether `regular_hadamard(n)` can build the matrix: 4^i 36^j."""
+    while n > 0 and n % 36 == 0:
+        n //= 36
+    return n > 0 and n & (n - 1) == 0 and n.bit_length() % 2 == 1
+
+
+def regular_hadamard(n: int) -> torch.Tensor:
+    """A regular Hadamard matrix: float64 [n, n], entries +1 and -1, H H^T = n I, every row and column sums to sqrt(n).
+
+    Kronecker products of order 4, J - 2 I, and of order 36 from a difference set of Z_6 x Z_6: the elements other than 0 of
+    three subgroups of order 6 that meet only in 0 (J. F. Dillon, Elementary Hadamard difference sets, 1974).
+
+    Raises:
+        ValueError: when n is no product of 4s and 36s (`is_regular_order` tells beforehand).
+    """
+    if not is_regular_order(n):
+        raise ValueError(
+            f"no regular Hadamard matrix of order {n} can be built here: it is not a product of 4s and 36s"
+        )
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while matrix.shape[0] < n:
+        factor = _regular_36() if n // matrix.shape[0] % 36 == 0 else 1 - 2 * torch.eye(4, dtype=torch.float64)
+        matrix = torch.kron(matrix, factor)
+    return matrix
+
+
+def _regular_36() -> torch.Tensor:
+    elements = [(a, b) for a in range(6) for b in range(6)]
+    chosen = {element for k in range(1, 6) for element in ((k, 0), (0, k), (k, k))}
+    rows = [[-1.0 if ((c - a) % 6, (d - b) % 6) in chosen else 1.0 for c, d in elements] for a, b in elements]
+    return torch.tensor(rows, dtype=torch.float64)

@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 
-from ditq.numerics.hadamard import hadamard, is_hadamard_order, two_factors
+from ditq.numerics.hadamard import (
+    hadamard,
+    is_hadamard_order,
+    is_regular_order,
+    regular_hadamard,
+    two_factors,
+)
 
 _ROWS_AT_ONCE = 1 << 22  # elements of a weight that are widened to float64 at a time
 
@@ -27,6 +33,18 @@ class BlockStep:
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         matrix = self.matrix.to(device=x.device, dtype=x.dtype)
         return (x.unflatten(-1, (-1, matrix.shape[0])) @ matrix).flatten(-2)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadsStep:
+    """y = x blockdiag(M_1 .. M_h): every head its own matrix, float64 [h, b, b]. Only for what is folded offline."""
+
+    matrix: torch.Tensor
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        matrix = self.matrix.to(device=x.device, dtype=x.dtype)
+        heads, width = matrix.shape[:2]
+        return torch.einsum("...hd,hde->...he", x.unflatten(-1, (heads, width)), matrix).flatten(-2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +68,7 @@ class Rotation:
     """
 
     size: int
-    steps: tuple[BlockStep | PermuteStep, ...]
+    steps: tuple[BlockStep | PermuteStep | HeadsStep, ...]
     recipe: dict[str, Any] | None = None
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
@@ -75,14 +93,19 @@ class Rotation:
         return sum(self.size * step.matrix.shape[0] for step in self.steps if isinstance(step, BlockStep))
 
     def spec(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """(what goes into JSON, what goes beside it as tensors); the tensors are empty for a data-free rotation."""
+        """(what goes into JSON, what goes beside it as tensors); the tensors are empty for a data-free rotation.
+
+        Raises:
+            ValueError: for a rotation by heads, which is only ever folded.
+        """
         if self.recipe is not None:
             return dict(self.recipe), {}
-        kinds = ["block" if isinstance(step, BlockStep) else "permute" for step in self.steps]
-        tensors = {
-            f"{position}.{kind}": step.matrix if isinstance(step, BlockStep) else step.index
-            for position, (kind, step) in enumerate(zip(kinds, self.steps, strict=True))
-        }
+        kinds, tensors = [], {}
+        for position, step in enumerate(self.steps):
+            if isinstance(step, HeadsStep):
+                raise ValueError("a rotation by heads is folded offline and has no description")
+            kinds.append("block" if isinstance(step, BlockStep) else "permute")
+            tensors[f"{position}.{kinds[-1]}"] = step.matrix if isinstance(step, BlockStep) else step.index
         return {"kind": "steps", "size": self.size, "steps": kinds}, tensors
 
     @staticmethod
@@ -97,9 +120,11 @@ class Rotation:
             return hadamard_rotation(size, spec["seed"])
         if kind == "block_hadamard":
             return block_hadamard_rotation(size, spec["block"], spec["seed"])
+        if kind == "regular_hadamard":
+            return regular_rotation(size, spec["block"])
         if kind != "steps":
             raise ValueError(f"unknown kind of rotation: {kind!r}")
-        steps: list[BlockStep | PermuteStep] = []
+        steps: list[BlockStep | PermuteStep | HeadsStep] = []
         for position, step in enumerate(spec["steps"]):
             tensor = tensors.get(f"{position}.{step}")
             if tensor is None:
@@ -170,6 +195,26 @@ def block_hadamard_rotation(n: int, block: int | None = None, seed: int = 0) -> 
         raise ValueError(f"{n} channels cannot be rotated in Hadamard blocks of {block}")
     recipe = {"kind": "block_hadamard", "size": n, "block": block, "seed": seed}
     return Rotation(n, (BlockStep(_signed_hadamard(block, 2 * seed)),), recipe)
+
+
+def regular_block(n: int, block: int = 64) -> int:
+    """The largest order of a regular Hadamard matrix that divides n, at most `block`; 1 if there is none."""
+    return max(b for b in range(1, min(block, n) + 1) if n % b == 0 and is_regular_order(b))
+
+
+def regular_rotation(n: int, block: int = 64) -> Rotation:
+    """The same regular Hadamard matrix on every run of `block` channels: R = I x (H / sqrt(block)), all row sums equal.
+
+    An offset that all channels share stays exactly as it is, where random signs leave up to about twice it in some channel;
+    no random numbers are needed (ConvRot, arXiv 2512.03673).
+
+    Raises:
+        ValueError: when the block does not divide n or has no regular Hadamard matrix here.
+    """
+    if block < 2 or n % block or not is_regular_order(block):
+        raise ValueError(f"{n} channels cannot be rotated in regular Hadamard blocks of {block}")
+    recipe = {"kind": "regular_hadamard", "size": n, "block": block}
+    return Rotation(n, (BlockStep(regular_hadamard(block) / math.sqrt(block)),), recipe)
 
 
 def head_rotation(n: int, head_dim: int, seed: int = 0) -> Rotation:

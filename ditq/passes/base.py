@@ -20,9 +20,11 @@ from ditq.progress import ProgressSetting, progress_bar
 Item = TypeVar("Item")
 
 
-def setting(default: Any, help: str, choices: tuple[Any, ...] | None = None) -> Any:
-    """A dataclass field of a pass: its default, what it means, and the values it may take."""
-    metadata = {"help": help, "choices": choices}
+def setting(default: Any, help: str, choices: tuple[Any, ...] | None = None, words: tuple[str, ...] = ()) -> Any:
+    """A dataclass field of a pass: its default, what it means, the values it may take if only some, and words that may stand
+    in place of a value of the default's type.
+    """
+    metadata = {"help": help, "choices": choices, "words": words}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -148,6 +150,10 @@ class Pass(ABC):
             DitqError: a selector that matches nothing, or a setting that does not fit a site.
         """
         return {}
+
+    def runtime_cost(self, graph: DiTGraph) -> tuple[int, int]:
+        """Multiply-adds that this pass adds to one forward of one sample at run time: the least and the most it may be."""
+        return 0, 0
 
     def check(self) -> None:  # noqa: B027  most passes have nothing to check
         """Raise DitqError for settings that do not fit each other; called before anything runs."""

@@ -76,20 +76,20 @@ def fold_into_consumers(graph: DiTGraph, sites: tuple[str, ...], inverse_scale: 
         _set(linear.weight, weight)
 
 
-def fold_through_attention(graph: DiTGraph, attention: Attention, rotation: Rotation) -> None:
-    """Rotate every head's values by `rotation` (the same for all heads) and undo it in the output linears."""
-    matrix = rotation.matrix()
+def fold_through_attention(graph: DiTGraph, attention: Attention, matrices: Tensor) -> None:
+    """Rotate every head's values and undo it in the output linears. matrices: [d, d] for all heads, or [heads, d, d]."""
+    width = attention.head_width
     for site in attention.values:
         linear = plain_linear(graph, site)
-        heads = linear.weight.double().view(-1, attention.head_width, linear.in_features)
-        _set(linear.weight, torch.einsum("hdi,de->hei", heads, matrix).reshape(linear.weight.shape))
+        heads = linear.weight.double().view(-1, width, linear.in_features)
+        _set(linear.weight, (matrices.mT @ heads).reshape(linear.weight.shape))
         if linear.bias is not None:
-            _set(linear.bias, (linear.bias.double().view(-1, attention.head_width) @ matrix).reshape(-1))
+            _set(linear.bias, (linear.bias.double().view(-1, 1, width) @ matrices).reshape(-1))
     for output in attention.outputs:
         linear = plain_linear(graph, output.site)
         columns = linear.weight[:, output.start : output.stop]
-        heads = columns.double().reshape(linear.out_features, -1, attention.head_width)
-        _set(columns, (heads @ matrix).reshape(columns.shape))
+        heads = columns.double().reshape(linear.out_features, -1, 1, width)
+        _set(columns, (heads @ matrices).reshape(columns.shape))
 
 
 def rotate_consumers(graph: DiTGraph, sites: tuple[str, ...], start: int, stop: int, rotation: Rotation) -> None:

@@ -123,6 +123,13 @@ class Quantize(Pass):
             for site, item in self.plan(graph).items()
         }
 
+    def runtime_cost(self, graph: DiTGraph) -> tuple[int, int]:
+        added = 0
+        for name, settings in self.plan(graph).items():
+            site = graph.sites[name]
+            added += site.tokens * settings.rank * (site.in_features + site.out_features)
+        return added, added
+
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
         plan = self.plan(graph)

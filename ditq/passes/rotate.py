@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from ditq.errors import DitqError
 from ditq.formats import BitFormat
 from ditq.graph import DiTGraph
 from ditq.nn.transformed_linear import TransformedLinear
-from ditq.numerics.codebook import encode, fit_uniform
-from ditq.numerics.rotation import (
-    Rotation,
-    block_hadamard_rotation,
-    hadamard_rotation,
-    head_rotation,
-    outlier_rotation,
-)
-from ditq.numerics.uniform import quantize_per_token
+from ditq.numerics.codebook import CODEBOOKS
+from ditq.numerics.learned_rotation import refine
+from ditq.numerics.rotation import Rotation, head_rotation
 from ditq.parts import Attention, InputGroup
-from ditq.passes.base import Context, Pass, PassReport, register, relative_error, setting
+from ditq.passes.base import Context, Pass, PassReport, register, setting
 from ditq.passes.folding import fold_through_attention, plain_linear, rotate_consumers
+from ditq.passes.judging import FakeQuantLoss, Judge, Trial, choose
+from ditq.passes.learned_heads import learned_heads
+from ditq.passes.rotation_kinds import DATA_FREE, KINDS, Making, multiply_adds
+from ditq.suggest import unknown_key
 
-# From cheapest to dearest at run time: a search keeps the first that is as good as the best.
-# Each makes its matrix of (sampled rows, largest block, seed).
-KINDS: dict[str, Callable[[Tensor, int, int], Rotation | None]] = {
-    "identity": lambda sample, block, seed: None,
-    "block_hadamard": lambda sample, block, seed: block_hadamard_rotation(
-        sample.shape[1], math.gcd(sample.shape[1], block), seed
-    ),
-    "hadamard": lambda sample, block, seed: hadamard_rotation(sample.shape[1], seed=seed),
-    "outlier": lambda sample, block, seed: outlier_rotation(sample, seed=seed),
-}
+Choice = tuple[str, Rotation | None, dict[str, float]]  # kind, matrix, error of each kind tried
 
 
 @register
@@ -47,14 +34,16 @@ class Rotate(Pass):
     Heads' values are rotated offline: R goes into the value linears and out of the attention's output linears. Inputs that
     follow a modulation or an activation are rotated online. Which matrix an input gets:
 
+    - one of the kinds by name, for every input;
+    - `search`: the kind of `kinds` with the least quantized output error on held-out rows, as `format`, `codebook` and
+      `rounding` say; a dearer kind must be better by `tolerance` and by more than the rows' noise;
+    - `learned`: the kind that `search` finds, refined by `steps` of gradient descent along orthogonal matrices (SpinQuant),
+      where that helps on held-out rows; it costs at run time what that kind costs;
     - `literal`: the rule of LRQ-DiT (eq. 11-12): RMS below `threshold` -> Hadamard, else the two-step outlier-aware rotation;
-    - `quantile`: the `quantile` of the inputs with the largest RMS get the outlier-aware rotation, the others Hadamard;
-    - `search`: the kind of `kinds` with the least output error under `format` on held-out rows; a cheaper kind wins if it is
-      within `tolerance` of the best;
-    - one of the kinds by name, for every input.
+    - `quantile`: the `quantile` of the inputs with the largest RMS get the outlier-aware rotation, the others Hadamard.
 
-    Source: QuaRot (Ashkboos 2024); LRQ-DiT (2025); DuQuant (Lin 2024) for the outlier-aware form. Every width is built from
-    Paley and Sylvester matrices with random signs.
+    Source: QuaRot (Ashkboos 2024); SpinQuant (Liu 2024); LRQ-DiT (2025); DuQuant (Lin 2024) for the outlier-aware form. Every
+    width is built from Paley and Sylvester matrices with random signs, or regular ones without.
 
     Example:
         - rotate: {mode: search, format: w4a8}
@@ -62,17 +51,24 @@ class Rotate(Pass):
 
     name: ClassVar[str] = "rotate"
     not_after: ClassVar[tuple[str, ...]] = ("quantize",)
-    mode: str = setting("search", "how the matrix is chosen", ("literal", "quantile", "search", *KINDS))
-    kinds: list[str] = setting(["identity", "block_hadamard", "hadamard"], "what `search` may choose from")
+    mode: str = setting("search", "how the matrix is chosen", ("search", "learned", "literal", "quantile", *KINDS))
+    kinds: list[str] = setting(
+        ["identity", "block_hadamard", "hadamard"], "what `search` and `learned` may choose from"
+    )
     block: int = setting(
         64, "channels that a block Hadamard mixes; else the largest power of two that divides the width"
     )
+    permutation: str = setting("stride", "what stands between the two steps of `outlier`", ("stride", "zigzag"))
     online: bool = setting(True, "rotate inputs at run time; false keeps to the offline rotation of values")
     values: bool = setting(True, "rotate the heads' values offline")
-    format: str = setting("w4a8", "the format that `search` judges by")
+    heads: str = setting("hadamard", "matrix of the heads' values", ("hadamard", "learned"))
+    format: str = setting("w4a8", "the format that `search` and `learned` judge by")
+    codebook: str = setting("twin_log_shared", "the codebook that they judge by")
+    rounding: str = setting("nearest", "the rounding that they judge by", ("nearest", "gptq"))
+    steps: int = setting(50, "steps of learning")
     threshold: float = setting(1.0, "RMS at which `literal` changes to the outlier-aware rotation")
     quantile: float = setting(0.05, "share of inputs that `quantile` gives the outlier-aware rotation")
-    tolerance: float = setting(0.05, "how much worse than the best a cheaper kind may be in `search`")
+    tolerance: float = setting(0.05, "by how much of its error a dearer kind must be better in `search`")
     select: list[str] = setting(["role:token"], "which linears; all linears of an input are rotated together")
 
     def check(self) -> None:
@@ -85,29 +81,75 @@ class Rotate(Pass):
             raise DitqError(f"pass 'rotate': quantile is {self.quantile}, must be between 0 and 1")
         if self.tolerance < 0:
             raise DitqError(f"pass 'rotate': tolerance is {self.tolerance}, must be 0 or more")
+        if self.steps < 1:
+            raise DitqError(f"pass 'rotate': steps is {self.steps}, must be 1 or more")
+        if self.codebook not in CODEBOOKS:
+            raise DitqError(unknown_key("pass 'rotate': codebook", self.codebook, list(CODEBOOKS)))
         BitFormat.parse(self.format)
+
+    def _making(self, seed: int = 0) -> Making:
+        return Making(self.block, self.permutation, seed)
+
+    def _judge(self) -> Judge:
+        return Judge(self.format, self.codebook, self.rounding)
+
+    def _candidates(self) -> list[str]:
+        """The kinds that an input may get."""
+        if self.mode in ("search", "learned"):
+            return self.kinds
+        return ["hadamard", "outlier"] if self.mode in ("literal", "quantile") else [self.mode]
 
     def _folded(self, graph: DiTGraph, selected: set[str]) -> list[Attention]:
         """Attentions whose values are rotated offline."""
         found = [attention for attention in graph.attentions.values() if self.values and attention.foldable]
         return [a for a in found if {*a.values, *(output.site for output in a.outputs)} <= selected]
 
+    def _online(self, graph: DiTGraph, selected: set[str]) -> Iterator[tuple[InputGroup, int, int]]:
+        """Groups and channel ranges [start, stop) that are rotated online."""
+        covered: dict[str, list[tuple[int, int]]] = {}
+        for attention in self._folded(graph, selected):
+            for output in attention.outputs:
+                covered.setdefault(graph.sites[output.site].group, []).append((output.start, output.stop))
+        for group in graph.groups.values():
+            if self.online and set(group.sites) <= selected:
+                for start, stop in _free_ranges(group.width, covered.get(group.name, [])):
+                    yield group, start, stop
+
+    def _possible(self, width: int) -> dict[str, int]:
+        """The candidates that exist for a width, with their multiply-adds a token, in the order of `KINDS`."""
+        found = {}
+        for kind in sorted(self._candidates(), key=list(KINDS).index):
+            try:
+                found[kind] = multiply_adds(kind, width, self._making())
+            except ValueError as error:
+                if self.mode not in ("search", "learned"):
+                    raise DitqError(f"pass 'rotate': {error}; choose another mode or leave the linear out") from error
+        return found
+
     def preview(self, graph: DiTGraph) -> dict[str, str]:
         selected = set(graph.select(self.select))
-        folded = self._folded(graph, selected)
-        said = {output.site: "rotate offline" for attention in folded for output in attention.outputs}
-        covered = {o.site: o.stop - o.start for attention in folded for o in attention.outputs}
-        for group in graph.groups.values():
-            if self.online and self.mode != "identity" and set(group.sites) <= selected:
-                for site in group.sites:
-                    if covered.get(site, 0) < group.width:
-                        said[site] = f"rotate {self.mode}"
+        said = {o.site: "rotate offline" for attention in self._folded(graph, selected) for o in attention.outputs}
+        for group, start, stop in self._online(graph, selected):
+            if not self._possible(stop - start):
+                raise DitqError(
+                    f"pass 'rotate': none of {', '.join(self.kinds)} exists for the {stop - start} channels of {group.name}; "
+                    "add identity to kinds"
+                )
+            if self.mode != "identity":
+                said |= dict.fromkeys(group.sites, f"rotate {self.mode}")
         return said
+
+    def runtime_cost(self, graph: DiTGraph) -> tuple[int, int]:
+        least = most = 0
+        for group, start, stop in self._online(graph, set(graph.select(self.select))):
+            tokens, costs = graph.sites[group.sites[0]].tokens, self._possible(stop - start).values()
+            least, most = least + tokens * min(costs), most + tokens * max(costs)
+        return least, most
 
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
         selected = set(graph.select(self.select))
-        report.rows.extend(self._rotate_values(graph, context, selected))
+        self._rotate_values(graph, context, selected, report.rows)
         if self.online:
             groups = [group for group in graph.groups.values() if set(group.sites) <= selected]
             flagged = self._flagged(groups, context)
@@ -119,18 +161,20 @@ class Rotate(Pass):
         report.summary["online cost, % of multiply-adds"] = 100 * online_cost(graph) / products
         return report
 
-    def _rotate_values(self, graph: DiTGraph, context: Context, selected: set[str]) -> list[dict[str, Any]]:
-        rows = []
+    def _rotate_values(self, graph: DiTGraph, context: Context, selected: set[str], rows: list[dict[str, Any]]) -> None:
         for attention in self._folded(graph, selected):
-            width = attention.heads * attention.head_width
-            rotation = head_rotation(width, attention.head_width, seed=context.seed)
-            one_head = head_rotation(attention.head_width, attention.head_width, seed=context.seed)
-            fold_through_attention(graph, attention, one_head)
+            width, size = attention.heads * attention.head_width, attention.head_width
+            if self.heads == "learned":
+                rotation, matrices, measured = learned_heads(graph, context, attention, self._judge(), self.steps)
+            else:
+                rotation, measured = head_rotation(width, size, seed=context.seed), {}
+                matrices = head_rotation(size, size, seed=context.seed).matrix()
+            fold_through_attention(graph, attention, matrices)
             for output in attention.outputs:
                 group = graph.sites[output.site].group
                 context.change(group).rotations.append((output.start, output.stop, rotation))
-                rows.append({"input": group, "channels": f"{output.start}:{output.stop}", "kind": "offline"})
-        return rows
+                kind = "offline learned" if measured else "offline"
+                rows.append({"input": group, "channels": f"{output.start}:{output.stop}", "kind": kind, **measured})
 
     def _flagged(self, groups: list[InputGroup], context: Context) -> set[str]:
         """Inputs that the RMS rule gives the outlier-aware rotation."""
@@ -149,15 +193,16 @@ class Rotate(Pass):
         change = context.change(group.name)
         for start, stop in _free_ranges(group.width, [part[:2] for part in change.rotations]):
             statistics = context.statistics(group.name)
-            sample = statistics.sample[:, start:stop]
-            weight = torch.cat([plain_linear(graph, site).weight[:, start:stop] for site in group.sites])
-            if self.mode == "search":
-                kind, rotation, error = self._search(sample, weight.float(), context.seed)
+            if self.mode in ("search", "learned"):
+                weights = [plain_linear(graph, site).weight for site in group.sites]
+                trial = Trial.of(statistics, weights, slice(start, stop))
+                kind, rotation, errors = self._search(trial, context.seed)
             else:
                 kind = ("outlier" if flagged else "hadamard") if self.mode in ("literal", "quantile") else self.mode
-                rotation, error = KINDS[kind](sample, self.block, context.seed), {}
+                sample = torch.empty(0, stop - start) if kind in DATA_FREE else statistics.sample[:, start:stop]
+                rotation, errors = KINDS[kind](sample, self._making(context.seed)), {}
             row = {"input": group.name, "channels": f"{start}:{stop}", "kind": kind, "rms": float(statistics.rms())}
-            rows.append({**row, **{f"error {name}": value for name, value in error.items()}})
+            rows.append({**row, **{f"error {name}": value for name, value in errors.items()}})
             if rotation is None:
                 continue
             rotate_consumers(graph, group.sites, start, stop, rotation)
@@ -168,27 +213,19 @@ class Rotate(Pass):
                 graph.replace(site, TransformedLinear(plain_linear(graph, site), change.transform()))
         return rows
 
-    def _search(self, sample: Tensor, weight: Tensor, seed: int) -> tuple[str, Rotation | None, dict[str, float]]:
-        """The cheapest kind whose quantized output error on held-out rows is within `tolerance` of the least."""
-        fitted, held_out = sample[::2], sample[1::2].float()
-        reference, candidates, errors = held_out @ weight.T, {}, {}
-        for kind in self.kinds:
-            rotation = KINDS[kind](fitted, self.block, seed)
-            candidates[kind] = rotation
-            x = held_out if rotation is None else rotation.apply(held_out)
-            w = weight if rotation is None else rotation.right_multiply(weight.double()).float()
-            errors[kind] = relative_error(reference, self._quantized_product(x, w))
-        limit = min(errors.values()) * (1 + self.tolerance)
-        chosen = next(kind for kind in KINDS if kind in errors and errors[kind] <= limit)
-        return chosen, candidates[chosen], errors
-
-    def _quantized_product(self, x: Tensor, weight: Tensor) -> Tensor:
-        form = BitFormat.parse(self.format)
-        weight = encode(weight, fit_uniform(weight, form.weight)).decode()
-        if form.activation < 16:
-            q, step = quantize_per_token(x, form.activation)
-            x = q * step
-        return x @ weight.T
+    def _search(self, trial: Trial, seed: int) -> Choice:
+        """The kind to take, by error on rows that no kind was made from."""
+        fitted, held_out = trial.halves()
+        judge, reference = self._judge(), held_out.output()
+        made = {kind: KINDS[kind](fitted.rows, self._making(seed)) for kind in self._possible(trial.rows.shape[1])}
+        errors = {kind: judge.errors(held_out.rotated(rotation), reference) for kind, rotation in made.items()}
+        kind = choose(errors, self.tolerance)
+        if self.mode == "learned" and (start := made[kind]) is not None:
+            learned, _, _ = refine(start, FakeQuantLoss(judge, fitted), self.steps)
+            made["learned"] = learned
+            errors["learned"] = judge.errors(held_out.rotated(learned), reference)
+            kind = choose({kind: errors[kind], "learned": errors["learned"]}, 0.0)
+        return kind, made[kind], {name: float(found.mean()) for name, found in errors.items()}
 
 
 def _free_ranges(width: int, taken: list[tuple[int, int]]) -> list[tuple[int, int]]:

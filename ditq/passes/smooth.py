@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ditq.calibration.statistics import InputStatistics
 from ditq.errors import DitqError
+from ditq.formats import BitFormat
 from ditq.graph import DiTGraph
+from ditq.numerics.codebook import CODEBOOKS
 from ditq.parts import InputGroup
 from ditq.passes.base import Context, Pass, PassReport, register, setting
 from ditq.passes.folding import can_shift, fold_into_consumers, fold_into_feed, plain_linear
+from ditq.passes.judging import Judge, Trial, choose
+from ditq.passes.rotation_kinds import DATA_FREE, KINDS, Making, multiply_adds
+from ditq.passes.salience import SALIENCES, channel_sizes
+from ditq.suggest import unknown_key
+
+PLAIN = 0.5  # the alpha that a search starts from
+CERTAIN_GAIN = 0.01  # by how much of its error another pair must be better than the plain one
 
 
 @register
@@ -23,8 +32,13 @@ class Smooth(Pass):
 
         s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)        x' = x / s - mean(x / s)
 
-    Source: SmoothQuant (Xiao 2023, eq. 4); PTQ4DiT (Wu 2024, eq. 13 and 20) for the fold into adaLN; HadaNorm (2025) for
-    centring. Only inputs whose norm and modulation feed nothing else are touched, so nothing is added at run time.
+    `alpha: search` tries pairs (alpha, beta) in s_j = max|x_j|^alpha / max|w_j|^beta for each input: beta = 1 - alpha and
+    beta = 0 at `grid` steps, and no scaling. It takes the least quantized output error, rotated by `rotation`, on half of the
+    sampled rows, if the other half confirms that it is better than alpha = 0.5.
+
+    Source: SmoothQuant (Xiao 2023, eq. 4); PTQ4DiT (Wu 2024, eq. 13 and 20) for the fold into adaLN and (eq. 8-11) for
+    `salience: spearman`; HadaNorm (2025) for centring; the grid is SVDQuant's (Li 2024), of which AWQ's (Lin 2023) is the half
+    with beta = 0. Only inputs whose norm and modulation feed nothing else are touched, so nothing is added at run time.
 
     Example:
         - smooth: {alpha: 0.5, centre: true}
@@ -32,14 +46,29 @@ class Smooth(Pass):
 
     name: ClassVar[str] = "smooth"
     not_after: ClassVar[tuple[str, ...]] = ("smooth", "rotate", "quantize")
-    alpha: float = setting(0.5, "how much of the spread moves to the weights: 0 none, 1 all")
+    alpha: float | str = setting(
+        0.5, "how much of the spread moves to the weights: 0 none, 1 all; or search", words=("search",)
+    )
     centre: bool = setting(True, "subtract each channel's calibrated mean, folded into shift and bias")
-    salience: str = setting("absmax", "what a channel's size is", ("absmax", "rms"))
+    salience: str = setting("absmax", "what a channel's size is", SALIENCES)
+    grid: int = setting(10, "steps of alpha from 0 to 1 in `alpha: search`")
+    rotation: str = setting("block_hadamard", "the rotation that the search puts behind it", DATA_FREE)
+    block: int = setting(64, "channels that a block Hadamard mixes there")
+    format: str = setting("w4a8", "the format that the search judges by")
+    codebook: str = setting("twin_log_shared", "the codebook that it judges by")
+    rounding: str = setting("nearest", "the rounding that it judges by", ("nearest", "gptq"))
     select: list[str] = setting(["role:token"], "which linears; a group is smoothed if any of its linears matches")
 
     def check(self) -> None:
-        if not 0 <= self.alpha <= 1:
+        if not isinstance(self.alpha, str) and not 0 <= self.alpha <= 1:
             raise DitqError(f"pass 'smooth': alpha is {self.alpha}, must be between 0 and 1")
+        if self.grid < 2:
+            raise DitqError(f"pass 'smooth': grid is {self.grid}, must be 2 or more")
+        if self.block < 2 or self.block & (self.block - 1):
+            raise DitqError(f"pass 'smooth': block is {self.block}, must be a power of two from 2 on, such as 32 or 64")
+        if self.codebook not in CODEBOOKS:
+            raise DitqError(unknown_key("pass 'smooth': codebook", self.codebook, list(CODEBOOKS)))
+        BitFormat.parse(self.format)
 
     def _groups(self, graph: DiTGraph) -> list[InputGroup]:
         selected = set(graph.select(self.select))
@@ -47,7 +76,13 @@ class Smooth(Pass):
 
     def preview(self, graph: DiTGraph) -> dict[str, str]:
         what = "smooth+centre" if self.centre else "smooth"
-        return {site: what for group in self._groups(graph) for site in group.sites}
+        groups = self._groups(graph)
+        for group in groups if self.alpha == "search" else []:
+            try:
+                multiply_adds(self.rotation, group.width, Making(self.block))
+            except ValueError as error:
+                raise DitqError(f"pass 'smooth': {group.name}: {error}; choose another rotation to judge by") from error
+        return {site: what for group in groups for site in group.sites}
 
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
@@ -66,30 +101,56 @@ class Smooth(Pass):
         mean = (
             statistics.mean().double() if self.centre and can_shift(group.feed) else torch.zeros(group.width).double()
         )
-        size = self._size(statistics, mean)
-        weights = torch.stack([plain_linear(graph, site).weight.double().abs().amax(0) for site in group.sites]).amax(0)
-        floor = torch.finfo(torch.float32).tiny ** 0.25
-        scale = size.clamp_min(floor) ** self.alpha / weights.clamp_min(floor) ** (1 - self.alpha)
-        if self.alpha == 0:
-            scale = torch.ones_like(scale)
-        scale = (scale / scale.log().mean().exp()).clamp(1e-4, 1e4)  # only ratios between channels matter
+        linears = [plain_linear(graph, site).weight for site in group.sites]
+        weights = torch.stack([weight.double().abs().amax(0) for weight in linears]).amax(0)
+        size = channel_sizes(self.salience, statistics, mean, weights)
+        row: dict[str, Any] = {"group": group.name, "sites": len(group.sites)}
+        if isinstance(self.alpha, str):
+            trial = Trial.of(statistics, list(linears))
+            alpha, beta, errors = self._search(trial, size, weights, mean, context.seed)
+            row |= {"alpha": alpha, "beta": beta, **errors}
+        else:
+            alpha, beta = self.alpha, 1 - self.alpha if self.alpha else 0.0
+        scale = _scale(size, weights, alpha, beta)
         inverse, shift = 1 / scale, mean / scale
         fold_into_feed(graph, group.feed, inverse, shift)
         fold_into_consumers(graph, group.sites, inverse, shift)
         change.inverse_scale, change.shift = inverse.float(), shift.float()
-        return {
-            "group": group.name,
-            "sites": len(group.sites),
-            "spread before": _spread(statistics.absmax_all),
-            "spread after": _spread(context.statistics(group.name).absmax_all),
-        }
+        after = context.statistics(group.name)
+        return {**row, "spread before": _spread(statistics.absmax_all), "spread after": _spread(after.absmax_all)}
 
-    def _size(self, statistics: InputStatistics, mean: Tensor) -> Tensor:
-        if self.salience == "rms":
-            return (statistics.channel_rms.double().square() - 2 * mean * statistics.mean().double() + mean**2).sqrt()
-        if not self.centre:
-            return statistics.absmax_all.double()
-        return (statistics.sample.double() - mean).abs().amax(0)
+    def _search(
+        self, trial: Trial, size: Tensor, weights: Tensor, mean: Tensor, seed: int
+    ) -> tuple[float, float, dict[str, float]]:
+        """(alpha, beta, held-out errors of the plain pair and of the best)."""
+        tried, confirmed = trial.halves()
+        judge = Judge(self.format, self.codebook, self.rounding)
+        rotation = KINDS[self.rotation](torch.empty(0, len(size)), Making(self.block, seed=seed))
+
+        def errors(on: Trial, pair: tuple[float, float]) -> Tensor:
+            scale = _scale(size, weights, *pair)
+            return judge.errors(on.scaled(1 / scale, mean / scale).rotated(rotation), on.output())
+
+        plain = (PLAIN, 1 - PLAIN)
+        best = min(_pairs(self.grid), key=lambda pair: float(errors(tried, pair).mean()))
+        found = {"plain": errors(confirmed, plain), "best": errors(confirmed, best)}
+        alpha, beta = best if choose(found, CERTAIN_GAIN) == "best" else plain
+        return alpha, beta, {f"error {name}": float(value.mean()) for name, value in found.items()}
+
+
+def _pairs(steps: int) -> Iterator[tuple[float, float]]:
+    """(alpha, beta): none, the activations' spread alone, and both in balance."""
+    yield 0.0, 0.0
+    for i in range(1, steps):
+        yield i / steps, 0.0
+        yield i / steps, 1 - i / steps
+
+
+def _scale(size: Tensor, weights: Tensor, alpha: float, beta: float) -> Tensor:
+    """s [C] float64: size^alpha / weights^beta with a geometric mean of 1, since only ratios between channels matter."""
+    floor = torch.finfo(torch.float32).tiny ** 0.25
+    scale = size.clamp_min(floor) ** alpha / weights.clamp_min(floor) ** beta
+    return (scale / scale.log().mean().exp()).clamp(1e-4, 1e4)
 
 
 def _spread(absmax: Tensor) -> float:

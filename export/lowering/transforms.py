@@ -103,6 +103,8 @@ def apply_rotation(writer: Writer, x: ir.Value, rank: int, rotation: Rotation) -
             wanted = None if b == rotation.size else (rotation.size // b, b)
             x, blocks = shaped(x, wanted), wanted
             x = writer.op("MatMul", x, writer.constant(step.matrix.float().numpy(), name="rotation"), name="rotation")
+        elif not isinstance(step, PermuteStep):
+            raise TypeError(f"{type(step).__name__} is folded offline and has no online form")
         elif step.stride is not None:
             x = shaped(x, step.stride)
             order = [*range(rank - 1), rank, rank - 1]
@@ -111,7 +113,6 @@ def apply_rotation(writer: Writer, x: ir.Value, rank: int, rotation: Rotation) -
             blocks = None
             x = writer.op("Reshape", x, flat_shape, name="rotation.flat")
         else:
-            assert isinstance(step, PermuteStep)
             x, blocks = shaped(x, None), None
             index = writer.constant(step.index.numpy(), np.int64, name="permutation")
             x = writer.op("Gather", x, index, name="rotation.permute", axis=-1)

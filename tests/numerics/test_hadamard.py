@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ditq.numerics.hadamard import hadamard, is_hadamard_order, two_factors
+from ditq.numerics.hadamard import hadamard, is_hadamard_order, regular_hadamard, two_factors
 
 # Widths of the diffusion transformers in diffusers (tokens, feed-forward, and both side by side) and their head sizes.
 WIDTHS = [384, 768, 1024, 1152, 1408, 1536, 1920, 2048, 2240, 2304, 2432, 2560, 2880, 3072, 3840, 4096, 4608, 5120]
@@ -49,3 +49,18 @@ def test_an_order_that_cannot_be_built_is_refused_in_one_line(n: int) -> None:
 def test_a_matrix_can_be_changed_without_changing_the_next_one() -> None:
     hadamard(12).zero_()
     assert is_hadamard(hadamard(12))
+
+
+@pytest.mark.parametrize("n", [1, 4, 16, 36, 64, 144, 256])
+def test_a_regular_matrix_is_hadamard_and_all_its_rows_and_columns_sum_alike(n: int) -> None:
+    matrix = regular_hadamard(n)
+    assert torch.equal(matrix @ matrix.T, n * torch.eye(n, dtype=torch.float64))
+    assert set(matrix.unique().tolist()) <= {-1.0, 1.0}
+    for dim in (0, 1):
+        assert torch.equal(matrix.sum(dim), torch.full((n,), float(n) ** 0.5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("n", [0, 2, 8, 32, 72, 100])
+def test_other_orders_have_no_regular_matrix_here(n: int) -> None:
+    with pytest.raises(ValueError, match="no regular Hadamard matrix"):
+        regular_hadamard(n)

@@ -6,12 +6,15 @@ import torch
 
 from ditq.numerics.rotation import (
     BlockStep,
+    HeadsStep,
     PermuteStep,
     Rotation,
     block_hadamard_rotation,
     hadamard_rotation,
     head_rotation,
     outlier_rotation,
+    regular_block,
+    regular_rotation,
 )
 
 torch.set_num_threads(1)
@@ -30,6 +33,7 @@ ROTATIONS = {
     "hadamard 2240": lambda: hadamard_rotation(2240, seed=3),
     "hadamard 2": lambda: hadamard_rotation(2),
     "block": lambda: block_hadamard_rotation(768),
+    "regular": lambda: regular_rotation(768, 64),
     "heads": lambda: head_rotation(1152, 72, seed=1),
     "outlier": lambda: outlier_rotation(outlier_sample(), steps=16),
     "outlier zigzag": lambda: outlier_rotation(outlier_sample(64, 240), steps=16, permutation="zigzag"),
@@ -104,6 +108,12 @@ def test_an_offset_common_to_all_channels_does_not_pile_up_in_one(n: int) -> Non
         assert float(block_hadamard_rotation(n, 32, seed).apply(ones).abs().max()) < math.sqrt(32) / 2
 
 
+def test_a_regular_rotation_leaves_an_offset_as_it_is() -> None:
+    ones = torch.ones(1, 1152, dtype=torch.float64)
+    assert torch.allclose(regular_rotation(1152, 64).apply(ones), ones, rtol=0, atol=1e-12)
+    assert [regular_block(n) for n in (1152, 768, 96, 72, 9, 2)] == [64, 64, 16, 36, 1, 1]
+
+
 def test_other_seeds_are_other_rotations() -> None:
     assert not torch.equal(hadamard_rotation(768, 0).matrix(), hadamard_rotation(768, 1).matrix())
 
@@ -143,6 +153,8 @@ def test_a_sample_without_outliers_is_not_made_worse() -> None:
         lambda: block_hadamard_rotation(1152, 256),
         lambda: block_hadamard_rotation(51),
         lambda: head_rotation(1152, 1),
+        lambda: regular_rotation(1152, 32),
+        lambda: Rotation(4, (HeadsStep(torch.eye(2).repeat(2, 1, 1)),)).spec(),
         lambda: outlier_rotation(torch.randn(4, 64), permutation="random"),
         lambda: outlier_rotation(torch.full((4, 64), math.nan)),
         lambda: outlier_rotation(torch.randn(4, 131)),

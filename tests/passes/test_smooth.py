@@ -1,0 +1,49 @@
+"""smooth: what a channel's size is, and the search of its exponents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ditq.passes import Context
+from ditq.passes.salience import channel_sizes, spearman
+from ditq.passes.smooth import Smooth
+from tests.families_small import small_graph, statistics_of
+
+
+def test_rank_correlation_is_that_of_the_ranks() -> None:
+    a, b = torch.tensor([1.0, 5.0, 3.0, 3.0, 100.0]), torch.tensor([2.0, 1.0, 0.5, 4.0, 3.0])
+    # ranks 1 4 2.5 2.5 5 and 3 2 1 5 4
+    ranks = torch.tensor([[1, 4, 2.5, 2.5, 5], [3, 2, 1, 5, 4]], dtype=torch.float64)
+    assert float(spearman(a, b)) == pytest.approx(float(torch.corrcoef(ranks)[0, 1]), abs=1e-12)
+    assert float(spearman(a, a.exp())) == pytest.approx(1, abs=0.1)
+    assert float(spearman(a, -a)) == pytest.approx(-1)
+    assert float(spearman(a, torch.ones(5))) == 0
+
+
+def test_sizes_by_timestep_bin() -> None:
+    graph = small_graph("flux")
+    statistics = next(iter(statistics_of(graph).groups.values()))
+    weights = torch.rand(statistics.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mean, zero = statistics.mean().double(), torch.zeros(statistics.width).double()
+    bins = statistics.sample_bin
+    for shift in (mean, zero):
+        centred = (statistics.sample.double() - shift).abs()
+        parts = torch.stack([centred[bins == number].amax(0) for number in range(statistics.bins)])
+        if shift is zero:
+            parts = statistics.absmax.double()
+        assert torch.equal(channel_sizes("absmax", statistics, shift, weights), parts.amax(0))
+        assert torch.equal(channel_sizes("extremes", statistics, shift, weights), torch.maximum(parts[0], parts[-1]))
+        eta = torch.stack([(-spearman(part, weights)).exp() for part in parts])
+        expected = (eta[:, None] * parts).sum(0) / eta.sum()
+        assert torch.allclose(channel_sizes("spearman", statistics, shift, weights), expected, rtol=1e-12)
+
+
+def test_a_searched_alpha_loses_no_more_than_the_plain_one() -> None:
+    graph = small_graph("dit")
+    report = Smooth(alpha="search", grid=4, format="w4a4").run(graph, Context(statistics_of(graph)))
+    assert report.rows
+    for row in report.rows:
+        plain = (row["alpha"], row["beta"]) == (0.5, 0.5)
+        assert plain or row["error best"] < row["error plain"]
+        assert 0 <= row["alpha"] < 1 and row["beta"] in (0.0, 1 - row["alpha"])
