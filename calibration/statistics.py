@@ -64,13 +64,22 @@ class InputStatistics:
         """B, the number of timestep bins."""
         return self.count.shape[0]
 
-    def hessian(self) -> Tensor:
-        """[C, C]: E[x^T x] over all rows, half the Hessian of the layer's squared output error (GPTQ, Frantar 2022)."""
-        return self.second_moment.sum(0) / self.count.sum()
+    def hessian(self, weights: Tensor | None = None) -> Tensor:
+        """[C, C]: E[x^T x] over all rows, half the Hessian of the layer's squared output error (GPTQ, Frantar 2022).
 
-    def mean(self) -> Tensor:
-        """[C]: E[x] over all rows."""
-        return self.total.sum(0) / self.count.sum()
+        weights: [B], how much a row of each bin counts; None for all the same.
+        """
+        return self._average(self.second_moment, weights)
+
+    def mean(self, weights: Tensor | None = None) -> Tensor:
+        """[C]: E[x] over all rows; weights as in `hessian`."""
+        return self._average(self.total, weights)
+
+    def _average(self, sums: Tensor, weights: Tensor | None) -> Tensor:
+        if weights is None:
+            return sums.sum(0) / self.count.sum()
+        weights = weights.to(sums.dtype)
+        return torch.tensordot(weights, sums, 1) / (weights * self.count).sum()
 
     def rms(self) -> float:
         """sqrt(mean x^2) over all rows and channels: the J of LRQ-DiT (arXiv 2508.03485, eq. 11)."""

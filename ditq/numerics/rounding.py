@@ -60,7 +60,7 @@ def _feedback(hessian: torch.Tensor, order: torch.Tensor, damping: float) -> tup
     return feedback.flip(0, 1).triu_(1), damping
 
 
-class _ColumnLevels:
+class ColumnLevels:
     """The levels [O, L] of one column after the other, in any order; columns of a group share them."""
 
     def __init__(self, fit: Fit) -> None:
@@ -111,7 +111,7 @@ def round_gptq(
     if activation_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
     feedback, damping = _feedback(hessian, order, damping)
-    levels = _ColumnLevels(fit)
+    levels = ColumnLevels(fit)
     errors = torch.zeros(columns, rows, device=weight.device)  # D^T: a column of the weight is a row here
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     for start in range(0, columns, block):

@@ -15,6 +15,7 @@ from ditq.graph import DiTGraph
 from ditq.nn.quant_linear import ActivationFormat, Branch, Granularity, QuantLinear
 from ditq.nn.transformed_linear import TransformedLinear
 from ditq.numerics.codebook import CODEBOOKS, Fit, WeightCode
+from ditq.numerics.descent import refine
 from ditq.numerics.low_rank import code_with_branch
 from ditq.numerics.rounding import output_error, round_gptq, round_nearest
 from ditq.passes.base import Context, Pass, PassReport, register, relative_error, setting
@@ -49,7 +50,8 @@ class Quantize(Pass):
     a linear in full precision. Rules may also add linears that `select` leaves out.
 
     GPTQ (Frantar 2022) rounds column by column on the second moments of the input as it is after smoothing and rotation;
-    what the rounding still shifts in the mean goes into the bias: b += (W - W^) E[x].
+    coordinate descent then moves codes and scales until none wants to move (numerics/descent.py). What the rounding
+    still shifts in the mean goes into the bias: b += (W - W^) E[x].
 
     Example:
         - quantize:
@@ -73,6 +75,7 @@ class Quantize(Pass):
     branch: str = setting("integer", "what the branch reads: the quantized input, or the input in float", BRANCHES)
     bias_correction: bool = setting(True, "put the mean error of the output into the bias")
     damping: float = setting(0.01, "GPTQ: share of the mean diagonal added to it")
+    refine: int = setting(4, "sweeps of coordinate descent over codes and scales after GPTQ; 0 for none")
     weighted: bool = setting(True, "search scales by output error (diagonal of the second moments), not weight error")
     select: list[str] = setting(["role:token"], "which linears")
     rules: list[dict[str, Any]] = setting([], "overrides: {select: pattern or list, settings...}; a later one wins")
@@ -86,6 +89,8 @@ class Quantize(Pass):
     def check(self) -> None:
         if self.damping <= 0:
             raise DitqError(f"pass 'quantize': damping is {self.damping}, must be above 0")
+        if self.refine < 0:
+            raise DitqError(f"pass 'quantize': refine is {self.refine}, must be 0 or more")
         for rule in self.rules:
             _check_rule(rule)
             _check_site_settings(replace(self._base(), **{k: v for k, v in rule.items() if k != "select"}))
@@ -191,7 +196,8 @@ class Quantize(Pass):
             fit = _fit(part, importance, settings, form)
             if settings.rounding == "nearest" or hessian is None:
                 return round_nearest(part, fit)
-            return round_gptq(part, hessian, fit, damping=self.damping)
+            rounded = round_gptq(part, hessian, fit, damping=self.damping)
+            return refine(part, hessian, fit, rounded, self.refine) if self.refine else rounded
 
         if not settings.rank:
             return code(weight)
