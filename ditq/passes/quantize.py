@@ -75,7 +75,7 @@ class Quantize(Pass):
     branch: str = setting("integer", "what the branch reads: the quantized input, or the input in float", BRANCHES)
     bias_correction: bool = setting(True, "put the mean error of the output into the bias")
     damping: float = setting(0.01, "GPTQ: share of the mean diagonal added to it")
-    refine: int = setting(4, "sweeps of coordinate descent over codes and scales after GPTQ; 0 for none")
+    refine: int = setting(0, "sweeps of coordinate descent over codes and scales after GPTQ; 0 for none")
     weighted: bool = setting(True, "search scales by output error (diagonal of the second moments), not weight error")
     select: list[str] = setting(["role:token"], "which linears")
     rules: list[dict[str, Any]] = setting([], "overrides: {select: pattern or list, settings...}; a later one wins")
