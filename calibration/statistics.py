@@ -67,7 +67,10 @@ class InputStatistics:
     def hessian(self, weights: Tensor | None = None) -> Tensor:
         """[C, C]: E[x^T x] over all rows, half the Hessian of the layer's squared output error (GPTQ, Frantar 2022).
 
-        weights: [B], how much a row of each bin counts; None for all the same.
+        weights: [B], how much a row of each bin counts, 0 or more; None for all the same. Only their ratios matter.
+
+        Raises:
+            ValueError: for weights of another shape, or of which none counts.
         """
         return self._average(self.second_moment, weights)
 
@@ -79,7 +82,10 @@ class InputStatistics:
         if weights is None:
             return sums.sum(0) / self.count.sum()
         weights = weights.to(sums.dtype)
-        return torch.tensordot(weights, sums, 1) / (weights * self.count).sum()
+        rows = float((weights * self.count).sum()) if weights.shape == self.count.shape else 0.0
+        if not (weights >= 0).all() or not 0 < rows < float("inf"):
+            raise ValueError(f"{weights.tolist()} are no weights of {self.bins} bins: one each, 0 or more, not all 0")
+        return torch.tensordot(weights, sums, 1) / rows
 
     def rms(self) -> float:
         """sqrt(mean x^2) over all rows and channels: the J of LRQ-DiT (arXiv 2508.03485, eq. 11)."""

@@ -113,6 +113,24 @@ def test_statistics_are_those_of_a_float64_count(
     assert ((found.hessian().double() - together.T @ together / n).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("name", SOME)
+def test_weights_of_bins_weigh_their_rows(
+    statistics: Statistics, rows: dict[str, list[torch.Tensor]], name: str
+) -> None:
+    found, weights = statistics.groups[name], torch.tensor([3.0, 0.5])
+    total = sum(float(w) * len(x) for w, x in zip(weights, rows[name], strict=True))
+    moment = sum(float(w) * x.T @ x for w, x in zip(weights, rows[name], strict=True)) / total
+    mean = sum(float(w) * x.sum(0) for w, x in zip(weights, rows[name], strict=True)) / total
+    n = found.count.sum()
+    size = torch.cat(rows[name]).abs().amax()
+    torch.testing.assert_close(found.hessian(weights).double(), moment, rtol=0, atol=float(n * EPS * size**2))
+    torch.testing.assert_close(found.mean(weights).double(), mean, rtol=0, atol=float(n * EPS * size))
+    torch.testing.assert_close(found.hessian(torch.ones(BINS)), found.hessian())
+    for wrong in (torch.ones(BINS + 1), torch.zeros(BINS), torch.tensor([1.0, -0.1]), torch.tensor([1.0, torch.inf])):
+        with pytest.raises(ValueError, match="no weights of 2 bins"):
+            found.hessian(wrong)
+
+
 def test_every_input_of_the_model_is_gathered(statistics: Statistics, graph: DiTGraph) -> None:
     assert list(statistics.groups) == list(graph.groups)
     statistics.check(graph)
