@@ -1,93 +1,170 @@
-"""Coordinate descent: rounding again, each weight given all the others, until none wants another level.
+"""Coordinate descent: rounding again, each weight given all the others, and scales given the codes.
 
 GPTQ rounds every column once and looks only forward. What it found is improved here on the same objective,
 
     E = tr(D H D^T),   D = W - Q,   H = E[x^T x],
 
-by turns: the scale of each row in closed form, f = <W H, Q> / <Q H, Q>, and every code in turn. With G = D H, moving
-column j by d changes E by d^2 H_jj - 2 d G_j, so the best level is the one nearest to q_j + G_j / H_jj. Neither step can
-raise E. (Coordinate descent after GPTQ: QuantEase, Behdin et al., arXiv 2309.01885.)
+by turns. Codes: with G = D H, moving column j of Q by d changes E by d^2 H_jj - 2 d G_j, so the best level is the one
+nearest to q_j + G_j / H_jj (QuantEase, Behdin et al., arXiv 2309.01885). Scales: E is quadratic in factors f_g of the
+scales of a row's groups, with the normal equations sum_h <Q_g H, Q_h> f_h = <W H, Q_g>; for one scale a row this is
+f = <W H, Q> / <Q H, Q>. Scales are taken row by row where E falls, so that no turn can raise it.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ditq.numerics.rounding import ColumnLevels
-from ditq.numerics.weight_code import Fit, WeightCode, check_fit, row_chunks
+from ditq.numerics.weight_code import SMALLEST_SCALE, Fit, WeightCode, check_fit, row_chunks
+
+_RIDGE = 1e-6  # of the normal equations' mean diagonal: a group whose codes all stand for almost nothing stays solvable
 
 
 def refine(
-    weight: Tensor, hessian: Tensor, fit: Fit, code: WeightCode, sweeps: int, damping: float = 1e-3, block: int = 128
+    weight: Tensor, hessian: Tensor, fit: Fit, code: WeightCode, sweeps: int, damping: float = 0.01, block: int = 128
 ) -> WeightCode:
     """A code of `weight` [O, I] under `fit`, improved by up to `sweeps` sweeps over the columns; rows are independent.
 
     Args:
-        hessian: [I, I], E[x^T x] of the layer's input.
+        hessian: [I, I], E[x^T x] of the layer's input, any scale.
+        fit: whose levels `code` has; its scales and multipliers may be replaced, its table stays.
         damping: share of the mean diagonal added to it, against fitting what the calibration cannot tell.
         block: columns between two large products.
 
     Returns:
-        Codes and scales whose error is not above that of `code`; table and multipliers as they are.
+        Codes, scales and multipliers with which no row's error under the damped Hessian is above that of `code`.
 
     Raises:
         ValueError: when the fit or the Hessian is of another shape, or the Hessian is not finite.
     """
     check_fit(weight, fit)
     damped = hessian.float().clone()
-    diagonal = damped.diagonal()
     if damped.shape != (weight.shape[1],) * 2 or not bool(damped.isfinite().all()):
         raise ValueError(f"the Hessian of a weight {list(weight.shape)} must be finite and [I, I]")
+    diagonal = damped.diagonal()
     if not bool((diagonal > 0).any()):
         return code  # the input was always zero: every code is as good
-    diagonal += damping * diagonal[diagonal > 0].mean()
+    diagonal += max(damping, 1e-6) * diagonal[diagonal > 0].mean()
     codes, scale = code.codes.clone(), code.scale.clone()
+    multiplier = None if code.multiplier is None else code.multiplier.clone()
     for rows in row_chunks(*weight.shape):
-        part = _rows_of(fit, replace(code, scale=scale), rows)
-        codes[rows], scale[rows] = _descend(weight[rows].float(), damped, part, codes[rows], sweeps, block)
-    return replace(code, codes=codes, scale=scale)
+        part = _rows_of(fit, code, rows)
+        found = _descend(weight[rows].float(), damped, _State(part, codes[rows].clone()), sweeps, block)
+        codes[rows], scale[rows] = found.codes, found.fit.scale
+        if multiplier is not None and found.fit.multiplier is not None:
+            multiplier[rows] = found.fit.multiplier
+    return replace(code, codes=codes, scale=scale, multiplier=multiplier)
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """Levels and codes uint8 [R, I] of some rows."""
+
+    fit: Fit
+    codes: Tensor
+
+    def values(self) -> Tensor:
+        """float32 [R, I]: what the codes stand for."""
+        return WeightCode(self.codes, self.fit.table, self.fit.scale, self.fit.multiplier, self.fit.bits).decode()
+
+    def where(self, better: Tensor, other: _State) -> _State:
+        """This state, with the rows marked in `better` [R] taken from the other."""
+
+        def pick(a: Tensor, b: Tensor) -> Tensor:
+            return torch.where(better.view(-1, *[1] * (a.dim() - 1)), b, a)
+
+        fit, mine, theirs = self.fit, self.fit.multiplier, other.fit.multiplier
+        multiplier = None if mine is None or theirs is None else pick(mine, theirs)
+        fit = replace(fit, scale=pick(fit.scale, other.fit.scale), multiplier=multiplier)
+        return _State(fit, pick(self.codes, other.codes))
 
 
 def _rows_of(fit: Fit, code: WeightCode, rows: slice) -> Fit:
-    """The fit of some rows, with the scales that the code has by now."""
     table = fit.table if fit.table.dim() == 1 else fit.table[rows]
-    multiplier = None if fit.multiplier is None else fit.multiplier[rows]
+    multiplier = None if code.multiplier is None else code.multiplier[rows]
     return replace(fit, table=table, scale=code.scale[rows], multiplier=multiplier)
 
 
-def _descend(
-    weight: Tensor, hessian: Tensor, fit: Fit, codes: Tensor, sweeps: int, block: int
-) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [R, I] and scales of some rows after the descent."""
-    wanted, width = weight @ hessian, weight.shape[1]
-    codes = codes.clone()
+def _errors(weight: Tensor, hessian: Tensor, state: _State) -> Tensor:
+    """E of each row, float64 [R]."""
+    difference = weight - state.values()
+    return ((difference @ hessian).double() * difference).sum(1)
+
+
+def _descend(weight: Tensor, hessian: Tensor, state: _State, sweeps: int, block: int) -> _State:
+    first, wanted = state, weight @ hessian
     for _ in range(sweeps):
-        values = WeightCode(codes, fit.table, fit.scale, fit.multiplier, fit.bits).decode()
-        product = values @ hessian
-        factor = _best_factor((wanted * values).sum(1), (product * values).sum(1))
-        fit = replace(fit, scale=fit.scale * (factor if fit.scale.dim() == 1 else factor[:, None]))
-        values, gradient = values * factor[:, None], wanted - product * factor[:, None]
-        levels, before = ColumnLevels(fit), codes.clone()
-        for start in range(0, width, block):
-            part = slice(start, min(start + block, width))
-            local, moved = gradient[:, part].contiguous(), torch.zeros_like(values[:, part])
-            for column in range(part.start, part.stop):
-                here = column - start
-                target = values[:, column] + local[:, here] / hessian[column, column]
-                code, level = levels.nearest(column, target)
-                codes[:, column] = code.to(torch.uint8)
-                moved[:, here] = level - values[:, column]
-                local -= moved[:, here, None] * hessian[column, part]
-            gradient -= moved @ hessian[part]
-        if torch.equal(codes, before):
+        state = _rescaled(weight, hessian, wanted, state)
+        codes = _swept(weight, hessian, state, block)
+        settled, state = torch.equal(codes, state.codes), _State(state.fit, codes)
+        if settled:
             break
-    return codes, fit.scale
+    state = _rescaled(weight, hessian, wanted, state)
+    # Both steps can only gain in exact arithmetic; in float32 a row that was settled may lose its last digits.
+    return first.where(_errors(weight, hessian, state) < _errors(weight, hessian, first), state)
 
 
-def _best_factor(wanted: Tensor, own: Tensor) -> Tensor:
-    """<W H, Q> / <Q H, Q> by row; 1 where a row has no energy or would turn round."""
-    factor = wanted / own.clamp_min(torch.finfo(own.dtype).tiny)
-    return torch.where((own > 0) & (factor > 0), factor, torch.ones_like(factor))
+def _swept(weight: Tensor, hessian: Tensor, state: _State, block: int) -> Tensor:
+    """The codes after every column has had its turn: uint8 [R, I]."""
+    values = state.values().T.contiguous()  # [I, R]: a column of the weight is a row here
+    gradient = hessian @ (weight.T - values)
+    codes, levels = torch.empty(values.shape, dtype=torch.uint8, device=weight.device), ColumnLevels(state.fit)
+    for start in range(0, len(values), block):
+        part = slice(start, min(start + block, len(values)))
+        local, moved = gradient[part].clone(), torch.empty_like(values[part])
+        for column in range(part.start, part.stop):
+            i = column - start
+            codes[column], level = levels.nearest(column, values[column] + local[i] / hessian[column, column])
+            torch.sub(level, values[column], out=moved[i])
+            local[i + 1 :].addr_(hessian[column, column + 1 : part.stop], moved[i], alpha=-1)
+        gradient[part.stop :] -= hessian[part.stop :, part] @ moved
+    return codes.T.contiguous()
+
+
+def _rescaled(weight: Tensor, hessian: Tensor, wanted: Tensor, state: _State) -> _State:
+    """The state with the scales, and multipliers, that suit its codes best; wanted = W H. Each row keeps what is best."""
+    fit, values = state.fit, state.values()
+    least = _errors(weight, hessian, state)
+
+    def keep(state: _State, least: Tensor, fit: Fit) -> tuple[_State, Tensor]:
+        other = _State(fit, state.codes)
+        errors = _errors(weight, hessian, other)
+        return state.where(errors < least, other), torch.minimum(errors, least)
+
+    if fit.groups > 1:
+        normal, right = _normal_equations(hessian, values, wanted, fit.groups)
+        ridge = _RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(SMALLEST_SCALE)
+        normal.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+        factor = torch.linalg.solve_ex(normal, right + ridge[:, None])[0].float()  # the ridge draws towards 1
+        factor = torch.where(factor.isfinite() & (factor > 0), factor, torch.ones_like(factor))
+        state, least = keep(state, least, _scaled_groups(fit, factor))
+        fit, values = state.fit, state.values()
+    own = ((values @ hessian).double() * values).sum(1)
+    factor = (wanted.double() * values).sum(1) / own.clamp_min(torch.finfo(torch.float64).tiny)
+    factor = torch.where((own > 0) & (factor > 0), factor, torch.ones_like(factor)).float()
+    scale = fit.scale * (factor if fit.scale.dim() == 1 else factor[:, None])
+    return keep(state, least, replace(fit, scale=scale.clamp_min(SMALLEST_SCALE)))[0]
+
+
+def _normal_equations(hessian: Tensor, values: Tensor, wanted: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """<Q_g H, Q_h> [R, G, G] and <W H, Q_g> [R, G] of the groups of columns, float64."""
+    size = values.shape[1] // groups
+    normal = torch.empty(len(values), groups, groups, dtype=torch.float64, device=values.device)
+    for group in range(groups):
+        part = slice(group * size, (group + 1) * size)
+        product = values[:, part] @ hessian[part]
+        normal[:, group] = (product.double() * values).unflatten(1, (groups, size)).sum(2)
+    return normal, (wanted.double() * values).unflatten(1, (groups, size)).sum(2)
+
+
+def _scaled_groups(fit: Fit, factor: Tensor) -> Fit:
+    """The fit with each group's scale times its factor [R, G]; as whole multipliers of 1/255 where it has those."""
+    if fit.multiplier is None:
+        return replace(fit, scale=(fit.scale * factor).clamp_min(SMALLEST_SCALE))
+    wanted = fit.multiplier * factor
+    row = wanted.amax(1)
+    multiplier = (wanted / row[:, None] * 255).round().clamp(1, 255).to(torch.uint8)
+    return replace(fit, scale=(fit.scale * row / 255).clamp_min(SMALLEST_SCALE), multiplier=multiplier)

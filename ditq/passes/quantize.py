@@ -7,17 +7,21 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from ditq.calibration.statistics import InputStatistics
 from ditq.errors import DitqError
 from ditq.formats import BitFormat
 from ditq.graph import DiTGraph
 from ditq.nn.quant_linear import ActivationFormat, Branch, Granularity, QuantLinear
 from ditq.nn.transformed_linear import TransformedLinear
+from ditq.numerics.activation_noise import for_noisy_inputs, rounding_noise
 from ditq.numerics.codebook import CODEBOOKS, Fit, WeightCode
 from ditq.numerics.descent import refine
 from ditq.numerics.low_rank import code_with_branch
 from ditq.numerics.rounding import output_error, round_gptq, round_nearest
+from ditq.numerics.scale_search import gptq_with_scale_search
 from ditq.passes.base import Context, Pass, PassReport, register, relative_error, setting
 from ditq.passes.folding import plain_linear
 from ditq.suggest import unknown_key
@@ -50,8 +54,8 @@ class Quantize(Pass):
     a linear in full precision. Rules may also add linears that `select` leaves out.
 
     GPTQ (Frantar 2022) rounds column by column on the second moments of the input as it is after smoothing and rotation;
-    coordinate descent then moves codes and scales until none wants to move (numerics/descent.py). What the rounding
-    still shifts in the mean goes into the bias: b += (W - W^) E[x].
+    `refine` then moves codes and scales by coordinate descent (numerics/descent.py). What the rounding still shifts in the
+    mean goes into the bias: b += (W - W^) E[x].
 
     Example:
         - quantize:
@@ -76,6 +80,9 @@ class Quantize(Pass):
     bias_correction: bool = setting(True, "put the mean error of the output into the bias")
     damping: float = setting(0.01, "GPTQ: share of the mean diagonal added to it")
     refine: int = setting(0, "sweeps of coordinate descent over codes and scales after GPTQ; 0 for none")
+    scale_search: int = setting(0, "scales of each row that are tried by what GPTQ loses; 0 for the codebook's own")
+    activation_noise: bool = setting(False, "GPTQ: round the weights that suit inputs with their own rounding error")
+    centred: bool = setting(False, "GPTQ: leave out of the Hessian the mean, which the corrected bias takes care of")
     weighted: bool = setting(True, "search scales by output error (diagonal of the second moments), not weight error")
     select: list[str] = setting(["role:token"], "which linears")
     rules: list[dict[str, Any]] = setting([], "overrides: {select: pattern or list, settings...}; a later one wins")
@@ -89,12 +96,29 @@ class Quantize(Pass):
     def check(self) -> None:
         if self.damping <= 0:
             raise DitqError(f"pass 'quantize': damping is {self.damping}, must be above 0")
-        if self.refine < 0:
-            raise DitqError(f"pass 'quantize': refine is {self.refine}, must be 0 or more")
+        self._check_gptq_settings()
         for rule in self.rules:
             _check_rule(rule)
-            _check_site_settings(replace(self._base(), **{k: v for k, v in rule.items() if k != "select"}))
+            _check_site_settings(replace(self._base(), **_overrides(rule)))
         _check_site_settings(self._base())
+        if self.activation_noise:
+            for item in (self._base(), *(replace(self._base(), **_overrides(rule)) for rule in self.rules)):
+                if item.rank and item.branch == "float":
+                    raise DitqError(
+                        "pass 'quantize': activation_noise counts on one input for codes and branch; "
+                        "set branch: integer, or leave activation_noise out"
+                    )
+
+    def _check_gptq_settings(self) -> None:
+        for key in ("refine", "scale_search"):
+            if getattr(self, key) < 0:
+                raise DitqError(f"pass 'quantize': {key} is {getattr(self, key)}, must be 0 or more")
+        rounded = {self.rounding, *(rule.get("rounding") for rule in self.rules if isinstance(rule, Mapping))}
+        for key in ("refine", "scale_search", "activation_noise", "centred"):
+            if getattr(self, key) and "gptq" not in rounded:
+                raise DitqError(f"pass 'quantize': {key} works on what GPTQ rounds; set rounding: gptq or leave it out")
+        if self.centred and not self.bias_correction:
+            raise DitqError("pass 'quantize': centred leaves the mean to bias_correction; set that to true as well")
 
     def _base(self) -> SiteSettings:
         shared = {item.name: getattr(self, item.name) for item in fields(SiteSettings) if item.name != "keep"}
@@ -108,9 +132,8 @@ class Quantize(Pass):
         """
         plan = {site: self._base() for site in graph.select(self.select)}
         for rule in self.rules:
-            overrides = {key: value for key, value in rule.items() if key != "select"}
             for site in graph.select(rule["select"]):
-                plan[site] = replace(plan.get(site, self._base()), **overrides)
+                plan[site] = replace(plan.get(site, self._base()), **_overrides(rule))
         plan = {site: plan[site] for site in graph.sites if site in plan and not plan[site].keep}
         for site, settings in plan.items():
             width = graph.sites[site].in_features
@@ -157,19 +180,20 @@ class Quantize(Pass):
         bias: Tensor | None = linear.bias
         form = BitFormat.parse(settings.format)
         statistics = context.statistics(graph.sites[site].group) if self.requires_statistics else None
+        activation, scale = _activation(form, settings, statistics)
         hessian = None if statistics is None else statistics.hessian()
-        code = context.cached(site, lambda: self._code(site, weight, hessian, settings, form))
+        target, used, noise = weight, hessian, None
+        if statistics is not None and used is not None and settings.rounding == "gptq":
+            if self.centred:
+                used = used - torch.outer(statistics.mean(), statistics.mean())
+            if self.activation_noise and form.activation < 16:
+                noise = rounding_noise(statistics.sample, form.activation, scale)
+                target, used = for_noisy_inputs(weight, used, noise)
+        code = context.cached(site, lambda: self._code(site, target, used, settings, form))
         decoded = code.decode()
         if self.bias_correction and statistics is not None:
             correction = (weight - decoded).double() @ statistics.mean().double()
             bias = correction.float() if bias is None else bias + correction.float()
-        activation, scale = ActivationFormat(), None
-        if form.activation < 16:
-            granularity: Granularity = "tensor" if settings.activation == "tensor" else "token"
-            activation = ActivationFormat(form.activation, granularity)
-            if granularity == "tensor":
-                assert statistics is not None
-                scale = (statistics.absmax_all.max() / activation.maximum).float().clamp_min(1e-8)
         transform = module.transform if isinstance(module, TransformedLinear) else None
         branch: Branch = "float" if settings.branch == "float" else "integer"
         layer = QuantLinear(site, code, bias, activation, scale, transform, settings.codebook, branch)
@@ -185,24 +209,43 @@ class Quantize(Pass):
             row["rank"] = settings.rank
         if hessian is not None:
             row["output error"] = float(output_error(weight, decoded, hessian))
+        if noise is not None and statistics is not None:
+            row["activation noise"] = float(noise.sum() / statistics.channel_rms.double().square().sum())
         return layer, row
 
     def _code(
         self, site: str, weight: Tensor, hessian: Tensor | None, settings: SiteSettings, form: BitFormat
     ) -> WeightCode:
-        importance = hessian.diagonal().clone() if self.weighted and hessian is not None else None
+        importance = hessian.diagonal().clamp_min(0) if self.weighted and hessian is not None else None
 
         def code(part: Tensor) -> WeightCode:
             fit = _fit(part, importance, settings, form)
             if settings.rounding == "nearest" or hessian is None:
                 return round_nearest(part, fit)
-            rounded = round_gptq(part, hessian, fit, damping=self.damping)
-            return refine(part, hessian, fit, rounded, self.refine) if self.refine else rounded
+            if self.scale_search and form.weight < 8:
+                fit, found = gptq_with_scale_search(part, hessian, fit, self.scale_search, self.damping)
+            else:
+                found = round_gptq(part, hessian, fit, damping=self.damping)
+            return refine(part, hessian, fit, found, self.refine, self.damping) if self.refine else found
 
         if not settings.rank:
             return code(weight)
         error = partial(relative_error, weight) if hessian is None else partial(output_error, weight, hessian=hessian)
         return code_with_branch(weight, hessian, settings.rank, code, error)
+
+
+def _activation(
+    form: BitFormat, settings: SiteSettings, statistics: InputStatistics | None
+) -> tuple[ActivationFormat, Tensor | None]:
+    """How the input is quantized, and the calibrated scale where there is one for all tokens."""
+    if form.activation == 16:
+        return ActivationFormat(), None
+    granularity: Granularity = "tensor" if settings.activation == "tensor" else "token"
+    activation = ActivationFormat(form.activation, granularity)
+    if granularity == "token":
+        return activation, None
+    assert statistics is not None
+    return activation, (statistics.absmax_all.max() / activation.maximum).float().clamp_min(1e-8)
 
 
 def _fit(weight: Tensor, importance: Tensor | None, settings: SiteSettings, form: BitFormat) -> Fit:
@@ -212,6 +255,10 @@ def _fit(weight: Tensor, importance: Tensor | None, settings: SiteSettings, form
         keywords |= {"group_size": settings.group_size, "float_group_scales": form.activation == 16}
     codebook = "uniform" if form.weight == 8 else settings.codebook
     return CODEBOOKS[codebook](weight, form.weight, **keywords)
+
+
+def _overrides(rule: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in rule.items() if key != "select"}
 
 
 def _check_rule(rule: Any) -> None:

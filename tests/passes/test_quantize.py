@@ -225,3 +225,52 @@ def test_ranks_and_branches_that_cannot_be_are_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(DitqError, match=message):
         Recipe.from_dict({"passes": [{"quantize": settings}]}, "test").passes[0].preview(small_graph("dit"))
+
+
+# --- rounding beyond GPTQ
+
+
+def test_refining_and_searching_scales_lose_less_than_gptq_alone() -> None:
+    base: dict[str, object] = {"format": "w3a16", "codebook": "twin_log_shared"}
+    gptq = sum(_one_linear(base)[1].values())
+    searched = sum(_one_linear({**base, "scale_search": 3})[1].values())
+    refined = sum(_one_linear({**base, "refine": 4})[1].values())
+    assert searched < gptq and refined < gptq
+    assert _one_linear({**base, "refine": 4})[1] == _one_linear({**base, "refine": 4})[1]
+
+
+def _lost(settings: dict[str, object], site: str = "transformer_blocks.1.ff.net.2") -> float:
+    """Squared error of one layer's output, with its input quantized too, on the rows that the statistics sampled."""
+    graph, statistics = small_graph("dit"), _statistics("dit")
+    linear, x = graph.linear(site), statistics.groups[site].sample
+    expected = linear(x)
+    Quantize(**{"select": [site], **settings}).run(graph, Context(statistics))
+    return float((graph.linear(site)(x) - expected).detach().square().sum())
+
+
+def test_weights_for_rounded_inputs_lose_less_of_them() -> None:
+    # few bits for the input, many for the weight: what is lost is the input's
+    settings: dict[str, object] = {"format": "w8a4", "codebook": "uniform"}
+    assert _lost({**settings, "activation_noise": True}) < _lost(settings)
+
+
+def test_a_hessian_without_the_mean_loses_less_where_the_bias_takes_it() -> None:
+    settings: dict[str, object] = {"format": "w3a16", "codebook": "uniform"}
+    assert _lost({**settings, "centred": True}) < _lost(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"refine": -1}, "refine is -1, must be 0 or more"),
+        ({"scale_search": -2}, "scale_search is -2, must be 0 or more"),
+        ({"refine": 2, "rounding": "nearest"}, "refine works on what GPTQ rounds"),
+        ({"activation_noise": True, "rounding": "nearest"}, "activation_noise works on what GPTQ rounds"),
+        ({"centred": True, "bias_correction": False}, "centred leaves the mean to bias_correction"),
+        ({"activation_noise": True, "rank": 4, "branch": "float"}, "set branch: integer"),
+        ({"activation_noise": True, "branch": "float", "rules": [{"select": "*", "rank": 4}]}, "set branch: integer"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(DitqError, match=words):
+        Recipe.from_dict({"passes": [{"quantize": settings}]}, "test")

@@ -1,0 +1,51 @@
+"""Weights for inputs that are themselves rounded at run time.
+
+The layer gets x_q = x + e. For an error e that is independent of x and between channels, with N = diag(E[e^2]), the
+squared error of the output is
+
+    E|x W^T - x_q Q^T|^2 = tr((W - Q) H (W - Q)^T) + tr(Q N Q^T) = tr((W* - Q)(H + N)(W* - Q)^T) + what no Q changes,
+    W* = W H (H + N)^-1
+
+so the best Q rounds W*, not W, under H + N: weights of directions in which the input is weaker than its noise shrink, as
+in a Wiener filter. (Calibration on the inputs that the layer really gets: GPTAQ, Li 2025, arXiv 2504.02692; here from
+the format alone, and only for the layer's own rounding.)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ditq.numerics.uniform import quantize_per_tensor, quantize_per_token
+
+
+def rounding_noise(sample: torch.Tensor, bits: int, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """E[(x_q - x)^2] of every channel of the rows [N, C]: float64 [C]. scale: None for one a token.
+
+    Raises:
+        ValueError: for bits outside 2..8.
+    """
+    if scale is None:
+        rounded, steps = quantize_per_token(sample, bits)
+    else:
+        rounded, steps = quantize_per_tensor(sample, scale, bits), scale
+    return (rounded * steps - sample).double().square().mean(0)
+
+
+def for_noisy_inputs(
+    weight: torch.Tensor, hessian: torch.Tensor, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight [O, I], hessian [I, I] = E[x^T x], noise [I] -> W* (weight's dtype) and H + N (hessian's dtype).
+
+    Raises:
+        ValueError: for a Hessian that is not positive semidefinite, or not finite.
+    """
+    noisy = hessian.double() + torch.diag(noise.double())
+    # a channel without signal or noise: its weights matter to nothing and stay as they are
+    solvable = noisy + torch.diag((noisy.diagonal() <= 0).double())
+    solvable.diagonal().add_(1e-9 * solvable.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(solvable)
+    if int(failed) or not bool(noisy.isfinite().all()):
+        raise ValueError("the Hessian of noisy inputs is not finite and positive semidefinite")
+    # W* = W H (H + N)^-1 = W - W N (H + N)^-1
+    lost = torch.cholesky_solve((weight.double() * noise.double()).T, factor).T
+    return (weight.double() - lost).to(weight.dtype), noisy.to(hessian.dtype)
