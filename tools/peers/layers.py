@@ -116,3 +116,9 @@ def scaled(factor: Tensor) -> Map:
 def stacked_weight(linears: list[nn.Linear]) -> Tensor:
     """The weights of all linears of an input, one below the other: float32 [sum O, I]."""
     return torch.cat([linear.weight.detach().float() for linear in linears])
+
+
+def smoothing(largest_input: Tensor, largest_weight: Tensor, alpha: float) -> Tensor:
+    """s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), the divisor of the input (SmoothQuant, Xiao 2023, eq. 4)."""
+    scale = largest_input.float().clamp_min(1e-5) ** alpha / largest_weight.float().clamp_min(1e-5) ** (1 - alpha)
+    return scale.clamp_min(1e-5)

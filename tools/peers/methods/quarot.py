@@ -1,8 +1,8 @@
 """QuaRot (Ashkboos et al., arXiv 2404.00456) with GPTQ weights, as far as it goes in a transformer with modulation.
 
-The rotation of the residual stream cannot be folded behind adaLN, so every input gets its Hadamard rotation online, the
-attention outputs' one over all heads included. Weights: symmetric a row, range searched with norm 2.4, GPTQ. Activations:
-symmetric a token; at 4 bits clipped to 0.9, as in the authors' command line.
+The rotation of the residual stream cannot be folded behind adaLN, so every input gets its Hadamard rotation online,
+the attention outputs' one over all heads included. Weights: symmetric a row, range searched with norm 2.4, GPTQ.
+Activations: symmetric a token; at 4 bits clipped to 0.9, as in the authors' command line.
 """
 
 from __future__ import annotations

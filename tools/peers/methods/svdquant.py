@@ -2,11 +2,11 @@
 
     x^ = x / lambda,  W^ = W lambda,  W^ ~ L1 L2 + Q(W^ - L1 L2),  y = x^ L1 L2 + Q(x^) Q(W^ - L1 L2)
 
-As in the authors' code (deepcompressor): lambda = a^alpha / w^beta by largest magnitudes, searched on a grid of 39 by the
-output error with the branch in place; the branch and the rounding are alternated up to 100 times while the output error
-falls; all linears of an input share the branch's first factor; inputs behind GELU are shifted and quantized without sign;
-modulation is int4 in groups of 64, weights only. At the small checkpoints' width of 192 a rank of 32 costs 3 bits a weight;
-`rank 2` is the same share of the width as 32 of 3072.
+As in the authors' code (deepcompressor): lambda = a^alpha / w^beta by largest magnitudes, searched on a grid of 39 by
+the output error with the branch in place; the branch and the rounding are alternated up to 100 times while the output
+error falls; all linears of an input share the branch's first factor; inputs behind GELU are shifted and quantized
+without sign; modulation is int4 in groups of 64, weights only. At the small checkpoints' width of 192 a rank of 32
+costs 3 bits a weight; `rank 2` is the same share of the width as 32 of 3072.
 """
 
 from __future__ import annotations

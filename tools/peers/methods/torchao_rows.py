@@ -1,8 +1,8 @@
 """torchao (github.com/pytorch/ao) by its own `quantize_`, on the token linears.
 
-`Int4WeightOnlyConfig`, the tuned int4 kernel, and dynamic float8 activations need a GPU (or the GPU library mslk) and do not
-run here; the same weight-only int4 arithmetic runs by `IntxWeightOnlyConfig`. Scales are counted in half precision, which
-they have in a half-precision model.
+`Int4WeightOnlyConfig`, the tuned int4 kernel, and dynamic float8 activations need a GPU (or the GPU library mslk) and
+do not run here; the same weight-only int4 arithmetic runs by `IntxWeightOnlyConfig`. Scales are counted in half
+precision, which they have in a half-precision model.
 """
 
 from __future__ import annotations
