@@ -2,10 +2,11 @@
 
     ditq calibrate mini -o stats --limit 16
     python tools/measure_rotation.py mini --stats stats
-    python tools/measure_rotation.py mini --stats stats --planted
+    python tools/measure_rotation.py mini --stats stats --which smoothing
+    python tools/measure_rotation.py mini --stats stats --planted --smoothing none
 
 Each number is the signal-to-quantization-noise ratio of a layer's output in dB, the mean over all inputs of token linears:
-weights in 4 bits by GPTQ, activations a token, on a quarter of the sampled rows that no pass has seen. The signal is the
+weights by GPTQ, activations a token, on a quarter of the sampled rows that no pass has seen. The signal is the
 output without its mean.
 
 Outliers are planted by the fold that smoothing uses, backwards: a tenth of the channels of every modulated input five times as
@@ -64,7 +65,6 @@ SMOOTHINGS: dict[str, dict[str, Any] | None] = {
     "alpha searched": {"alpha": "search"},
     "alpha searched, judged with GPTQ": {"alpha": "search", "rounding": "gptq"},
 }
-FORMATS = ("w4a8", "w4a6", "w4a4")
 
 
 def plant(graph: DiTGraph, groups: Mapping[str, InputStatistics], seed: int = 0) -> dict[str, InputStatistics]:
@@ -138,16 +138,15 @@ class Model:
         return unseen.transformed(change.inverse_scale, change.shift, change.rotations).sample
 
 
-def variants(which: str) -> Iterator[tuple[str, dict[str, Any] | None, dict[str, Any] | None]]:
-    """(name, smooth, rotate)."""
-    if which in ("rotation", "both"):
+def variants(which: str, smoothing: str) -> Iterator[tuple[str, dict[str, Any] | None, dict[str, Any] | None]]:
+    """(name, smooth, rotate): every rotation behind that smoothing, or every smoothing before none and before one rotation."""
+    if which == "rotation":
         for name, rotate in ROTATIONS.items():
-            yield f"{name} | alpha 0.5, absmax", {}, rotate
-    if which in ("smoothing", "both"):
-        for name, smooth in SMOOTHINGS.items():
-            for rotation in ("none", "block Hadamard 64"):
-                if name != "alpha 0.5, absmax":
-                    yield f"{rotation} | {name}", smooth, ROTATIONS[rotation]
+            yield f"{name} | {smoothing}", SMOOTHINGS[smoothing], rotate
+        return
+    for name, smooth in SMOOTHINGS.items():
+        for rotation in ("none", "block Hadamard 64"):
+            yield f"{rotation} | {name}", smooth, ROTATIONS[rotation]
 
 
 def judged(settings: dict[str, Any] | None, form: str) -> dict[str, Any] | None:
@@ -168,24 +167,34 @@ def steps_of(smooth: dict[str, Any] | None, rotate: dict[str, Any] | None, form:
 @click.argument("checkpoint")
 @click.option("--stats", required=True, type=click.Path(path_type=Path, exists=True), help="Of `ditq calibrate`.")
 @click.option("--planted", is_flag=True, help="Measure a copy with planted outliers.")
-@click.option("--which", type=click.Choice(["rotation", "smoothing", "both"]), default="both", show_default=True)
-@click.option("--only", help="Names that hold this text.")
-def main(checkpoint: str, stats: Path, planted: bool, which: str, only: str | None) -> None:
+@click.option("--which", type=click.Choice(["rotation", "smoothing"]), default="rotation", show_default=True)
+@click.option("--smoothing", type=click.Choice(list(SMOOTHINGS)), default="alpha 0.5, absmax", show_default=True)
+@click.option("--format", "formats", multiple=True, default=("w4a8", "w4a6", "w4a4"), show_default=True)
+@click.option("--only", multiple=True, help="Rows that hold this text, such as 'full Hadamard'.")
+def main(
+    checkpoint: str,
+    stats: Path,
+    planted: bool,
+    which: str,
+    smoothing: str,
+    formats: tuple[str, ...],
+    only: tuple[str, ...],
+) -> None:
     torch.set_num_threads(1)
     model = Model(checkpoint, stats, planted)
     click.echo(
-        f"| rotation | smoothing | {' | '.join(FORMATS)} | online, % | s |\n|---|---|" + "---|" * (len(FORMATS) + 2)
+        f"| rotation | smoothing | {' | '.join(formats)} | online, % | s |\n|---|---|" + "---|" * (len(formats) + 2)
     )
-    for name, smooth, rotate in variants(which):
-        if only and only not in name:
+    for name, smooth, rotate in variants(which, smoothing):
+        if only and not any(text in name for text in only):
             continue
         began = time.perf_counter()
         decibels: list[float] = []
-        by_format = [steps_of(smooth, rotate, form) for form in FORMATS]
-        if by_format[0] == by_format[1]:
-            decibels, cost = model.decibels(by_format[0], FORMATS)
+        by_format = [steps_of(smooth, rotate, form) for form in formats]
+        if all(steps == by_format[0] for steps in by_format):
+            decibels, cost = model.decibels(by_format[0], formats)
         else:
-            for steps, form in zip(by_format, FORMATS, strict=True):
+            for steps, form in zip(by_format, formats, strict=True):
                 (value,), cost = model.decibels(steps, (form,))
                 decibels.append(value)
         shown = " | ".join(f"{value:.2f}" for value in decibels)

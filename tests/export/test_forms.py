@@ -15,7 +15,8 @@ from ditq.export.onnx_graph import DOMAIN, OPSET
 from ditq.export.session import open_session, session_options
 from ditq.export.targets.onnxruntime_cpu import lower
 from ditq.nn import ActivationFormat, InputTransform, QuantLinear
-from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation, outlier_rotation
+from ditq.numerics.learned_rotation import refine
+from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation, outlier_rotation, regular_rotation
 from tests.export.quantized import quantized, relative
 
 TOKEN, TENSOR, FLOAT = ActivationFormat(8, "token"), ActivationFormat(8, "tensor"), ActivationFormat()
@@ -176,13 +177,17 @@ def test_a_low_rank_branch_of_a_weight_only_layer(codebook: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("rank", [2, 3])
-@pytest.mark.parametrize("kind", ["full", "blocks", "outlier"])
+@pytest.mark.parametrize("kind", ["full", "blocks", "regular", "outlier", "learned"])
 def test_rotations_agree_with_torch(kind: str, rank: int) -> None:
     torch.manual_seed(0)
     rotation = {
         "full": lambda: hadamard_rotation(96),
         "blocks": lambda: block_hadamard_rotation(96),
+        "regular": lambda: regular_rotation(96, 16),
         "outlier": lambda: outlier_rotation(torch.randn(64, 96), block=32, steps=4),
+        "learned": lambda: refine(hadamard_rotation(96), lambda turned: turned.apply(torch.ones(96)).abs().amax(), 2)[
+            0
+        ],
     }[kind]()
     transform = InputTransform(torch.rand(96) + 0.5, torch.randn(96), [(0, 96, rotation)])
     layer = layer_of(activation=FLOAT, transform=transform)

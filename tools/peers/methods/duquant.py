@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from ditq.numerics.rotation import BlockStep, Rotation, outlier_rotation
+from ditq.numerics.rotation import PermuteStep, Rotation, outlier_rotation
 from tools.peers.bench import Bench
 from tools.peers.grids import nearest, uniform_grid
 from tools.peers.layers import PeerLinear, asymmetric, chain, scaled, smoothing, stacked_weight
@@ -40,7 +40,7 @@ def apply(bench: Bench, bits: int, activation: int) -> Outcome:
 
 def rotation_bits(rotation: Rotation) -> int:
     """What a rotation found from data takes: matrices in half precision, permutations in 16 bits an index."""
-    return 16 * sum(s.matrix.numel() if isinstance(s, BlockStep) else s.index.numel() for s in rotation.steps)
+    return 16 * sum(s.index.numel() if isinstance(s, PermuteStep) else s.matrix.numel() for s in rotation.steps)
 
 
 for _bits, _activation in ((8, 8), (4, 8), (4, 4)):
