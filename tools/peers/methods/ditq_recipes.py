@@ -7,6 +7,7 @@ from typing import Any
 
 from ditq.compiler import run_passes
 from ditq.formats import BitFormat
+from ditq.nn.input_transform import InputTransform
 from ditq.nn.quant_linear import QuantLinear
 from ditq.passes.quantize import stored_bits
 from ditq.recipe import Recipe, load_recipe, shipped_recipes
@@ -17,7 +18,20 @@ from tools.peers.row import Outcome, add
 def apply(bench: Bench, recipe: dict[str, Any]) -> Outcome:
     run_passes(bench.graph, Recipe.from_dict(recipe, recipe["name"]), bench.statistics)
     layers = {module.site: module for module in bench.graph.model.modules() if isinstance(module, QuantLinear)}
-    return Outcome(bench.graph.model, {site: stored_bits(layer) for site, layer in layers.items()})
+    online = {}
+    for group in bench.graph.groups.values():  # the linears of an input share its transform
+        first = next((layers[site] for site in group.sites if site in layers), None)
+        if first is not None and first.transform is not None:
+            online[first.site] = online_bits(first.transform)
+    return Outcome(bench.graph.model, {site: stored_bits(layer) for site, layer in layers.items()}, online)
+
+
+def online_bits(transform: InputTransform) -> int:
+    """What an engine keeps of an online transform: float32 scales and shifts, tensors of rotations found from data."""
+    kept = [buffer for buffer in (transform.inverse_scale, transform.shift) if buffer is not None]
+    for _, _, rotation in transform.rotations:
+        kept += rotation.spec()[1].values()
+    return sum(8 * tensor.element_size() * tensor.numel() for tensor in kept)
 
 
 def without_modulation(recipe: dict[str, Any]) -> dict[str, Any]:
