@@ -1,7 +1,7 @@
 """How much rounding loses with each of its settings, judged on inputs that it was not fitted to.
 
     python -m tools.measure_rounding mini --fit stats-a --judge stats-b
-    python -m tools.measure_rounding mini --fit stats --pictures 8 --only refine4
+    python -m tools.measure_rounding mini --fit stats --pictures 8 --only "refine 4"
 
 `fit` and `judge` are two folders of `ditq calibrate` with different prompts. Two figures, in dB, averaged over linears:
 what the weights alone lose on all of judge's inputs (the bias corrected by fit's mean), and what the layer loses on
@@ -32,21 +32,20 @@ from tools.measure_recipes import Bench, table
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "gptq": {"refine": 0},
-    "refine1": {"refine": 1},
-    "refine2": {"refine": 2},
-    "refine4": {"refine": 4},
-    "refine8": {"refine": 8},
-    "search3": {"refine": 0, "scale_search": 3},
-    "search7": {"refine": 0, "scale_search": 7},
-    "search7 refine4": {"refine": 4, "scale_search": 7},
-    "noise": {"refine": 0, "activation_noise": True},
-    "noise refine4": {"refine": 4, "activation_noise": True},
-    "centred": {"refine": 0, "centred": True},
-    "centred refine4": {"refine": 4, "centred": True},
-    "all": {"refine": 4, "centred": True, "activation_noise": True},
-    "gptq damping 0.001": {"refine": 0, "damping": 0.001},
-    "refine4 damping 0.001": {"refine": 4, "damping": 0.001},
-    "refine4 damping 0.03": {"refine": 4, "damping": 0.03},
+    "refine 1": {"refine": 1},
+    "refine 2": {"refine": 2},
+    "refine 4": {"refine": 4},
+    "refine 8": {"refine": 8},
+    "scale search 3": {"refine": 0, "scale_search": 3},
+    "scale search 7": {"refine": 0, "scale_search": 7},
+    "scale search 5, refine 4": {"refine": 4, "scale_search": 5},
+    "scale search 7, refine 4": {"refine": 4, "scale_search": 7},
+    "activation noise, refine 4": {"refine": 4, "activation_noise": True},
+    "centred, refine 4": {"refine": 4, "centred": True},
+    "damping 0.001, refine 4": {"refine": 4, "damping": 0.001},
+    "damping 0.03, refine 4": {"refine": 4, "damping": 0.03},
+    "damping 0.1, refine 4": {"refine": 4, "damping": 0.1},
+    "all": {"refine": 4, "scale_search": 7, "activation_noise": True, "damping": 0.03},
 }
 
 

@@ -9,6 +9,9 @@ squared error of the output is
 so the best Q rounds W*, not W, under H + N: weights of directions in which the input is weaker than its noise shrink, as
 in a Wiener filter. (Calibration on the inputs that the layer really gets: GPTAQ, Li 2025, arXiv 2504.02692; here from
 the format alone, and only for the layer's own rounding.)
+
+How weak the weak directions are is what a small calibration set tells least: in those that its prompts do not reach, W*
+would throw away weights that other prompts need. So W* is found with H + d I, d a share of the mean diagonal.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from __future__ import annotations
 import torch
 
 from ditq.numerics.uniform import quantize_per_tensor, quantize_per_token
+
+TARGET_DAMPING = 0.1  # d; tools/measure_rounding.py judges it on other prompts
 
 
 def rounding_noise(sample: torch.Tensor, bits: int, scale: torch.Tensor | None = None) -> torch.Tensor:
@@ -32,9 +37,11 @@ def rounding_noise(sample: torch.Tensor, bits: int, scale: torch.Tensor | None =
 
 
 def for_noisy_inputs(
-    weight: torch.Tensor, hessian: torch.Tensor, noise: torch.Tensor
+    weight: torch.Tensor, hessian: torch.Tensor, noise: torch.Tensor, damping: float = TARGET_DAMPING
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """weight [O, I], hessian [I, I] = E[x^T x], noise [I] -> W* (weight's dtype) and H + N (hessian's dtype).
+
+    damping: d, as a share of H's mean diagonal; 0 for the least squares of the calibration itself.
 
     Raises:
         ValueError: for a Hessian that is not positive semidefinite, or not finite.
@@ -42,10 +49,10 @@ def for_noisy_inputs(
     noisy = hessian.double() + torch.diag(noise.double())
     # a channel without signal or noise: its weights matter to nothing and stay as they are
     solvable = noisy + torch.diag((noisy.diagonal() <= 0).double())
-    solvable.diagonal().add_(1e-9 * solvable.diagonal().mean())
+    solvable.diagonal().add_(max(damping, 1e-9) * hessian.double().diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(solvable)
     if int(failed) or not bool(noisy.isfinite().all()):
         raise ValueError("the Hessian of noisy inputs is not finite and positive semidefinite")
-    # W* = W H (H + N)^-1 = W - W N (H + N)^-1
+    # W (H + d)(H + d + N)^-1 = W - W N (H + d + N)^-1
     lost = torch.cholesky_solve((weight.double() * noise.double()).T, factor).T
     return (weight.double() - lost).to(weight.dtype), noisy.to(hessian.dtype)

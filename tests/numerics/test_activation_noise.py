@@ -27,7 +27,7 @@ def test_the_weights_are_the_least_squares_over_noisy_inputs() -> None:
     basis = torch.linalg.qr(torch.randn(60, 48, generator=generator, dtype=torch.float64))[0]
     x, e = basis[:, :24] @ torch.linalg.cholesky(hessian).T, basis[:, 24:] * noise.sqrt()
     best = torch.linalg.lstsq(x + e, x @ weight.T).solution.T
-    target, noisy = for_noisy_inputs(weight, hessian, noise)
+    target, noisy = for_noisy_inputs(weight, hessian, noise, damping=0.0)
     torch.testing.assert_close(target, best, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(noisy, hessian + torch.diag(noise))
     # and what the page says: the error of any Q is that of Q against W* under H + N, plus a constant
@@ -37,6 +37,19 @@ def test_the_weights_are_the_least_squares_over_noisy_inputs() -> None:
         lost = (x @ weight.T - (x + e) @ q.T).square().sum()
         constants.append(float(lost - (((target - q) @ noisy) * (target - q)).sum()))
     assert constants == pytest.approx([constants[0]] * 3, rel=1e-6)
+
+
+def test_damping_keeps_weights_of_directions_that_calibration_hardly_saw() -> None:
+    weight, hessian, noise = (
+        make_weight(6, 24),
+        torch.diag(torch.tensor([1.0] * 12 + [1e-6] * 12)),
+        torch.ones(24) * 0.02,
+    )
+    bare, damped = (for_noisy_inputs(weight, hessian, noise, damping)[0] for damping in (0.0, 0.1))
+    unseen = slice(12, 24)
+    assert float(bare[:, unseen].norm() / weight[:, unseen].norm()) < 1e-3
+    # mean diagonal 0.5: (1e-6 + 0.05) / (1e-6 + 0.05 + 0.02)
+    torch.testing.assert_close(damped[:, unseen], weight[:, unseen] * (0.05 / 0.07), rtol=1e-4, atol=0)
 
 
 def test_channels_without_signal_and_noise_that_is_none_change_nothing() -> None:
