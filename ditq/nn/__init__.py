@@ -2,7 +2,7 @@
 
 from ditq.nn.input_transform import InputTransform
 from ditq.nn.modulation_factor import ModulationFactor
-from ditq.nn.quant_linear import ActivationFormat, QuantLinear, exporting
+from ditq.nn.quant_linear import ActivationFormat, QuantLinear, exporting, rounded_by
 from ditq.nn.rebuild import describe, rebuild
 from ditq.nn.transformed_linear import TransformedLinear
 
@@ -15,4 +15,5 @@ __all__ = [
     "describe",
     "exporting",
     "rebuild",
+    "rounded_by",
 ]

@@ -14,7 +14,7 @@ Kernels and every export form are tested against this forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -27,10 +27,12 @@ from torch.nn import functional as F
 from ditq.nn.input_transform import InputTransform
 from ditq.numerics.codebook import LowRank, WeightCode
 from ditq.numerics.packing import pack, unpack
-from ditq.numerics.uniform import quantize_per_tensor, quantize_per_token
+from ditq.numerics.uniform import steps_per_tensor, steps_per_token
 
 Granularity = Literal["token", "tensor", "none"]
 Branch = Literal["integer", "float"]
+Rounding = Callable[[str, Tensor], Tensor]
+"""(site, inputs in steps of their grid) -> integers."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class QuantLinear(nn.Module):
             raise ValueError(f"{site}: an integer matmul takes one scale a row; give group multipliers instead")
         self._carrier: Tensor | None = None
         self.exporting = False
+        self.rounding: Rounding | None = None
 
     def carrier(self) -> Tensor:
         """The weight on its integer grid, int8 [O, I]."""
@@ -137,15 +140,23 @@ class QuantLinear(nn.Module):
             self._carrier = self.weight() if self.activation.granularity == "none" else self.carrier().float()
         if self.activation.granularity == "none":
             return F.linear(x, self._carrier, self.bias).to(dtype)
-        if self.activation.granularity == "token":
-            q, step = quantize_per_token(x, self.activation.bits)
-        else:
-            assert self.activation_scale is not None
-            q, step = quantize_per_tensor(x, self.activation_scale, self.activation.bits), self.activation_scale
+        q, step = self.quantized(x)
         y = F.linear(q, self._carrier) * self.scale.view(-1) * step
         if self.up is not None:
             y = y + F.linear(self._inner(x, q, step), self.up.float())
         return (y if self.bias is None else y + self.bias).to(dtype)
+
+    def in_steps(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(the transformed input in steps of its grid, within the grid's range but not rounded yet; the step)."""
+        if self.activation.granularity == "token":
+            return steps_per_token(x, self.activation.bits)
+        assert self.activation_scale is not None
+        return steps_per_tensor(x, self.activation_scale, self.activation.bits), self.activation_scale
+
+    def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(integers q of the transformed input, step s_x)."""
+        steps, step = self.in_steps(x)
+        return (steps.round() if self.rounding is None else self.rounding(self.site, steps)), step
 
     def _inner(self, x: Tensor, q: Tensor, step: Tensor) -> Tensor:
         """z A^T [..., r]: the input on the few directions of the branch."""
@@ -241,3 +252,16 @@ def exporting(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for layer in layers:
             layer.exporting = False
+
+
+@contextmanager
+def rounded_by(model: nn.Module, rounding: Rounding) -> Iterator[nn.Module]:
+    """Within it every QuantLinear of `model` takes its input's integers from `rounding`, not from the nearest."""
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    try:
+        for layer in layers:
+            layer.rounding = rounding
+        yield model
+    finally:
+        for layer in layers:
+            layer.rounding = None

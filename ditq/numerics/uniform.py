@@ -32,13 +32,24 @@ def absmax_scale(absmax: torch.Tensor, bits: int) -> torch.Tensor:
     return (_wide(absmax) / largest_integer(bits)).clamp_min(SMALLEST_SCALE)
 
 
-def quantize_per_tensor(x: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """q = clamp(round(x / s), -q_max, q_max) for a given scale (any shape that broadcasts to x)."""
+def steps_per_tensor(x: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """clamp(x / s, -q_max, q_max), what is then rounded, for a given scale (any shape that broadcasts to x)."""
     q_max = largest_integer(bits)
-    return (_wide(x) / scale).round().clamp(-q_max, q_max)
+    return (_wide(x) / scale).clamp(-q_max, q_max)
+
+
+def steps_per_token(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`steps_per_tensor` and scale [..., 1]: each token's own max|x| / q_max, found as it comes (dynamic)."""
+    scale = absmax_scale(x.abs().amax(dim=-1, keepdim=True), bits)
+    return steps_per_tensor(x, scale, bits), scale
+
+
+def quantize_per_tensor(x: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Integers q = round(clamp(x / s, -q_max, q_max)); the same as clamping what was rounded."""
+    return steps_per_tensor(x, scale, bits).round()
 
 
 def quantize_per_token(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integers q (x's shape) and scale [..., 1]: each token's own max|x| / q_max, found as it comes (dynamic)."""
-    scale = absmax_scale(x.abs().amax(dim=-1, keepdim=True), bits)
-    return quantize_per_tensor(x, scale, bits), scale
+    """Integers q (x's shape) and scale [..., 1]."""
+    steps, scale = steps_per_token(x, bits)
+    return steps.round(), scale

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ditq.nn import QuantLinear
 from ditq.nn.input_transform import InputTransform
-from ditq.nn.quant_linear import ActivationFormat, Branch, exporting
+from ditq.nn.quant_linear import ActivationFormat, Branch, exporting, rounded_by
 from ditq.numerics.codebook import CODEBOOKS
 from ditq.numerics.low_rank import fit_low_rank
 from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation, outlier_rotation
@@ -170,6 +170,21 @@ def test_exporting_is_over_when_its_block_is_even_after_an_error() -> None:
     with pytest.raises(RuntimeError, match="only in exported graphs"), exporting(layer):
         layer(x)
     assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("activation", [DYNAMIC, STATIC])
+def test_given_integers_take_the_place_of_the_nearest_ones(activation: ActivationFormat) -> None:
+    layer, _, x = _made(Form(activation=activation, transform=True, rank=3))
+    before = layer(x)
+    with rounded_by(layer, lambda site, steps: steps.round()):
+        assert torch.equal(layer(x), before)
+    with rounded_by(layer, lambda site, steps: steps.floor()):
+        floored = layer(x)
+    assert torch.equal(layer(x), before)
+    assert layer.transform is not None
+    steps, step = layer.in_steps(layer.transform(x))
+    difference = ((steps.floor() - steps.round()) * step).double() @ layer.weight().double().T
+    assert (floored - before - difference).abs().max() < 1e-5 * before.abs().max()
 
 
 # --- the transform in front
