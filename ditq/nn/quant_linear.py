@@ -1,7 +1,8 @@
 """QuantLinear: a linear with coded weights and, where wanted, quantized activations; its exact meaning in plain torch.
 
     x' = transform(x)                         online scale, centring, rotation (absent where folded)
-    q  = round(x' / s_x), |q| <= 2^(b-1)-1    s_x per token (dynamic) or per tensor (static)
+    q  = round(x' / s_x), |q| <= 2^(b-1)-1    s_x per token (dynamic) or per tensor (static); or the odd integers of a
+                                              mid-rise grid (numerics/activation_format.py)
     c  = table[code]                          int8 carrier; with group multipliers round(table[code] * m / 255)
     y  = (q c^T) * s_x * s_w + bias
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -25,26 +26,13 @@ from torch.library import custom_op
 from torch.nn import functional as F
 
 from ditq.nn.input_transform import InputTransform
+from ditq.numerics.activation_format import FLOAT, ActivationFormat
 from ditq.numerics.codebook import LowRank, WeightCode
 from ditq.numerics.packing import pack, unpack
-from ditq.numerics.uniform import steps_per_tensor, steps_per_token
 
-Granularity = Literal["token", "tensor", "none"]
 Branch = Literal["integer", "float"]
 Rounding = Callable[[str, Tensor], Tensor]
 """(site, inputs in steps of their grid) -> integers."""
-
-
-@dataclass(frozen=True)
-class ActivationFormat:
-    """How the input is quantized: 'token' scales each token by its own maximum, 'tensor' uses one calibrated scale."""
-
-    bits: int = 16
-    granularity: Granularity = "none"
-
-    @property
-    def maximum(self) -> int:
-        return 2 ** (self.bits - 1) - 1
 
 
 class QuantLinear(nn.Module):
@@ -70,7 +58,7 @@ class QuantLinear(nn.Module):
         site: str,
         weight: WeightCode,
         bias: Tensor | None,
-        activation: ActivationFormat = ActivationFormat(),
+        activation: ActivationFormat = FLOAT,
         activation_scale: Tensor | None = None,
         transform: InputTransform | None = None,
         codebook: str = "",
@@ -148,15 +136,14 @@ class QuantLinear(nn.Module):
 
     def in_steps(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(the transformed input in steps of its grid, within the grid's range but not rounded yet; the step)."""
-        if self.activation.granularity == "token":
-            return steps_per_token(x, self.activation.bits)
-        assert self.activation_scale is not None
-        return steps_per_tensor(x, self.activation_scale, self.activation.bits), self.activation_scale
+        step = self.activation.scale_of(x, self.activation_scale)
+        return self.activation.steps(x, step), step
 
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(integers q of the transformed input, step s_x)."""
+        """(integers q of the transformed input, what one of them stands for: s_x)."""
         steps, step = self.in_steps(x)
-        return (steps.round() if self.rounding is None else self.rounding(self.site, steps)), step
+        rounded = steps.round() if self.rounding is None else self.rounding(self.site, steps)
+        return self.activation.carriers(rounded), self.activation.unit(step)
 
     def _inner(self, x: Tensor, q: Tensor, step: Tensor) -> Tensor:
         """z A^T [..., r]: the input on the few directions of the branch."""

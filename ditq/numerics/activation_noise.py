@@ -18,22 +18,14 @@ from __future__ import annotations
 
 import torch
 
-from ditq.numerics.uniform import quantize_per_tensor, quantize_per_token
+from ditq.numerics.activation_format import ActivationFormat
 
 TARGET_DAMPING = 0.1  # d; tools/measure_rounding.py judges it on other prompts
 
 
-def rounding_noise(sample: torch.Tensor, bits: int, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """E[(x_q - x)^2] of every channel of the rows [N, C]: float64 [C]. scale: None for one a token.
-
-    Raises:
-        ValueError: for bits outside 2..8.
-    """
-    if scale is None:
-        rounded, steps = quantize_per_token(sample, bits)
-    else:
-        rounded, steps = quantize_per_tensor(sample, scale, bits), scale
-    return (rounded * steps - sample).double().square().mean(0)
+def rounding_noise(sample: torch.Tensor, form: ActivationFormat, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """E[(x_q - x)^2] of every channel of the rows [N, C]: float64 [C]. scale: the calibrated one, where there is one."""
+    return (form.rounded(sample, scale) - sample).double().square().mean(0)
 
 
 def for_noisy_inputs(

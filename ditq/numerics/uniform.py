@@ -22,20 +22,20 @@ def largest_integer(bits: int) -> int:
     return (1 << (bits - 1)) - 1
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    """Half precision is computed in float32; float32 and float64 stay as they are."""
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """x for computing: half precision is computed in float32; float32 and float64 stay as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def absmax_scale(absmax: torch.Tensor, bits: int) -> torch.Tensor:
     """The scale s = max|x| / q_max that just covers magnitudes up to `absmax` (any shape), at least 1e-8."""
-    return (_wide(absmax) / largest_integer(bits)).clamp_min(SMALLEST_SCALE)
+    return (wide(absmax) / largest_integer(bits)).clamp_min(SMALLEST_SCALE)
 
 
 def steps_per_tensor(x: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """clamp(x / s, -q_max, q_max), what is then rounded, for a given scale (any shape that broadcasts to x)."""
     q_max = largest_integer(bits)
-    return (_wide(x) / scale).clamp(-q_max, q_max)
+    return (wide(x) / scale).clamp(-q_max, q_max)
 
 
 def steps_per_token(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

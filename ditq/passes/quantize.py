@@ -10,11 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ditq.calibration.statistics import InputStatistics
 from ditq.errors import DitqError
 from ditq.formats import BitFormat
 from ditq.graph import DiTGraph
-from ditq.nn.quant_linear import ActivationFormat, Branch, Granularity, QuantLinear
+from ditq.nn.quant_linear import Branch, QuantLinear
 from ditq.nn.transformed_linear import TransformedLinear
 from ditq.numerics.activation_noise import for_noisy_inputs, rounding_noise
 from ditq.numerics.codebook import CODEBOOKS, Fit, WeightCode
@@ -22,6 +21,7 @@ from ditq.numerics.descent import refine
 from ditq.numerics.low_rank import code_with_branch
 from ditq.numerics.rounding import output_error, round_gptq, round_nearest
 from ditq.numerics.scale_search import gptq_with_scale_search
+from ditq.passes.activation_formats import GRANULARITIES, GRIDS, ActivationSettings, InputFormats
 from ditq.passes.base import Context, Pass, PassReport, register, relative_error, setting
 from ditq.passes.folding import plain_linear
 from ditq.suggest import unknown_key
@@ -31,17 +31,20 @@ BRANCHES = ("integer", "float")
 
 
 @dataclass(frozen=True)
-class SiteSettings:
-    """How one linear is coded; the fields of a rule override those of the pass."""
+class SiteSettings(ActivationSettings):
+    """How one linear is coded, and its input; the fields of a rule override those of the pass."""
 
-    format: str = "w4a8"
     codebook: str = "twin_log_shared"
     rounding: str = "gptq"
     group_size: int = 0
-    activation: str = "token"
     rank: int = 0
     branch: str = "integer"
     keep: bool = False
+
+    def words(self) -> list[str]:
+        """For `ditq inspect`."""
+        ranked = [f"rank {self.rank}"] if self.rank else []
+        return [self.format, self.codebook, self.rounding, *ranked, *self.activation_words()]
 
 
 @register
@@ -72,9 +75,9 @@ class Quantize(Pass):
     codebook: str = setting("twin_log_shared", "where the levels of the weights lie", tuple(CODEBOOKS))
     rounding: str = setting("gptq", "how weights are rounded to levels", ROUNDINGS)
     group_size: int = setting(0, "columns that share a scale; 0 is the whole row")
-    activation: str = setting(
-        "token", "one scale a token, found at run time, or one calibrated scale", ("token", "tensor")
-    )
+    activation: str = setting("token", "one scale a token, found at run time, or one calibrated scale", GRANULARITIES)
+    activation_grid: str = setting("symmetric", "levels of the activations: symmetric about 0, or all 2^b codes", GRIDS)
+    activation_clip: bool = setting(False, "search for each input how far its range reaches, 1 to 0.5 of the maximum")
     rank: int = setting(0, "rank of the low-rank branch beside the codes; 0 is none")
     branch: str = setting("integer", "what the branch reads: the quantized input, or the input in float", BRANCHES)
     bias_correction: bool = setting(True, "put the mean error of the output into the bias")
@@ -89,8 +92,7 @@ class Quantize(Pass):
 
     @property
     def requires_statistics(self) -> bool:
-        asked = [{"rounding": self.rounding, "activation": self.activation}, *self.rules]
-        needed = any(item.get("rounding") == "gptq" or item.get("activation") == "tensor" for item in asked)
+        needed = any(item.rounding == "gptq" or item.needs_statistics() for item in self._asked())
         return needed or self.weighted or self.bias_correction
 
     def check(self) -> None:
@@ -102,7 +104,7 @@ class Quantize(Pass):
             _check_site_settings(replace(self._base(), **_overrides(rule)))
         _check_site_settings(self._base())
         if self.activation_noise:
-            for item in (self._base(), *(replace(self._base(), **_overrides(rule)) for rule in self.rules)):
+            for item in self._asked():
                 if item.rank and item.branch == "float":
                     raise DitqError(
                         "pass 'quantize': activation_noise counts on one input for codes and branch; "
@@ -123,6 +125,11 @@ class Quantize(Pass):
     def _base(self) -> SiteSettings:
         shared = {item.name: getattr(self, item.name) for item in fields(SiteSettings) if item.name != "keep"}
         return SiteSettings(**shared)
+
+    def _asked(self) -> list[SiteSettings]:
+        """The settings of the pass, and those of each rule over them."""
+        base = self._base()
+        return [base, *(replace(base, **_overrides(rule)) for rule in self.rules)]
 
     def plan(self, graph: DiTGraph) -> dict[str, SiteSettings]:
         """What each selected site gets, before anything is done.
@@ -146,10 +153,7 @@ class Quantize(Pass):
         return plan
 
     def preview(self, graph: DiTGraph) -> dict[str, str]:
-        return {
-            site: f"{item.format} {item.codebook} {item.rounding}" + (f" rank {item.rank}" if item.rank else "")
-            for site, item in self.plan(graph).items()
-        }
+        return {site: " ".join(item.words()) for site, item in self.plan(graph).items()}
 
     def runtime_cost(self, graph: DiTGraph) -> tuple[int, int]:
         added = 0
@@ -161,9 +165,10 @@ class Quantize(Pass):
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
         plan = self.plan(graph)
+        formats = InputFormats(graph, plan)
         weights = bits = 0.0
         for site, settings in context.track(self.name, plan.items()):
-            layer, row = self._quantize(graph, context, site, settings)
+            layer, row = self._quantize(graph, context, site, settings, formats)
             graph.replace(site, layer)
             report.rows.append(row)
             weights += layer.in_features * layer.out_features
@@ -172,7 +177,7 @@ class Quantize(Pass):
         return report
 
     def _quantize(
-        self, graph: DiTGraph, context: Context, site: str, settings: SiteSettings
+        self, graph: DiTGraph, context: Context, site: str, settings: SiteSettings, formats: InputFormats
     ) -> tuple[QuantLinear, dict[str, Any]]:
         module = graph.linear(site)
         linear = plain_linear(graph, site)
@@ -180,14 +185,14 @@ class Quantize(Pass):
         bias: Tensor | None = linear.bias
         form = BitFormat.parse(settings.format)
         statistics = context.statistics(graph.sites[site].group) if self.requires_statistics else None
-        activation, scale = _activation(form, settings, statistics)
+        chosen = formats.of(site, statistics)
         hessian = None if statistics is None else statistics.hessian()
         target, used, noise = weight, hessian, None
         if statistics is not None and used is not None and settings.rounding == "gptq":
             if self.centred:
                 used = used - torch.outer(statistics.mean(), statistics.mean())
             if self.activation_noise and form.activation < 16:
-                noise = rounding_noise(statistics.sample, form.activation, scale)
+                noise = rounding_noise(statistics.sample, chosen.format, chosen.scale)
                 target, used = for_noisy_inputs(weight, used, noise)
         code = context.cached(site, lambda: self._code(site, target, used, settings, form))
         decoded = code.decode()
@@ -196,7 +201,7 @@ class Quantize(Pass):
             bias = correction.float() if bias is None else bias + correction.float()
         transform = module.transform if isinstance(module, TransformedLinear) else None
         branch: Branch = "float" if settings.branch == "float" else "integer"
-        layer = QuantLinear(site, code, bias, activation, scale, transform, settings.codebook, branch)
+        layer = QuantLinear(site, code, bias, chosen.format, chosen.scale, transform, settings.codebook, branch)
         row = {
             "site": site,
             "format": settings.format,
@@ -207,6 +212,7 @@ class Quantize(Pass):
         }
         if settings.rank:
             row["rank"] = settings.rank
+        row |= chosen.row()
         if hessian is not None:
             row["output error"] = float(output_error(weight, decoded, hessian))
         if noise is not None and statistics is not None:
@@ -232,20 +238,6 @@ class Quantize(Pass):
             return code(weight)
         error = partial(relative_error, weight) if hessian is None else partial(output_error, weight, hessian=hessian)
         return code_with_branch(weight, hessian, settings.rank, code, error)
-
-
-def _activation(
-    form: BitFormat, settings: SiteSettings, statistics: InputStatistics | None
-) -> tuple[ActivationFormat, Tensor | None]:
-    """How the input is quantized, and the calibrated scale where there is one for all tokens."""
-    if form.activation == 16:
-        return ActivationFormat(), None
-    granularity: Granularity = "tensor" if settings.activation == "tensor" else "token"
-    activation = ActivationFormat(form.activation, granularity)
-    if granularity == "token":
-        return activation, None
-    assert statistics is not None
-    return activation, (statistics.absmax_all.max() / activation.maximum).float().clamp_min(1e-8)
 
 
 def _fit(weight: Tensor, importance: Tensor | None, settings: SiteSettings, form: BitFormat) -> Fit:
@@ -282,8 +274,7 @@ def _check_site_settings(settings: SiteSettings) -> None:
         raise DitqError(unknown_key("pass 'quantize': codebook", settings.codebook, list(CODEBOOKS)))
     if settings.rounding not in ROUNDINGS:
         raise DitqError(unknown_key("pass 'quantize': rounding", settings.rounding, list(ROUNDINGS)))
-    if settings.activation not in ("token", "tensor"):
-        raise DitqError(unknown_key("pass 'quantize': activation", settings.activation, ["token", "tensor"]))
+    settings.check()
     if settings.group_size < 0:
         raise DitqError(f"pass 'quantize': group_size is {settings.group_size!r}, must be a whole number, 0 for none")
     if settings.rank < 0:

@@ -3,9 +3,13 @@
 Symmetric integers in [-127, 127] become unsigned by adding 128, with the same result. Per token, the scale is taken out
 by a division, the rest is quantized with scale 1, and the scale returns after the product:
 
-    s = max(max|x| / q_max, 1e-8)    x/s -> QuantizeLinear(1, 128) -> DequantizeLinear(1, 128) -> MatMul -> * s
+    s = max(max|x| / divisor, 1e-8)    x/s -> QuantizeLinear(1, 128) -> DequantizeLinear(1, 128) -> MatMul -> * s
 
-The operations and their order are those of numerics/uniform.py, so that both round alike.
+Levels beyond a clipped range are cut off after rounding, on bytes, which is the same as before it and a quarter of the
+memory. A mid-rise grid makes n the odd integer 2n + 1 on bytes as well: with n + 64 in [0, 127], a shift
+to the left and a one in the last bit give 2n + 1 + 128.
+
+The operations and their order are those of numerics/activation_format.py, so that both round alike.
 """
 
 from __future__ import annotations
@@ -15,33 +19,66 @@ import onnx_ir as ir
 from torch import Tensor
 
 from ditq.export.lowering.writer import Writer
-from ditq.numerics.uniform import SMALLEST_SCALE, largest_integer
+from ditq.numerics.activation_format import ActivationFormat
+from ditq.numerics.uniform import SMALLEST_SCALE
+
+ZERO_POINT = 128
 
 
-def per_token(writer: Writer, x: ir.Value, bits: int) -> tuple[ir.Value, ir.Value]:
-    """x [..., I] -> (integers as the output of a DequantizeLinear [..., I], scale [..., 1])."""
+def per_token(writer: Writer, x: ir.Value, form: ActivationFormat) -> tuple[ir.Value, ir.Value]:
+    """x [..., I] -> (integers as the output of a DequantizeLinear [..., I], what one of them stands for [..., 1])."""
     axis = writer.constant([-1], np.int64, name="last_axis")
     # max|x| by two reductions: Abs would write the whole tensor once more
     lowest = writer.op("Neg", writer.op("ReduceMin", x, axis, name="minimum", keepdims=1), name="negated_minimum")
     largest = writer.op("Max", writer.op("ReduceMax", x, axis, name="maximum", keepdims=1), lowest, name="absmax")
-    scale = writer.op("Div", largest, writer.constant(largest_integer(bits), np.float32, name="q_max"), name="step")
+    scale = writer.op("Div", largest, writer.constant(form.divisor, np.float32, name="divisor"), name="step")
     scale = writer.op(
         "Max", scale, writer.constant(SMALLEST_SCALE, np.float32, name="smallest_scale"), name="token_scale"
     )
-    return _quantized(writer, writer.op("Div", x, scale, name="in_steps"), np.float32(1)), scale
+    q = _integers(writer, writer.op("Div", x, scale, name="in_steps"), form, saturates=form.clip < 1)
+    if form.grid == "midrise":
+        scale = writer.op("Mul", scale, writer.constant(0.5, np.float32, name="half"), name="half_step")
+    return _dequantized(writer, q, np.float32(1)), scale
 
 
-def per_tensor(writer: Writer, x: ir.Value, scale: Tensor, bits: int) -> ir.Value:
-    """x [..., I] -> q * scale as the output of a DequantizeLinear, q clipped to [-q_max, q_max]."""
-    step = np.float32(scale.item())
+def per_tensor(writer: Writer, x: ir.Value, scale: Tensor, form: ActivationFormat) -> ir.Value:
+    """x [..., I] -> q * step as the output of a DequantizeLinear, q clipped to the format's range."""
+    step = np.float32(form.unit(scale).item())
+    if form.grid == "midrise":
+        steps = writer.op("Div", x, writer.constant(scale.item(), np.float32, name="tensor_scale"), name="in_steps")
+        return _dequantized(writer, _integers(writer, steps, form, saturates=True), step)
     # uint8 has one value below -127: without the clip, saturation would reach it
-    limit = np.float32(largest_integer(bits)) * step
+    limit = np.float32(form.maximum) * step
     low, high = writer.constant(-limit, np.float32, name="limit"), writer.constant(limit, np.float32, name="limit")
-    return _quantized(writer, writer.op("Clip", x, low, high, name="clipped"), step)
+    clipped = writer.op("Clip", x, low, high, name="clipped")
+    return _dequantized(writer, _quantized(writer, clipped, step, ZERO_POINT), step)
 
 
-def _quantized(writer: Writer, x: ir.Value, step: np.float32) -> ir.Value:
+def _integers(writer: Writer, steps: ir.Value, form: ActivationFormat, saturates: bool) -> ir.Value:
+    """x / s -> q + 128 uint8; without `saturates`, no value is beyond the format's range."""
+    one, limit = np.float32(1), form.maximum
+    if form.grid == "midrise":
+        steps = writer.op("Sub", steps, writer.constant(0.5, np.float32, name="half"), name="from_middle")
+        n = _clipped(writer, _quantized(writer, steps, one, 64), 64 - limit, 64 + limit - 1)
+        bit = writer.constant(1, np.uint8, name="bit")
+        return writer.op("BitwiseOr", writer.op("BitShift", n, bit, name="doubled", direction="LEFT"), bit, name="odd")
+    q = _quantized(writer, steps, one, ZERO_POINT)
+    return _clipped(writer, q, ZERO_POINT - limit, ZERO_POINT + limit) if saturates else q
+
+
+def _clipped(writer: Writer, q: ir.Value, low: int, high: int) -> ir.Value:
+    bounds = [writer.constant(bound, np.uint8, name="limit") for bound in (low, high)]
+    return writer.op("Clip", q, *bounds, name="clipped")
+
+
+def _quantized(writer: Writer, x: ir.Value, step: np.float32, zero_point: int) -> ir.Value:
     scale = writer.constant(step, np.float32, name="activation_scale")
-    zero_point = writer.constant(128, np.uint8, name="zero_point")
-    q = writer.op("QuantizeLinear", x, scale, zero_point, name="quantized")
+    return writer.op(
+        "QuantizeLinear", x, scale, writer.constant(zero_point, np.uint8, name="zero_point"), name="quantized"
+    )
+
+
+def _dequantized(writer: Writer, q: ir.Value, step: np.float32) -> ir.Value:
+    scale = writer.constant(step, np.float32, name="activation_scale")
+    zero_point = writer.constant(ZERO_POINT, np.uint8, name="zero_point")
     return writer.op("DequantizeLinear", q, scale, zero_point, name="dequantized")

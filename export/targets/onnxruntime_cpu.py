@@ -21,7 +21,7 @@ from ditq.export.lowering.transforms import apply_transform, fingerprint
 from ditq.export.lowering.writer import Writer
 from ditq.export.onnx_graph import DOMAIN
 from ditq.export.targets import Kind, PlannedMatMul, Runner, Target, register
-from ditq.nn import QuantLinear
+from ditq.nn import ActivationFormat, QuantLinear
 
 if TYPE_CHECKING:
     from ditq.export.engine import Engine
@@ -56,8 +56,8 @@ class _Lowering:
     writer: Writer
     planned: list[PlannedMatMul] = field(default_factory=list)
     transformed: dict[tuple[ir.Value, str], ir.Value] = field(default_factory=dict)
-    quantized: dict[tuple[ir.Value, int], tuple[ir.Value, ir.Value]] = field(default_factory=dict)
-    static: dict[tuple[ir.Value, float, int], ir.Value] = field(default_factory=dict)
+    quantized: dict[tuple[ir.Value, ActivationFormat], tuple[ir.Value, ir.Value]] = field(default_factory=dict)
+    static: dict[tuple[ir.Value, float, ActivationFormat], ir.Value] = field(default_factory=dict)
 
     def replace(self, node: ir.Node, layer: QuantLinear) -> None:
         writer = self.writer
@@ -84,9 +84,9 @@ class _Lowering:
         """All that the layer makes of the transformed input."""
         writer = self.writer
         if layer.activation.granularity == "token":
-            token_key = (x, layer.activation.bits)
+            token_key = (x, layer.activation)
             if token_key not in self.quantized:
-                self.quantized[token_key] = activations.per_token(writer, x, layer.activation.bits)
+                self.quantized[token_key] = activations.per_token(writer, x, layer.activation)
             integers, scale = self.quantized[token_key]
             product, inner = self._integer_products(integers, layer)
             y = writer.op("Mul", product, scale, name="rescaled")
@@ -104,12 +104,12 @@ class _Lowering:
     def _static_product(self, x: ir.Value, rank: int, layer: QuantLinear) -> _Made:
         writer, scale = self.writer, layer.activation_scale
         assert scale is not None
-        key = (x, scale.item(), layer.activation.bits)
+        key = (x, scale.item(), layer.activation)
         batch = writer.constant([0], np.int64, name="axis")
         if key not in self.static:
             # A product of two matrices and a bias would become a Gemm, computed in float; three dimensions do not.
             deep = writer.op("Unsqueeze", x, batch, name="batch_of_one") if rank == 2 else x
-            self.static[key] = activations.per_tensor(writer, deep, scale, layer.activation.bits)
+            self.static[key] = activations.per_tensor(writer, deep, scale, layer.activation)
         product, inner = self._integer_products(self.static[key], layer)
         y, flat = product, inner
         if rank == 2:

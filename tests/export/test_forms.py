@@ -112,6 +112,15 @@ def test_activations_of_fewer_bits_stay_in_their_range(bits: int, granularity: A
     check(layer_of(activation=ActivationFormat(bits, granularity)), tmp_path, None)
 
 
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+@pytest.mark.parametrize(("bits", "grid"), [(2, "midrise"), (4, "midrise"), (7, "midrise"), (4, "symmetric")])
+def test_clipped_and_midrise_activations_run_as_an_integer_kernel(
+    bits: int, grid: Any, granularity: Any, dimensions: int, tmp_path: Path
+) -> None:
+    check(layer_of(activation=ActivationFormat(bits, granularity, grid, clip=0.6)), tmp_path, None, dimensions)
+
+
 @pytest.mark.parametrize("activation", [TOKEN, TENSOR], ids=["token", "tensor"])
 def test_an_input_of_two_dimensions_does_not_become_a_float_gemm(activation: ActivationFormat, tmp_path: Path) -> None:
     check(layer_of(activation=activation), tmp_path, None, rank=2)

@@ -44,7 +44,10 @@ FORMS = {
     "w4a8": Form("twin_log_shared", 4, activation=DYNAMIC),
     "w3a6": Form("twin_log", 3, activation=ActivationFormat(6, "token")),
     "w4a4": Form(activation=ActivationFormat(4, "token")),
+    "w4a4 mid-rise, clipped": Form(activation=ActivationFormat(4, "token", "midrise", 0.8), rank=3, transform=True),
+    "w4a6 clipped": Form(activation=ActivationFormat(6, "token", clip=0.7)),
     "w4a8 static": Form(activation=STATIC),
+    "w4a5 static, mid-rise": Form(activation=ActivationFormat(5, "tensor", "midrise")),
     "w4a8 transformed": Form(activation=DYNAMIC, transform=True),
     "w4a16 transformed": Form(transform=True, bias=False),
     "w8a8": Form(bits=8, activation=DYNAMIC),
@@ -72,7 +75,9 @@ def _made(form: Form, seed: int = 0) -> tuple[QuantLinear, WeightCode, Tensor]:
     code = round_nearest(remainder, CODEBOOKS[form.codebook](remainder, form.bits, **grouped))
     code = replace(code, low_rank=low_rank)
     bias = torch.randn(OUT, generator=generator) if form.bias else None
-    static = x.abs().max() / 127 * 0.9 if form.activation.granularity == "tensor" else None  # some values are clipped
+    static = None
+    if form.activation.granularity == "tensor":
+        static = form.activation.scale(x.abs().max() * 0.9)  # some values are clipped
     transform = _transform(x) if form.transform else None
     layer = QuantLinear("site", code, bias, form.activation, static, transform, form.codebook, form.branch)
     return layer, code, x
@@ -86,14 +91,20 @@ def _expected(layer: QuantLinear, code: WeightCode, x: Tensor) -> Tensor:
         x = x * layer.transform.inverse_scale.double() - layer.transform.shift.double()
         for start, stop, rotation in layer.transform.rotations:
             x[:, start:stop] = x[:, start:stop] @ rotation.matrix()
-    top, exact = layer.activation.maximum, x
-    if layer.activation.granularity == "token":
-        step = x.abs().amax(-1, keepdim=True) / top
-        x = (x / step).round() * step
-    elif layer.activation.granularity == "tensor":
-        assert layer.activation_scale is not None
-        step = layer.activation_scale.double()
-        x = (x / step).round().clamp(-top, top) * step
+    form, exact = layer.activation, x
+    if form.granularity != "none":
+        top = 2 ** (
+            form.bits - 1
+        )  # cells on each side of zero, each with its level in the middle; else levels at 0, 1, ..
+        if form.granularity == "token":
+            step = form.clip * x.abs().amax(-1, keepdim=True) / (top if form.grid == "midrise" else top - 1)
+        else:
+            assert layer.activation_scale is not None
+            step = layer.activation_scale.double()
+        if form.grid == "midrise":
+            x = ((x / step - 0.5).round().clamp(-top, top - 1) + 0.5) * step
+        else:
+            x = (x / step).round().clamp(1 - top, top - 1) * step
     y = x @ code.decode().double().T
     if layer.branch == "float":
         branch = (layer.up.double() * layer.branch_scale.double()) @ layer.down.double()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ditq.numerics.activation_format import ActivationFormat
 from ditq.numerics.activation_noise import for_noisy_inputs, rounding_noise
 from tests.numerics.test_gptq import correlated_hessian, make_weight
 
@@ -14,9 +15,13 @@ def test_the_noise_of_a_token_is_a_twelfth_of_its_squared_step() -> None:
     steps = x.abs().amax(1) / 7
     expected = float(steps.double().square().mean() / 12)
     # 4000 uniform errors: their mean square has a relative deviation of sqrt(4/5 / 4000) = 1.4 %; five of them
-    torch.testing.assert_close(rounding_noise(x, 4), torch.full((64,), expected).double(), rtol=0.07, atol=0)
+    torch.testing.assert_close(
+        rounding_noise(x, ActivationFormat(4, "token")), torch.full((64,), expected).double(), rtol=0.07, atol=0
+    )
     scale = torch.tensor(0.05)  # covers 127 * 0.05 = 6.35 deviations: nothing is clipped
-    assert float(rounding_noise(x, 8, scale).mean()) == pytest.approx(0.05**2 / 12, rel=0.02)
+    assert float(rounding_noise(x, ActivationFormat(8, "tensor"), scale).mean()) == pytest.approx(
+        0.05**2 / 12, rel=0.02
+    )
 
 
 def test_the_weights_are_the_least_squares_over_noisy_inputs() -> None:

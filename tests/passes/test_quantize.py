@@ -150,7 +150,7 @@ def test_a_rule_may_add_linears_that_the_pass_does_not_select() -> None:
 def test_a_rule_that_asks_for_gptq_or_static_activations_asks_for_statistics() -> None:
     plain = Quantize(**QUICK)
     assert not plain.requires_statistics
-    for rule in ({"rounding": "gptq"}, {"activation": "tensor"}):
+    for rule in ({"rounding": "gptq"}, {"activation": "tensor"}, {"activation_clip": True}):
         asking = Quantize(**QUICK, rules=[{"select": "kind:query", **rule}])
         assert asking.requires_statistics
         with pytest.raises(DitqError, match="needs calibration statistics"):

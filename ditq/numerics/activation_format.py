@@ -1,0 +1,99 @@
+"""How the input of a linear is quantized: a number format, and the integers that it makes of x.
+
+    symmetric   n = round(x / s),        |n| <= q_max = 2^(b-1) - 1      q = n        x ~ q s      s = c max|x| / q_max
+    midrise     n = round(x / s - 1/2),  -2^(b-1) <= n < 2^(b-1)         q = 2n + 1   x ~ q s/2    s = c max|x| / 2^(b-1)
+
+`midrise` has a level for each of the 2^b codes and none at zero (a mid-rise quantizer: Gersho and Gray, Vector Quantization
+and Signal Compression, 1992, 5.3); `symmetric` leaves one code unused, which is 1 of 16 at 4 bits. Its levels
+(n + 1/2) s are odd multiples of s/2, so that int8 holds them for b <= 7 and the integer kernels need not know. The clip
+factor c <= 1 trades the error of the few values beyond c max|x| for a finer step of all others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ditq.numerics.uniform import SMALLEST_SCALE, largest_integer, steps_per_tensor, wide
+
+Granularity = Literal["token", "tensor", "none"]
+Grid = Literal["symmetric", "midrise"]
+MIDRISE_BITS = 7  # the most whose odd integers fit int8
+
+
+@dataclass(frozen=True)
+class ActivationFormat:
+    """How the input is quantized: 'token' scales each token by its own maximum, 'tensor' uses one calibrated scale.
+
+    Raises:
+        ValueError: bits, grid or clip out of range.
+    """
+
+    bits: int = 16
+    granularity: Granularity = "none"
+    grid: Grid = "symmetric"
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.granularity == "none":
+            return
+        largest_integer(self.bits)
+        if self.grid == "midrise" and self.bits > MIDRISE_BITS:
+            raise ValueError(f"a mid-rise grid has at most {MIDRISE_BITS} bits on an int8 carrier, not {self.bits}")
+        if not 0 < self.clip <= 1:
+            raise ValueError(f"the clip factor is {self.clip}, must be above 0 and at most 1")
+
+    @property
+    def maximum(self) -> int:
+        """Steps s from zero to the largest magnitude that is not clipped."""
+        return 2 ** (self.bits - 1) if self.grid == "midrise" else largest_integer(self.bits)
+
+    @property
+    def divisor(self) -> float:
+        """max|x| / s = q_max / c, or 2^(b-1) / c."""
+        return self.maximum / self.clip
+
+    def scale(self, absmax: Tensor) -> Tensor:
+        """s for magnitudes up to `absmax` (any shape), at least 1e-8."""
+        return (wide(absmax) / self.divisor).clamp_min(SMALLEST_SCALE)
+
+    def scale_of(self, x: Tensor, calibrated: Tensor | None = None) -> Tensor:
+        """s for x [..., C]: each token's own [..., 1], or the calibrated one.
+
+        Raises:
+            ValueError: a format that needs a calibrated scale, but none given.
+        """
+        if self.granularity == "token":
+            return self.scale(x.abs().amax(dim=-1, keepdim=True))
+        if calibrated is None:
+            raise ValueError(f"activations with one scale a {self.granularity} need a calibrated scale")
+        return calibrated
+
+    def steps(self, x: Tensor, scale: Tensor) -> Tensor:
+        """What is then rounded to n: x in steps of its grid, within the grid's range."""
+        if self.grid == "midrise":
+            return (wide(x) / scale - 0.5).clamp(-self.maximum, self.maximum - 1)
+        return steps_per_tensor(x, scale, self.bits)
+
+    def carriers(self, rounded: Tensor) -> Tensor:
+        """n -> q, in a floating dtype, which holds them exactly."""
+        return 2 * rounded + 1 if self.grid == "midrise" else rounded
+
+    def unit(self, scale: Tensor) -> Tensor:
+        """s -> what one unit of q stands for."""
+        return scale / 2 if self.grid == "midrise" else scale
+
+    def quantize(self, x: Tensor, calibrated: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [..., C] -> (q [..., C], what one unit of q stands for)."""
+        scale = self.scale_of(x, calibrated)
+        return self.carriers(self.steps(x, scale).round()), self.unit(scale)
+
+    def rounded(self, x: Tensor, calibrated: Tensor | None = None) -> Tensor:
+        """x as the layer's products see it."""
+        q, unit = self.quantize(x, calibrated)
+        return q * unit
+
+
+FLOAT = ActivationFormat()  # inputs that are not quantized

@@ -1,0 +1,122 @@
+"""How `quantize` chooses the format of each input: what a recipe says of it, checked, and what is calibrated of it.
+
+Linears that read one input and ask for the same get the same format, so that the input is quantized once for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, cast, get_args
+
+from torch import Tensor
+
+from ditq.calibration.statistics import InputStatistics
+from ditq.errors import DitqError
+from ditq.formats import BitFormat
+from ditq.graph import DiTGraph
+from ditq.numerics.activation_clip import best_clip, column_energy, input_error
+from ditq.numerics.activation_format import FLOAT, MIDRISE_BITS, ActivationFormat, Granularity, Grid
+from ditq.passes.folding import plain_linear
+from ditq.suggest import unknown_key
+
+GRANULARITIES = ("token", "tensor")
+GRIDS: tuple[str, ...] = get_args(Grid)
+
+
+@dataclass(frozen=True)
+class ActivationSettings:
+    """What a recipe says of the input of one linear; the fields of a rule override those of the pass."""
+
+    format: str = "w4a8"
+    activation: str = "token"
+    activation_grid: str = "symmetric"
+    activation_clip: bool = False
+
+    @property
+    def bits(self) -> int:
+        return BitFormat.parse(self.format).activation
+
+    def asked(self) -> tuple[Any, ...]:
+        """What two linears of one input must have in common to share its format."""
+        values = [getattr(self, item.name) for item in fields(ActivationSettings) if item.name != "format"]
+        return (self.bits, *values)
+
+    def needs_statistics(self) -> bool:
+        return self.bits < 16 and (self.activation == "tensor" or self.activation_clip)
+
+    def activation_words(self) -> list[str]:
+        """What is not as usual, for `ditq inspect`."""
+        usual = ActivationSettings()
+        changed = [key for key in ("activation", "activation_grid") if getattr(self, key) != getattr(usual, key)]
+        clipped = ["clipped"] if self.activation_clip else []
+        return [] if self.bits == 16 else [getattr(self, key) for key in changed] + clipped
+
+    def check(self) -> None:
+        """Raise DitqError for settings that are unknown or do not fit each other."""
+        for key, known in (("activation", GRANULARITIES), ("activation_grid", GRIDS)):
+            if getattr(self, key) not in known:
+                raise DitqError(unknown_key(f"pass 'quantize': {key}", getattr(self, key), list(known)))
+        if self.activation_grid == "midrise" and MIDRISE_BITS < self.bits < 16:
+            raise DitqError(
+                f"pass 'quantize': activation_grid midrise takes at most {MIDRISE_BITS} bits of activations, "
+                f"{self.format} has {self.bits}; leave it symmetric"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenFormat:
+    """The format of an input, the calibrated scale where it is not found at run time, and what quantizing loses of it."""
+
+    format: ActivationFormat = FLOAT
+    scale: Tensor | None = None
+    error: float | None = None
+
+    def row(self) -> dict[str, Any]:
+        """For the pass report."""
+        if self.format.granularity == "none":
+            return {}
+        found: dict[str, Any] = {}
+        if self.format.grid != "symmetric":
+            found["grid"] = self.format.grid
+        if self.format.clip != 1:
+            found["clip"] = self.format.clip
+        return found if self.error is None else {**found, "input error": self.error}
+
+
+class InputFormats:
+    """The formats of the inputs of planned linears, each chosen once, when the first of its linears is quantized."""
+
+    def __init__(self, graph: DiTGraph, plan: Mapping[str, ActivationSettings]) -> None:
+        self.graph, self.plan = graph, plan
+        self.chosen: dict[tuple[Any, ...], ChosenFormat] = {}
+
+    def of(self, site: str, statistics: InputStatistics | None) -> ChosenFormat:
+        """The format of the input of `site`; its linears must not have been quantized yet."""
+        settings, group = self.plan[site], self.graph.sites[site].group
+        if settings.bits == 16:
+            return ChosenFormat()
+        key = (group, *settings.asked())
+        if key not in self.chosen:
+            alike = [
+                other
+                for other, asked in self.plan.items()
+                if self.graph.sites[other].group == group and asked.asked() == settings.asked()
+            ]
+            self.chosen[key] = self._choose(settings, alike, statistics)
+        return self.chosen[key]
+
+    def _choose(
+        self, settings: ActivationSettings, sites: list[str], statistics: InputStatistics | None
+    ) -> ChosenFormat:
+        form = ActivationFormat(
+            settings.bits, cast(Granularity, settings.activation), cast(Grid, settings.activation_grid)
+        )
+        if statistics is None:
+            return ChosenFormat(form)
+        energy = column_energy([plain_linear(self.graph, site).weight.detach() for site in sites])
+        absmax = statistics.absmax_all.max() if settings.activation == "tensor" else None
+        if settings.activation_clip:
+            form = best_clip(statistics.sample, form, energy, absmax)
+        scale = None if absmax is None else form.scale(absmax).float()
+        return ChosenFormat(form, scale, input_error(statistics.sample, form, energy, absmax))
