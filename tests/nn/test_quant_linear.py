@@ -183,7 +183,7 @@ def test_exporting_is_over_when_its_block_is_even_after_an_error() -> None:
     assert torch.equal(layer(x), before)
 
 
-@pytest.mark.parametrize("activation", [DYNAMIC, STATIC])
+@pytest.mark.parametrize("activation", [DYNAMIC, STATIC, ActivationFormat(4, "token", "midrise", 0.8)])
 def test_given_integers_take_the_place_of_the_nearest_ones(activation: ActivationFormat) -> None:
     layer, _, x = _made(Form(activation=activation, transform=True, rank=3))
     before = layer(x)
