@@ -110,6 +110,7 @@ def _origin(trajectories: Trajectories) -> dict[str, Any]:
         "sampling_seed": index["seed"],
         "steps": trajectories.steps,
         "timesteps": trajectories.timesteps,
+        "timestep_arguments": trajectories.timestep_arguments,
     }
 
 

@@ -96,6 +96,18 @@ class Trajectories:
         """The scheduler's timestep at each step."""
         return self._records[0]["timesteps"]
 
+    @cached_property
+    def timestep_arguments(self) -> list[float] | None:
+        """What the denoiser gets as its argument `timestep` at each step, in the unit of its pipeline; None without one."""
+        found: dict[int, float] = {}
+        for call in self.calls():
+            if call.condition > 0:
+                break
+            value = call.arguments.get("timestep")
+            if isinstance(value, torch.Tensor):
+                found.setdefault(call.step, float(value.reshape(-1)[0]))
+        return [found[step] for step in range(self.steps)] if len(found) == self.steps else None
+
     def bin_of(self, step: int, bins: int) -> int:
         """The timestep bin of a step: the trajectory's steps divided equally into `bins`, first step in bin 0."""
         return step * bins // self.steps

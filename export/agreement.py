@@ -19,6 +19,7 @@ from ditq.export.engine import GRAPH, Engine
 from ditq.export.session import open_session, session_options
 from ditq.export.weights_file import WEIGHTS
 from ditq.nn import QuantLinear
+from ditq.nn.call_timestep import ARGUMENT
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # for a graph that is given as bytes
 
@@ -38,6 +39,7 @@ def site_agreement(engine: Engine, inputs: Mapping[str, Any]) -> dict[str, float
         state = {name: tensor for name, tensor in stored.items() if name.startswith(prefix)}
         layer = QuantLinear.from_spec(engine.sites[entry.site], state)
         layer.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()})
+        layer.timestep = inputs.get(ARGUMENT)
         expected = layer(values[entry.input])
         difference = torch.linalg.vector_norm(values[entry.output] - expected)
         errors[entry.site] = float(difference / torch.linalg.vector_norm(expected).clamp_min(1e-30))

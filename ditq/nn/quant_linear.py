@@ -1,7 +1,8 @@
 """QuantLinear: a linear with coded weights and, where wanted, quantized activations; its exact meaning in plain torch.
 
     x' = transform(x)                         online scale, centring, rotation (absent where folded)
-    q  = round(x' / s_x), |q| <= 2^(b-1)-1    s_x per token (dynamic) or per tensor (static); or the odd integers of a
+    q  = round(x' / s_x), |q| <= 2^(b-1)-1    s_x per token (dynamic), per tensor or per
+                                              timestep bin (static); or the odd integers of a
                                               mid-rise grid (numerics/activation_format.py)
     c  = table[code]                          int8 carrier; with group multipliers round(table[code] * m / 255)
     y  = (q c^T) * s_x * s_w + bias
@@ -25,10 +26,12 @@ from torch import Tensor, nn
 from torch.library import custom_op
 from torch.nn import functional as F
 
+from ditq.errors import DitqError
 from ditq.nn.input_transform import InputTransform
 from ditq.numerics.activation_format import FLOAT, ActivationFormat
 from ditq.numerics.codebook import LowRank, WeightCode
 from ditq.numerics.packing import pack, unpack
+from ditq.numerics.timestep_bins import bin_of
 
 Branch = Literal["integer", "float"]
 Rounding = Callable[[str, Tensor], Tensor]
@@ -39,8 +42,8 @@ class QuantLinear(nn.Module):
     """y = x W^T + b with W given by codes into an int8 table and scales.
 
     Buffers: `codes` packed uint8 (numerics/packing.py; int8 [O, I] itself at 8 bits), `table` int8 [L] or [O, L],
-    `scale` float32 [O] or [O, G], `multiplier` uint8 [O, G], `bias` float32 [O], `activation_scale` float32 []; of a branch
-    of rank r: `down` int8 [r, I], `up` int8 [O, r], `branch_scale` float32 [r].
+    `scale` float32 [O] or [O, G], `multiplier` uint8 [O, G], `bias` float32 [O], `activation_scale` float32 [], or [B] for B
+    bins of timesteps; of a branch of rank r: `down` int8 [r, I], `up` int8 [O, r], `branch_scale` float32 [r].
     """
 
     codes: Tensor
@@ -82,13 +85,14 @@ class QuantLinear(nn.Module):
         self.register_buffer("down", None if low_rank is None else low_rank.down)
         self.register_buffer("up", None if low_rank is None else low_rank.up)
         self.register_buffer("branch_scale", None if low_rank is None else low_rank.scale)
-        if activation.granularity == "tensor" and activation_scale is None:
+        if activation.granularity in ("tensor", "timestep") and activation_scale is None:
             raise ValueError(f"{site}: static activations need a calibrated scale")
         if activation.granularity != "none" and self.scale.dim() == 2 and self.scale.shape[1] > 1:
             raise ValueError(f"{site}: an integer matmul takes one scale a row; give group multipliers instead")
         self._carrier: Tensor | None = None
         self.exporting = False
         self.rounding: Rounding | None = None
+        self.timestep: Tensor | None = None  # of the call that runs (call_timestep.py)
 
     def carrier(self) -> Tensor:
         """The weight on its integer grid, int8 [O, I]."""
@@ -136,8 +140,19 @@ class QuantLinear(nn.Module):
 
     def in_steps(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(the transformed input in steps of its grid, within the grid's range but not rounded yet; the step)."""
-        step = self.activation.scale_of(x, self.activation_scale)
+        step = self.activation.scale_of(x, self._calibrated())
         return self.activation.steps(x, step), step
+
+    def _calibrated(self) -> Tensor | None:
+        """The calibrated scale, that of the timestep's bin where there are several."""
+        if self.activation.granularity != "timestep":
+            return self.activation_scale
+        if self.timestep is None:
+            raise DitqError(
+                f"{self.site}: its input has a scale a timestep bin; run the whole model, which tells the bin"
+            )
+        assert self.activation_scale is not None
+        return self.activation_scale[bin_of(self.timestep, self.activation.edges).to(self.activation_scale.device)]
 
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(integers q of the transformed input, what one of them stands for: s_x)."""
@@ -193,6 +208,7 @@ class QuantLinear(nn.Module):
             low_rank,
         )
         activation = ActivationFormat(**spec["activation"])
+        scales = {"tensor": torch.zeros(()), "timestep": torch.zeros(len(activation.edges) + 1)}
         transform = None
         if spec["transform"]:
             transform = InputTransform.from_spec(spec["transform"], state, f"{spec['site']}.transform.")
@@ -201,7 +217,7 @@ class QuantLinear(nn.Module):
             weight,
             torch.zeros(out_features) if spec["bias"] else None,
             activation,
-            torch.zeros(()) if activation.granularity == "tensor" else None,
+            scales.get(activation.granularity),
             transform,
             spec["codebook"],
             spec.get("branch", "integer"),

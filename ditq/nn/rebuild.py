@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditq.nn.call_timestep import tell_at_each_call
 from ditq.nn.input_transform import InputTransform
 from ditq.nn.modulation_factor import ModulationFactor, attach
 from ditq.nn.quant_linear import QuantLinear
@@ -49,4 +50,6 @@ def rebuild(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, 
         linear = model.get_submodule(name)
         if isinstance(linear, nn.Linear) and linear.bias is None:
             linear.bias = nn.Parameter(torch.zeros(linear.out_features), requires_grad=False)
+    if any(spec["activation"]["granularity"] == "timestep" for spec in described["quantized"].values()):
+        tell_at_each_call(model)
     model.load_state_dict(tensors, assign=True)

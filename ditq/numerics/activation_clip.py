@@ -29,7 +29,7 @@ def column_energy(weights: Sequence[Tensor]) -> Tensor:
 def input_error(rows: Tensor, form: ActivationFormat, energy: Tensor, absmax: Tensor | None = None) -> float:
     """Squared error of the quantized rows [n, C] over their own square, channels counting by energy [C].
 
-    absmax: the calibrated largest magnitude, for formats whose scale is not the token's own.
+    absmax: [] or [n, 1], the calibrated largest magnitude of each row, for formats whose scale is not the token's own.
     """
     scale = None if absmax is None else form.scale(absmax)
     error = (form.rounded(rows, scale) - rows).double().square().sum(0)
@@ -39,5 +39,6 @@ def input_error(rows: Tensor, form: ActivationFormat, energy: Tensor, absmax: Te
 
 def best_clip(rows: Tensor, form: ActivationFormat, energy: Tensor, absmax: Tensor | None = None) -> ActivationFormat:
     """The format with the clip factor, of CLIPS, of least error; of equal ones the largest."""
-    rows = rows[:: -(-len(rows) // MOST_ROWS) or 1]
+    stride = -(-len(rows) // MOST_ROWS) or 1
+    rows, absmax = rows[::stride], absmax if absmax is None or absmax.dim() == 0 else absmax[::stride]
     return min((replace(form, clip=clip) for clip in CLIPS), key=lambda tried: input_error(rows, tried, energy, absmax))

@@ -18,14 +18,17 @@ from torch import Tensor
 
 from ditq.numerics.uniform import SMALLEST_SCALE, largest_integer, steps_per_tensor, wide
 
-Granularity = Literal["token", "tensor", "none"]
+Granularity = Literal["token", "tensor", "timestep", "none"]
 Grid = Literal["symmetric", "midrise"]
 MIDRISE_BITS = 7  # the most whose odd integers fit int8
 
 
 @dataclass(frozen=True)
 class ActivationFormat:
-    """How the input is quantized: 'token' scales each token by its own maximum, 'tensor' uses one calibrated scale.
+    """How the input is quantized.
+
+    granularity: 'token' scales each token by its own maximum, 'tensor' uses one calibrated scale, 'timestep' one for each
+    bin of timesteps, between `edges`, which fall.
 
     Raises:
         ValueError: bits, grid or clip out of range.
@@ -35,8 +38,10 @@ class ActivationFormat:
     granularity: Granularity = "none"
     grid: Grid = "symmetric"
     clip: float = 1.0
+    edges: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "edges", tuple(self.edges))  # a list, where it comes from JSON
         if self.granularity == "none":
             return
         largest_integer(self.bits)
@@ -60,7 +65,7 @@ class ActivationFormat:
         return (wide(absmax) / self.divisor).clamp_min(SMALLEST_SCALE)
 
     def scale_of(self, x: Tensor, calibrated: Tensor | None = None) -> Tensor:
-        """s for x [..., C]: each token's own [..., 1], or the calibrated one.
+        """s for x [..., C]: each token's own [..., 1], or the calibrated one (of the bin that holds, with bins).
 
         Raises:
             ValueError: a format that needs a calibrated scale, but none given.

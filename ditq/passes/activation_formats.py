@@ -5,22 +5,25 @@ Linears that read one input and ask for the same get the same format, so that th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast, get_args
 
+import torch
 from torch import Tensor
 
 from ditq.calibration.statistics import InputStatistics
 from ditq.errors import DitqError
 from ditq.formats import BitFormat
 from ditq.graph import DiTGraph
+from ditq.nn.call_timestep import ARGUMENT
 from ditq.numerics.activation_clip import best_clip, column_energy, input_error
 from ditq.numerics.activation_format import FLOAT, MIDRISE_BITS, ActivationFormat, Granularity, Grid
+from ditq.numerics.timestep_bins import bin_edges
 from ditq.passes.folding import plain_linear
 from ditq.suggest import unknown_key
 
-GRANULARITIES = ("token", "tensor")
+GRANULARITIES = ("token", "tensor", "timestep")
 GRIDS: tuple[str, ...] = get_args(Grid)
 
 
@@ -33,6 +36,14 @@ class ActivationSettings:
     activation_grid: str = "symmetric"
     activation_clip: bool = False
 
+    def check_model(self, arguments: Collection[str]) -> None:
+        """Raise DitqError for settings that a model with these arguments cannot have."""
+        if self.activation == "timestep" and self.bits < 16 and ARGUMENT not in arguments:
+            raise DitqError(
+                f"pass 'quantize': activation timestep needs a model with an argument called {ARGUMENT}; "
+                "set activation: token"
+            )
+
     @property
     def bits(self) -> int:
         return BitFormat.parse(self.format).activation
@@ -43,7 +54,7 @@ class ActivationSettings:
         return (self.bits, *values)
 
     def needs_statistics(self) -> bool:
-        return self.bits < 16 and (self.activation == "tensor" or self.activation_clip)
+        return self.bits < 16 and (self.activation != "token" or self.activation_clip)
 
     def activation_words(self) -> list[str]:
         """What is not as usual, for `ditq inspect`."""
@@ -87,8 +98,11 @@ class ChosenFormat:
 class InputFormats:
     """The formats of the inputs of planned linears, each chosen once, when the first of its linears is quantized."""
 
-    def __init__(self, graph: DiTGraph, plan: Mapping[str, ActivationSettings]) -> None:
-        self.graph, self.plan = graph, plan
+    def __init__(
+        self, graph: DiTGraph, plan: Mapping[str, ActivationSettings], calibration: Mapping[str, Any] | None = None
+    ) -> None:
+        """calibration: where the statistics come from (`Context.calibration`)."""
+        self.graph, self.plan, self.calibration = graph, plan, calibration or {}
         self.chosen: dict[tuple[Any, ...], ChosenFormat] = {}
 
     def of(self, site: str, statistics: InputStatistics | None) -> ChosenFormat:
@@ -115,8 +129,28 @@ class InputFormats:
         if statistics is None:
             return ChosenFormat(form)
         energy = column_energy([plain_linear(self.graph, site).weight.detach() for site in sites])
-        absmax = statistics.absmax_all.max() if settings.activation == "tensor" else None
+        largest: Tensor | None = None  # that the calibrated scales cover
+        absmax: Tensor | None = None  # the same for each sampled row
+        bins, edges = self._timestep_bins(statistics) if settings.activation == "timestep" else ([], ())
+        if edges:
+            form, largest = replace(form, edges=edges), statistics.absmax[bins].amax(1)
+            absmax = largest[torch.searchsorted(torch.tensor(bins), statistics.sample_bin)][:, None]
+        elif settings.activation != "token":  # also where all steps are in one bin
+            form, largest = replace(form, granularity="tensor"), statistics.absmax_all.max()
+            absmax = largest
         if settings.activation_clip:
             form = best_clip(statistics.sample, form, energy, absmax)
-        scale = None if absmax is None else form.scale(absmax).float()
+        scale = None if largest is None else form.scale(largest).float()
         return ChosenFormat(form, scale, input_error(statistics.sample, form, energy, absmax))
+
+    def _timestep_bins(self, statistics: InputStatistics) -> tuple[list[int], tuple[float, ...]]:
+        timesteps = self.calibration.get("timestep_arguments")
+        if not timesteps:
+            raise DitqError(
+                "pass 'quantize': activation timestep needs statistics that hold the timesteps the model was given; "
+                "calibrate again, or set activation: token"
+            )
+        try:
+            return bin_edges(timesteps, statistics.bins)
+        except ValueError as error:
+            raise DitqError(f"pass 'quantize': activation timestep: {error}; set activation: token") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -95,6 +95,11 @@ class Context:
 
     def change(self, group: str) -> InputChange:
         return self.changes.setdefault(group, InputChange())
+
+    @property
+    def calibration(self) -> Mapping[str, Any]:
+        """Where the statistics come from (`Statistics.metadata`); empty without any."""
+        return {} if self._statistics is None else self._statistics.metadata
 
     def statistics(self, group: str) -> InputStatistics:
         """Statistics of the group's input as it is now, after what earlier passes changed.

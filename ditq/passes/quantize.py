@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ditq.errors import DitqError
 from ditq.formats import BitFormat
 from ditq.graph import DiTGraph
+from ditq.nn.call_timestep import tell_at_each_call
 from ditq.nn.quant_linear import Branch, QuantLinear
 from ditq.nn.transformed_linear import TransformedLinear
 from ditq.numerics.activation_noise import for_noisy_inputs, rounding_noise
@@ -75,7 +76,9 @@ class Quantize(Pass):
     codebook: str = setting("twin_log_shared", "where the levels of the weights lie", tuple(CODEBOOKS))
     rounding: str = setting("gptq", "how weights are rounded to levels", ROUNDINGS)
     group_size: int = setting(0, "columns that share a scale; 0 is the whole row")
-    activation: str = setting("token", "one scale a token, found at run time, or one calibrated scale", GRANULARITIES)
+    activation: str = setting(
+        "token", "one scale a token found at run time, one calibrated, or one a timestep bin", GRANULARITIES
+    )
     activation_grid: str = setting("symmetric", "levels of the activations: symmetric about 0, or all 2^b codes", GRIDS)
     activation_clip: bool = setting(False, "search for each input how far its range reaches, 1 to 0.5 of the maximum")
     rank: int = setting(0, "rank of the low-rank branch beside the codes; 0 is none")
@@ -147,6 +150,7 @@ class Quantize(Pass):
             if settings.group_size and width % settings.group_size:
                 size = settings.group_size
                 raise DitqError(f"pass 'quantize': {site}: group_size {size} does not divide its {width} inputs")
+            settings.check_model(graph.example_inputs)
             smaller = min(width, graph.sites[site].out_features)
             if settings.rank > smaller:
                 raise DitqError(f"pass 'quantize': {site}: a rank of {settings.rank} is above its width, {smaller}")
@@ -165,11 +169,13 @@ class Quantize(Pass):
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
         plan = self.plan(graph)
-        formats = InputFormats(graph, plan)
+        formats = InputFormats(graph, plan, context.calibration)
         weights = bits = 0.0
         for site, settings in context.track(self.name, plan.items()):
             layer, row = self._quantize(graph, context, site, settings, formats)
             graph.replace(site, layer)
+            if layer.activation.granularity == "timestep":
+                tell_at_each_call(graph.model)
             report.rows.append(row)
             weights += layer.in_features * layer.out_features
             bits += row["bits a weight"] * layer.in_features * layer.out_features

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditq.nn.call_timestep import ARGUMENT, tell_timestep
 from ditq.nn.quant_linear import QuantLinear
 from ditq.progress import ProgressSetting, progress_bar
 from ditq.report.alignment import Alignment
@@ -112,6 +113,8 @@ def per_layer_sqnr(
 
     with progress_bar("layers", len(calls), progress) as bar:
         for call in calls:
+            if ARGUMENT in call:
+                tell_timestep(quantized, call[ARGUMENT])  # its layers run alone first
             with _hooked({name: pair[0] for name, pair in pairs.items()}, before):
                 original(**call)
             with _hooked({name: pair[1] for name, pair in pairs.items()}, after):

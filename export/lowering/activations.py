@@ -9,6 +9,8 @@ Levels beyond a clipped range are cut off after rounding, on bytes, which is the
 memory. A mid-rise grid makes n the odd integer 2n + 1 on bytes as well: with n + 64 in [0, 127], a shift
 to the left and a one in the last bit give 2n + 1 + 128.
 
+The scale of a timestep bin comes the same way: the bin is the number of edges that the timestep lies below.
+
 The operations and their order are those of numerics/activation_format.py, so that both round alike.
 """
 
@@ -18,11 +20,14 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
+from ditq.errors import DitqError
 from ditq.export.lowering.writer import Writer
+from ditq.nn.call_timestep import ARGUMENT
 from ditq.numerics.activation_format import ActivationFormat
 from ditq.numerics.uniform import SMALLEST_SCALE
 
 ZERO_POINT = 128
+FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
 
 def per_token(writer: Writer, x: ir.Value, form: ActivationFormat) -> tuple[ir.Value, ir.Value]:
@@ -35,7 +40,26 @@ def per_token(writer: Writer, x: ir.Value, form: ActivationFormat) -> tuple[ir.V
     scale = writer.op(
         "Max", scale, writer.constant(SMALLEST_SCALE, np.float32, name="smallest_scale"), name="token_scale"
     )
-    q = _integers(writer, writer.op("Div", x, scale, name="in_steps"), form, saturates=form.clip < 1)
+    return _unit_scale(writer, x, scale, form, saturates=form.clip < 1)
+
+
+def per_timestep(writer: Writer, x: ir.Value, scale: ir.Value, form: ActivationFormat) -> tuple[ir.Value, ir.Value]:
+    """As `per_token`, but with the scale [B] of each timestep bin given: what one integer stands for is [1]."""
+    timestep = next((value for value in writer.graph.inputs if value.name == ARGUMENT), None)
+    if timestep is None:
+        raise DitqError(f"{writer.scope}: its input has a scale a timestep bin, but the graph has no input {ARGUMENT}")
+    every, first = (writer.constant([number], np.int64, name="axis") for number in (-1, 0))
+    flat = writer.op("Reshape", timestep, every, name="timesteps")
+    one = writer.op("Cast", writer.op("Gather", flat, first, name="timestep"), name="timestep.float", to=FLOAT)
+    below = writer.op("Less", one, writer.constant(form.edges, np.float32, name="edges"), name="below_edges")
+    number = writer.op("ReduceSum", writer.op("Cast", below, name="passed", to=INT64), first, name="bin", keepdims=1)
+    return _unit_scale(writer, x, writer.op("Gather", scale, number, name="bin_scale"), form, saturates=True)
+
+
+def _unit_scale(
+    writer: Writer, x: ir.Value, scale: ir.Value, form: ActivationFormat, saturates: bool
+) -> tuple[ir.Value, ir.Value]:
+    q = _integers(writer, writer.op("Div", x, scale, name="in_steps"), form, saturates)
     if form.grid == "midrise":
         scale = writer.op("Mul", scale, writer.constant(0.5, np.float32, name="half"), name="half_step")
     return _dequantized(writer, q, np.float32(1)), scale

@@ -56,7 +56,9 @@ class _Lowering:
     writer: Writer
     planned: list[PlannedMatMul] = field(default_factory=list)
     transformed: dict[tuple[ir.Value, str], ir.Value] = field(default_factory=dict)
-    quantized: dict[tuple[ir.Value, ActivationFormat], tuple[ir.Value, ir.Value]] = field(default_factory=dict)
+    quantized: dict[tuple[ir.Value, ActivationFormat, tuple[float, ...]], tuple[ir.Value, ir.Value]] = field(
+        default_factory=dict
+    )
     static: dict[tuple[ir.Value, float, ActivationFormat], ir.Value] = field(default_factory=dict)
 
     def replace(self, node: ir.Node, layer: QuantLinear) -> None:
@@ -83,11 +85,8 @@ class _Lowering:
     def _product(self, x: ir.Value, rank: int, layer: QuantLinear) -> _Made:
         """All that the layer makes of the transformed input."""
         writer = self.writer
-        if layer.activation.granularity == "token":
-            token_key = (x, layer.activation)
-            if token_key not in self.quantized:
-                self.quantized[token_key] = activations.per_token(writer, x, layer.activation)
-            integers, scale = self.quantized[token_key]
+        if layer.activation.granularity in ("token", "timestep"):
+            integers, scale = self._unit_scale(x, layer)
             product, inner = self._integer_products(integers, layer)
             y = writer.op("Mul", product, scale, name="rescaled")
             scaled = None if inner is None else writer.op("Mul", inner, scale, name="inner.rescaled")
@@ -100,6 +99,18 @@ class _Lowering:
             return _Made("weight-only kernel", product, self._finished(product, inner, x, rank, layer))
         product = writer.op("MatMul", x, weights.float_weight(writer, layer), name="matmul")
         return _Made("dequantized", product, self._finished(product, None, x, rank, layer))
+
+    def _unit_scale(self, x: ir.Value, layer: QuantLinear) -> tuple[ir.Value, ir.Value]:
+        """(integers, what one of them stands for), made once for all layers of one input and format."""
+        writer, form, calibrated = self.writer, layer.activation, layer.activation_scale
+        key = (x, form, () if calibrated is None else tuple(calibrated.tolist()))
+        if key not in self.quantized:
+            if calibrated is None:
+                self.quantized[key] = activations.per_token(writer, x, form)
+            else:
+                scale = writer.state(f"{layer.site}.activation_scale", calibrated)
+                self.quantized[key] = activations.per_timestep(writer, x, scale, form)
+        return self.quantized[key]
 
     def _static_product(self, x: ir.Value, rank: int, layer: QuantLinear) -> _Made:
         writer, scale = self.writer, layer.activation_scale

@@ -36,7 +36,8 @@ def quantized(
     low_rank = fit_low_rank(weight, None, rank) if rank else None
     remainder = weight if low_rank is None else weight - low_rank.product()
     code = replace(encode(remainder, CODEBOOKS[codebook](remainder, bits, **settings)), low_rank=low_rank)
-    scale = torch.tensor(0.031) if activation.granularity == "tensor" else None
+    scales = {"tensor": torch.tensor(0.031), "timestep": torch.linspace(0.02, 0.4, len(activation.edges) + 1)}
+    scale = scales.get(activation.granularity)
     return QuantLinear(site, code, linear.bias, activation, scale, transform, codebook, branch)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ def layer_of(width: int = 96, site: str = "site", rows: int = 40, bias: bool = T
     return quantized(linear, site, **settings)
 
 
-def graph_of(*layers: QuantLinear, rank: int = 3, joined: tuple[int, ...] = ()) -> ir.Model:
-    """x -> each layer; with `joined`, x is the concatenation of inputs of those widths."""
+def graph_of(
+    *layers: QuantLinear, rank: int = 3, joined: tuple[int, ...] = (), timestep: ir.DataType | None = None
+) -> ir.Model:
+    """x -> each layer; with `joined`, x is the concatenation of inputs of those widths; with `timestep`, of that type."""
     shape = [2, "tokens"][: rank - 1]
     widths = joined or (layers[0].in_features,)
     inputs = [
@@ -52,6 +55,8 @@ def graph_of(*layers: QuantLinear, rank: int = 3, joined: tuple[int, ...] = ()) 
         value.shape = ir.Shape([*shape, layer.out_features])
         nodes.append(node)
         outputs.append(value)
+    if timestep is not None:
+        inputs.append(ir.Value(name="timestep", shape=ir.Shape(["batch"]), type=ir.TensorType(timestep)))
     graph = ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": OPSET, DOMAIN: 1}, name="forms")
     return ir.Model(graph, ir_version=10)
 
@@ -119,6 +124,29 @@ def test_clipped_and_midrise_activations_run_as_an_integer_kernel(
     bits: int, grid: Any, granularity: Any, dimensions: int, tmp_path: Path
 ) -> None:
     check(layer_of(activation=ActivationFormat(bits, granularity, grid, clip=0.6)), tmp_path, None, dimensions)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("kind", ["float", "int"])
+@pytest.mark.parametrize(("bits", "grid"), [(8, "symmetric"), (4, "midrise")])
+def test_a_scale_a_timestep_bin_runs_as_an_integer_kernel(
+    bits: int, grid: Any, kind: str, dimensions: int, tmp_path: Path
+) -> None:
+    form = ActivationFormat(bits, "timestep", grid, edges=(700.5, 300.0))
+    layer = layer_of(activation=form)
+    model = graph_of(layer, rank=dimensions, timestep=ir.DataType.FLOAT if kind == "float" else ir.DataType.INT64)
+    (planned,) = lower(model, {layer.site: layer})
+    session, x = open_session(ir.to_proto(model).SerializeToString(), session_options(1)), tokens(rank=dimensions)
+    outputs = []
+    for timestep in (1000, 701, 700, 300, 299, 0):
+        layer.timestep = torch.tensor([timestep, 0], dtype=torch.float32 if kind == "float" else torch.int64)
+        (y,) = session.run(None, {"x0": x.numpy(), "timestep": layer.timestep.numpy()})
+        assert relative(torch.from_numpy(y), layer(x)) < SAME
+        outputs.append(torch.from_numpy(y))
+    same = [torch.equal(before, after) for before, after in itertools.pairwise(outputs)]
+    assert same == [True, False, True, False, True]
+    ir.save(model, tmp_path / "model.onnx")
+    assert kernels_of(tmp_path / "model.onnx")[planned.product] in INTEGER_KERNELS
 
 
 @pytest.mark.parametrize("activation", [TOKEN, TENSOR], ids=["token", "tensor"])

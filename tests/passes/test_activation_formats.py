@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,13 +12,16 @@ import torch
 
 from ditq.calibration.statistics import Statistics
 from ditq.errors import DitqError
+from ditq.export import load_engine, prove_fusion, site_agreement
 from ditq.graph import DiTGraph
 from ditq.nn import QuantLinear
 from ditq.numerics.activation_clip import CLIPS
 from ditq.passes import Context
+from ditq.passes.activation_formats import ActivationSettings
 from ditq.passes.quantize import Quantize, quantized_layers
 from ditq.recipe import Recipe
-from tests.families_small import small_graph, statistics_of
+from tests.export.quantized import engine_of, relative
+from tests.families_small import forward, small_graph, small_inputs, statistics_of
 
 
 @functools.cache
@@ -107,3 +112,86 @@ def test_formats_of_inputs_come_back_from_an_engine_and_old_engines_have_the_pla
     assert torch.equal(again(x), layer(x))
     old = QuantLinear.from_spec({**layer.spec(), "activation": {"bits": 8, "granularity": "token"}})
     assert old.activation.grid == "symmetric" and old.activation.clip == 1
+
+
+# --- a scale a timestep bin
+
+
+def _binned(**metadata: Any) -> Statistics:
+    """Of two steps in two bins: inputs of the second are three times those of the first."""
+    early, late = _statistics(), {}
+    for name, found in early.groups.items():
+        scales = {"second_moment": 9.0, "total": 3.0, "absmax": 3.0, "sample": 3.0, "sample_bin": 0.0}
+        later = replace(found, **{key: getattr(found, key) * factor for key, factor in scales.items()})
+        joined = {
+            item.name: torch.cat((getattr(found, item.name), getattr(later, item.name))) for item in fields(found)
+        }
+        joined["sample_bin"] = (torch.arange(2 * len(found.sample)) >= len(found.sample)).long()
+        late[name] = replace(found, **joined)
+    return Statistics(late, early.sites, {**early.metadata, "bins": 2, **metadata})
+
+
+def _by_timestep(statistics: Statistics, family: str = "dit", **settings: Any) -> DiTGraph:
+    graph = small_graph(family)
+    changed = {"codebook": "uniform", "rounding": "nearest", "activation": "timestep", **settings}
+    Recipe.from_dict({"passes": [{"quantize": changed}]}, "test").passes[0].run(graph, Context(statistics))
+    return graph
+
+
+def test_each_timestep_bin_has_the_scale_of_its_own_largest_value() -> None:
+    statistics = _binned(timestep_arguments=[900.0, 100.0])
+    graph = _by_timestep(statistics, format="w4a8")
+    for site, layer in quantized_layers(graph.model).items():
+        largest = _statistics().groups[graph.sites[site].group].absmax.max()
+        assert layer.activation_scale is not None and layer.activation.edges == (500.0,)
+        torch.testing.assert_close(layer.activation_scale, torch.stack((largest, 3 * largest)) / 127)
+
+
+def test_a_call_of_the_model_takes_the_scales_of_its_timestep() -> None:
+    graph = _by_timestep(_binned(timestep_arguments=[900.0, 100.0]), format="w4a4", activation_grid="midrise")
+    inputs = small_inputs(graph.model)
+    model, layers = graph.model, quantized_layers(graph.model)
+    with pytest.raises(DitqError, match="run the whole model"):
+        next(iter(layers.values()))(torch.zeros(1, 64))
+    for number, timestep in enumerate((700, 499)):
+        inputs["timestep"] = torch.full_like(inputs["timestep"], timestep)
+        found = forward(model, inputs)
+        fixed = small_graph("dit")
+        for site, layer in layers.items():
+            spec = layer.spec()
+            spec["activation"] = {**spec["activation"], "granularity": "tensor", "edges": []}
+            again = QuantLinear.from_spec(spec)
+            assert layer.activation_scale is not None
+            again.load_state_dict({**layer.state_dict(), "activation_scale": layer.activation_scale[number]})
+            fixed.replace(site, again)
+        assert torch.equal(found, forward(fixed.model, inputs))
+
+
+def test_an_engine_takes_the_scales_of_its_timestep(tmp_path: Path) -> None:
+    graph = _by_timestep(_binned(timestep_arguments=[900.0, 100.0]), format="w4a8", activation_clip=True)
+    engine = engine_of(graph.model, tmp_path / "engine")
+    assert prove_fusion(engine).complete
+    inputs = small_inputs(graph.model)
+    for timestep in (700, 499):
+        inputs["timestep"] = torch.full_like(inputs["timestep"], timestep)
+        errors = site_agreement(engine, inputs)
+        assert len(errors) == len(quantized_layers(graph.model)) and max(errors.values()) < 1e-5
+        # the torch target was rebuilt from the engine alone; a rounding may fall to the other side on the way
+        expected = forward(graph.model, inputs)
+        assert torch.equal(load_engine(engine.folder, target="torch")(**inputs, return_dict=False)[0], expected)
+        assert relative(load_engine(engine.folder)(**inputs, return_dict=False)[0], expected) < 1e-2
+
+
+def test_one_bin_is_one_scale_a_tensor() -> None:
+    found = _statistics()
+    graph = _by_timestep(replace(found, metadata={**found.metadata, "timestep_arguments": [900.0]}), format="w4a8")
+    assert {layer.activation.granularity for layer in quantized_layers(graph.model).values()} == {"tensor"}
+
+
+def test_timestep_scales_need_to_know_the_timesteps() -> None:
+    with pytest.raises(DitqError, match="calibrate again, or set activation: token"):
+        _by_timestep(_binned(), format="w4a8")
+    with pytest.raises(DitqError, match="do not fall along"):
+        _by_timestep(_binned(timestep_arguments=[100.0, 900.0]), format="w4a8")
+    with pytest.raises(DitqError, match="needs a model with an argument called timestep"):
+        ActivationSettings(activation="timestep").check_model(["hidden_states"])
