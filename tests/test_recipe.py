@@ -62,8 +62,9 @@ WRONG: dict[str, tuple[str, str]] = {
     ),
     "groups of twin_log": (
         _passes("quantize: {codebook: twin_log, group_size: 32}"),
-        "twin_log .* takes no group_size",
+        "'twin_log' .* takes no group_size",
     ),
+    "fp4 of 3 bits": (_passes("quantize: {codebook: e2m1, format: w3a8}"), "'e2m1' is for weights of 4 bits, not 3"),
     "rule without select": (_passes("quantize: {rules: [{format: w4a8}]}"), "has no select"),
     "rule a word": (_passes("quantize: {rules: [keep]}"), "the rule keep has no select"),
     "rule: unknown key": (

@@ -1,7 +1,8 @@
 """Exact squared errors of a codebook on whole rows, in time that hardly depends on the row's length.
 
 A row is sorted once and its weighted sums are accumulated; the error of any set of levels then needs only the sums at
-the midpoints between levels. That makes a grid search over hundreds of codebooks affordable, with no histogram.
+the midpoints between levels. That makes a grid search over hundreds of codebooks affordable, with no histogram. Short
+rows, such as groups of columns, are rounded value by value instead.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import torch
 from torch.nn.functional import pad
 
 _QUERIES = 1 << 20  # levels whose error is found at a time
+_SHORT = 6  # values a level up to which rounding a row costs less than sorting it and asking for sums
+_ROUNDED = 1 << 18  # values that are rounded at a time, so that they stay in the processor's cache
 
 
 class SortedRows:
@@ -66,6 +69,43 @@ class SortedRows:
         return scales.gather(1, best[:, None])[:, 0], error
 
 
+class ShortRows:
+    """Rows [R, N] of which every value is rounded for every candidate; for few values a level. Otherwise as SortedRows."""
+
+    def __init__(self, rows: torch.Tensor, importance: torch.Tensor | None = None) -> None:
+        self.values, self._importance = rows.float(), importance
+
+    def best_scale(self, table: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `SortedRows.best_scale`, with a table of whole numbers.
+
+        The midpoints between whole numbers are multiples of 1/2, so the nearest level to u is known from ceil(2 u).
+        """
+        doubled = torch.arange(int(2 * table[0]), int(2 * table[-1]) + 1, device=table.device)
+        nearest = table[torch.searchsorted(table[1:] + table[:-1], doubled.float())]
+        found, errors = [], []
+        for part in torch.arange(len(scales)).split(max(1, _ROUNDED // self.values.shape[1])):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            error = torch.stack([self._error(rows, nearest, doubled[0], scale[:, None]) for scale in scales[rows].T], 1)
+            least, best = error.min(dim=1)
+            found.append(scales[rows].gather(1, best[:, None])[:, 0])
+            errors.append(least)
+        return torch.cat(found), torch.cat(errors)
+
+    def _error(self, rows: slice, nearest: torch.Tensor, first: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Sum of h (nearest level - w)^2 over each row, float64 [R]; nearest[i] is the level of ceil(2 u) = first + i."""
+        units = self.values[rows] / scale
+        index = (2 * units).ceil_().sub_(first).clamp_(0, len(nearest) - 1)
+        error = nearest[index.long()].sub_(units).square_()
+        if self._importance is not None:
+            error *= self._importance[rows]
+        return error.sum(dim=1).double() * scale[:, 0].double().square()
+
+
+def rows_for(rows: torch.Tensor, importance: torch.Tensor | None, levels: int) -> SortedRows | ShortRows:
+    """The quicker of the two for tables of that many levels: rows [R, N], importance [R, N] or None."""
+    return (ShortRows if rows.shape[1] < _SHORT * levels else SortedRows)(rows, importance)
+
+
 def group_multipliers(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Group scales [O, G] -> row scale [O] (the largest) and uint8 [O, G] with scale ~ row scale * multiplier / 255."""
     row = scale.amax(dim=1)
@@ -81,12 +121,12 @@ def largest_carrier(bits: int) -> int:
     return 64 if bits <= 4 else 127
 
 
-def int8_levels(levels: torch.Tensor, largest: int) -> torch.Tensor:
-    """Positive levels [..., n], ascending, in steps of the int8 grid -> whole numbers 1..largest, all different.
+def int8_levels(levels: torch.Tensor, largest: int, smallest: int = 1) -> torch.Tensor:
+    """Levels [..., n], ascending, in steps of the int8 grid -> whole numbers smallest..largest, all different.
 
     Plain rounding, except where two levels would fall together: those move up to the next free whole number, so that no
     code is wasted.
     """
     order = torch.arange(levels.shape[-1], dtype=levels.dtype, device=levels.device)
-    spread = (levels.round().clamp_min(1) - order).cummax(dim=-1).values + order
+    spread = (levels.round().clamp_min(smallest) - order).cummax(dim=-1).values + order
     return torch.minimum(spread, largest - order.flip(0))

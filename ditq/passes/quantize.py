@@ -24,6 +24,7 @@ from ditq.numerics.rounding import output_error, round_gptq, round_nearest
 from ditq.numerics.scale_search import gptq_with_scale_search
 from ditq.passes.activation_formats import GRANULARITIES, GRIDS, ActivationSettings, InputFormats
 from ditq.passes.base import Context, Pass, PassReport, register, relative_error, setting
+from ditq.passes.choose_codebook import check_codebook
 from ditq.passes.folding import plain_linear
 from ditq.suggest import unknown_key
 
@@ -275,9 +276,6 @@ def _check_rule(rule: Any) -> None:
 
 
 def _check_site_settings(settings: SiteSettings) -> None:
-    BitFormat.parse(settings.format)
-    if settings.codebook not in CODEBOOKS:
-        raise DitqError(unknown_key("pass 'quantize': codebook", settings.codebook, list(CODEBOOKS)))
     if settings.rounding not in ROUNDINGS:
         raise DitqError(unknown_key("pass 'quantize': rounding", settings.rounding, list(ROUNDINGS)))
     settings.check()
@@ -287,8 +285,7 @@ def _check_site_settings(settings: SiteSettings) -> None:
         raise DitqError(f"pass 'quantize': rank is {settings.rank!r}, must be a whole number, 0 for none")
     if settings.branch not in BRANCHES:
         raise DitqError(unknown_key("pass 'quantize': branch", settings.branch, list(BRANCHES)))
-    if settings.group_size and settings.codebook == "twin_log":
-        raise DitqError("pass 'quantize': twin_log keeps a table a row and takes no group_size; use twin_log_shared")
+    check_codebook("pass 'quantize'", settings.codebook, settings.format, settings.group_size)
 
 
 def stored_bits(layer: QuantLinear) -> int:

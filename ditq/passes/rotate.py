@@ -9,19 +9,17 @@ from typing import Any, ClassVar
 import torch
 
 from ditq.errors import DitqError
-from ditq.formats import BitFormat
 from ditq.graph import DiTGraph
 from ditq.nn.transformed_linear import TransformedLinear
-from ditq.numerics.codebook import CODEBOOKS
 from ditq.numerics.learned_rotation import refine
 from ditq.numerics.rotation import Rotation, head_rotation
 from ditq.parts import Attention, InputGroup
 from ditq.passes.base import Context, Pass, PassReport, register, setting
+from ditq.passes.choose_codebook import check_codebook
 from ditq.passes.folding import fold_through_attention, plain_linear, rotate_consumers
 from ditq.passes.judging import FakeQuantLoss, Judge, Trial, choose
 from ditq.passes.learned_heads import learned_heads
 from ditq.passes.rotation_kinds import DATA_FREE, KINDS, Making, multiply_adds
-from ditq.suggest import unknown_key
 
 Choice = tuple[str, Rotation | None, dict[str, float]]  # kind, matrix, error of each kind tried
 
@@ -83,9 +81,7 @@ class Rotate(Pass):
             raise DitqError(f"pass 'rotate': tolerance is {self.tolerance}, must be 0 or more")
         if self.steps < 1:
             raise DitqError(f"pass 'rotate': steps is {self.steps}, must be 1 or more")
-        if self.codebook not in CODEBOOKS:
-            raise DitqError(unknown_key("pass 'rotate': codebook", self.codebook, list(CODEBOOKS)))
-        BitFormat.parse(self.format)
+        check_codebook("pass 'rotate'", self.codebook, self.format)
 
     def _making(self, seed: int = 0) -> Making:
         return Making(self.block, self.permutation, seed)

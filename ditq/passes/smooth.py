@@ -10,16 +10,14 @@ import torch
 from torch import Tensor
 
 from ditq.errors import DitqError
-from ditq.formats import BitFormat
 from ditq.graph import DiTGraph
-from ditq.numerics.codebook import CODEBOOKS
 from ditq.parts import InputGroup
 from ditq.passes.base import Context, Pass, PassReport, register, setting
+from ditq.passes.choose_codebook import check_codebook
 from ditq.passes.folding import can_shift, fold_into_consumers, fold_into_feed, plain_linear
 from ditq.passes.judging import Judge, Trial, choose
 from ditq.passes.rotation_kinds import DATA_FREE, KINDS, Making, multiply_adds
 from ditq.passes.salience import SALIENCES, channel_sizes
-from ditq.suggest import unknown_key
 
 PLAIN = 0.5  # the alpha that a search starts from
 CERTAIN_GAIN = 0.01  # by how much of its error another pair must be better than the plain one
@@ -66,9 +64,7 @@ class Smooth(Pass):
             raise DitqError(f"pass 'smooth': grid is {self.grid}, must be 2 or more")
         if self.block < 2 or self.block & (self.block - 1):
             raise DitqError(f"pass 'smooth': block is {self.block}, must be a power of two from 2 on, such as 32 or 64")
-        if self.codebook not in CODEBOOKS:
-            raise DitqError(unknown_key("pass 'smooth': codebook", self.codebook, list(CODEBOOKS)))
-        BitFormat.parse(self.format)
+        check_codebook("pass 'smooth'", self.codebook, self.format)
 
     def _groups(self, graph: DiTGraph) -> list[InputGroup]:
         selected = set(graph.select(self.select))

@@ -99,6 +99,14 @@ def test_a_shared_table_of_any_width_runs_as_an_integer_kernel(
     check(layer_of(bits=bits, activation=activation, codebook=codebook), tmp_path, None)
 
 
+@pytest.mark.parametrize(
+    ("codebook", "bits"),
+    [("nf", 3), ("nf", 4), ("lloyd_max", 4), ("lloyd_max", 5), ("apot", 4), ("apot", 7), ("e2m1", 4)],
+)
+def test_every_codebook_of_one_table_runs_as_an_integer_kernel(codebook: str, bits: int, tmp_path: Path) -> None:
+    check(layer_of(bits=bits, codebook=codebook), tmp_path, None)
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 @pytest.mark.parametrize("width", [96, 91], ids=["even", "odd"])
 def test_a_table_a_row_runs_as_an_integer_kernel(bits: int, width: int, tmp_path: Path) -> None:
@@ -106,7 +114,7 @@ def test_a_table_a_row_runs_as_an_integer_kernel(bits: int, width: int, tmp_path
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-@pytest.mark.parametrize("codebook", ["uniform", "twin_log_shared"])
+@pytest.mark.parametrize("codebook", ["uniform", "twin_log_shared", "lloyd_max"])
 def test_group_multipliers_run_as_an_integer_kernel(bits: int, codebook: str, tmp_path: Path) -> None:
     check(layer_of(bits=bits, codebook=codebook, group_size=32), tmp_path, None)
 
@@ -185,11 +193,12 @@ def test_even_levels_with_float_group_scales_run_as_the_block_kernel(group: int,
     [
         {"codebook": "twin_log_shared"},
         {"codebook": "twin_log"},
+        {"codebook": "e2m1", "group_size": 16, "float_group_scales": True},
         {"codebook": "uniform", "bits": 3, "group_size": 32, "float_group_scales": True},
         {"codebook": "uniform", "group_size": 24, "float_group_scales": True},
         {"codebook": "uniform", "bits": 8},
     ],
-    ids=["shared", "row", "three bits", "odd groups", "eight bits"],
+    ids=["shared", "row", "fp4 groups", "three bits", "odd groups", "eight bits"],
 )
 def test_other_weight_only_forms_are_dequantized_once_at_load(settings: dict[str, Any], tmp_path: Path) -> None:
     check(layer_of(activation=FLOAT, bias=False, **settings), tmp_path, "MatMul", tolerance=3e-6)

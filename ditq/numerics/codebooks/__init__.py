@@ -9,20 +9,48 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from ditq.numerics.weight_code import Fit
 
 Fitter = Callable[..., Fit]
-CODEBOOKS: dict[str, Fitter] = {}
 
 
-def codebook(name: str) -> Callable[[Fitter], Fitter]:
-    """Registers the decorated fitter as `CODEBOOKS[name]`."""
+@dataclass(frozen=True)
+class Codebook:
+    """A fitter and what it takes: the bits that it has levels for, and whether groups of columns may have scales."""
+
+    name: str
+    fit: Fitter
+    bits: tuple[int, ...]
+    groups: bool
+
+    def refusal(self, bits: int, group_size: int | None = None) -> str | None:
+        """Why the fitter takes no such bits or group size; None where it takes them."""
+        if bits not in self.bits:
+            return f"the codebook {self.name!r} is for weights of {' or '.join(map(str, self.bits))} bits, not {bits}"
+        if group_size and not self.groups:
+            return f"the codebook {self.name!r} has a table a row and takes no group_size; 'twin_log_shared' takes one"
+        return None
+
+    def __call__(self, weight: Tensor, bits: int, **settings: Any) -> Fit:
+        """The fit of a weight [O, I]; raises ValueError for what the fitter does not take."""
+        return self.fit(weight, bits, **settings)
+
+
+CODEBOOKS: dict[str, Codebook] = {}
+
+
+def codebook(name: str, bits: tuple[int, ...] = tuple(range(2, 9)), groups: bool = True) -> Callable[[Fitter], Fitter]:
+    """Registers the decorated fitter as `CODEBOOKS[name]`; `bits` and `groups` say what it takes."""
 
     def register(fitter: Fitter) -> Fitter:
         if name in CODEBOOKS:
             raise ValueError(f"there are two codebooks called {name!r}")
-        CODEBOOKS[name] = fitter
+        CODEBOOKS[name] = Codebook(name, fitter, bits, groups)
         return fitter
 
     return register

@@ -58,7 +58,7 @@ def _fit_rows(values: torch.Tensor, bits: int, importance: torch.Tensor | None) 
     return torch.cat((-below.flip(1), above), dim=1).to(torch.int8), scale
 
 
-@codebook("twin_log")
+@codebook("twin_log", groups=False)
 def fit_twin_log(
     weight: torch.Tensor,
     bits: int,

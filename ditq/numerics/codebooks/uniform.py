@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 
 from ditq.numerics.codebooks import codebook
-from ditq.numerics.row_search import group_multipliers
+from ditq.numerics.scaled_table import CLIPS, scaled_fit
 from ditq.numerics.weight_code import SMALLEST_SCALE, Fit, check_weight, row_chunks
-
-CLIPS = tuple(0.2 + 0.025 * i for i in range(33))  # fractions of max|w| that the largest level may stand at
 
 
 def _search(groups: torch.Tensor, bits: int, importance: torch.Tensor | None, clips: tuple[float, ...]) -> torch.Tensor:
@@ -59,10 +57,6 @@ def fit_uniform(
         scale[part] = _search(values.reshape(-1, columns // groups), bits, weights, clips).unflatten(0, (-1, groups))
     half = 1 << (bits - 1)
     integers = torch.arange(-half, half, device=weight.device)
-    if group_size is None:
-        return Fit(integers.to(torch.int8), scale[:, 0], None, bits)
-    if float_group_scales:
-        return Fit(integers.to(torch.int8), scale, None, bits, group_size)
-    stretch = max(1, (64 if bits <= 4 else 128) // half)
-    row, multiplier = group_multipliers(scale)
-    return Fit((integers * stretch).to(torch.int8), row / stretch, multiplier, bits, group_size)
+    multiplied = group_size is not None and not float_group_scales
+    stretch = max(1, (64 if bits <= 4 else 128) // half) if multiplied else 1
+    return scaled_fit((integers * stretch).to(torch.int8), scale / stretch, bits, group_size, float_group_scales)
