@@ -3,7 +3,8 @@
     x' = transform(x)                         online scale, centring, rotation (absent where folded)
     q  = round(x' / s_x), |q| <= 2^(b-1)-1    s_x per token (dynamic), per tensor or per
                                               timestep bin (static); or the odd integers of a
-                                              mid-rise grid (numerics/activation_format.py)
+                                              mid-rise grid, or those of inputs with a shift, which
+                                              the bias takes up (numerics/activation_format.py)
     c  = table[code]                          int8 carrier; with group multipliers round(table[code] * m / 255)
     y  = (q c^T) * s_x * s_w + bias
 
@@ -101,6 +102,15 @@ class QuantLinear(nn.Module):
         codes = unpack(self.codes, self.bits, self.in_features)
         assert self.table is not None
         return WeightCode(codes, self.table, self.scale, self.multiplier, self.bits).carrier()
+
+    def fold_shift(self) -> None:
+        """Put into the bias what the shift t of unsigned inputs adds: (q s - t) W^T = q s W^T - t sum_j W_j. Once, when made.
+
+        A branch that reads the input in float is not reached by the shift.
+        """
+        weight = self._scaled(self.carrier().float()) if self.branch == "float" else self.weight()
+        added = (-self.activation.shift * weight.double().sum(1)).float()
+        self.bias = added if self.bias is None else self.bias + added
 
     def weight(self) -> Tensor:
         """The weight that the layer stands for, float32 [O, I], in the transformed input's basis."""

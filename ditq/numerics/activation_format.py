@@ -2,11 +2,14 @@
 
     symmetric   n = round(x / s),        |n| <= q_max = 2^(b-1) - 1      q = n        x ~ q s      s = c max|x| / q_max
     midrise     n = round(x / s - 1/2),  -2^(b-1) <= n < 2^(b-1)         q = 2n + 1   x ~ q s/2    s = c max|x| / 2^(b-1)
+    unsigned    n = round((x + t) / s),  0 <= n < 2^b                    q = n        x ~ q s - t  s = c max(x + t) / (2^b - 1)
 
 `midrise` has a level for each of the 2^b codes and none at zero (a mid-rise quantizer: Gersho and Gray, Vector Quantization
 and Signal Compression, 1992, 5.3); `symmetric` leaves one code unused, which is 1 of 16 at 4 bits. Its levels
 (n + 1/2) s are odd multiples of s/2, so that int8 holds them for b <= 7 and the integer kernels need not know. The clip
-factor c <= 1 trades the error of the few values beyond c max|x| for a finer step of all others.
+factor c <= 1 trades the error of the few values beyond c max|x| for a finer step of all others. `unsigned` is for inputs
+that hardly go below zero, such as those behind a GELU, which is never below -0.17: t is a calibrated shift of that size,
+and no code is spent on what does not occur. What -t adds to the products does not depend on the token.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch import Tensor
 from ditq.numerics.uniform import SMALLEST_SCALE, largest_integer, steps_per_tensor, wide
 
 Granularity = Literal["token", "tensor", "timestep", "none"]
-Grid = Literal["symmetric", "midrise"]
+Grid = Literal["symmetric", "midrise", "unsigned"]
 MIDRISE_BITS = 7  # the most whose odd integers fit int8
 
 
@@ -28,7 +31,7 @@ class ActivationFormat:
     """How the input is quantized.
 
     granularity: 'token' scales each token by its own maximum, 'tensor' uses one calibrated scale, 'timestep' one for each
-    bin of timesteps, between `edges`, which fall.
+    bin of timesteps, between `edges`, which fall. shift: t of an unsigned grid.
 
     Raises:
         ValueError: bits, grid or clip out of range.
@@ -39,6 +42,7 @@ class ActivationFormat:
     grid: Grid = "symmetric"
     clip: float = 1.0
     edges: tuple[float, ...] = ()
+    shift: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "edges", tuple(self.edges))  # a list, where it comes from JSON
@@ -47,21 +51,25 @@ class ActivationFormat:
         largest_integer(self.bits)
         if self.grid == "midrise" and self.bits > MIDRISE_BITS:
             raise ValueError(f"a mid-rise grid has at most {MIDRISE_BITS} bits on an int8 carrier, not {self.bits}")
+        if self.grid == "unsigned" and self.granularity != "token":
+            raise ValueError(f"unsigned activations have a scale a token, not a {self.granularity}")
         if not 0 < self.clip <= 1:
             raise ValueError(f"the clip factor is {self.clip}, must be above 0 and at most 1")
 
     @property
     def maximum(self) -> int:
-        """Steps s from zero to the largest magnitude that is not clipped."""
+        """Steps s from zero (from -t, unsigned) to the largest magnitude that is not clipped."""
+        if self.grid == "unsigned":
+            return 2**self.bits - 1
         return 2 ** (self.bits - 1) if self.grid == "midrise" else largest_integer(self.bits)
 
     @property
     def divisor(self) -> float:
-        """max|x| / s = q_max / c, or 2^(b-1) / c."""
+        """max|x| / s = q_max / c, or 2^(b-1) / c, or for max(x + t) (2^b - 1) / c."""
         return self.maximum / self.clip
 
     def scale(self, absmax: Tensor) -> Tensor:
-        """s for magnitudes up to `absmax` (any shape), at least 1e-8."""
+        """s for magnitudes, or x + t, up to `absmax` (any shape), at least 1e-8."""
         return (wide(absmax) / self.divisor).clamp_min(SMALLEST_SCALE)
 
     def scale_of(self, x: Tensor, calibrated: Tensor | None = None) -> Tensor:
@@ -70,6 +78,8 @@ class ActivationFormat:
         Raises:
             ValueError: a format that needs a calibrated scale, but none given.
         """
+        if self.grid == "unsigned":
+            return self.scale((wide(x) + self.shift).amax(dim=-1, keepdim=True))
         if self.granularity == "token":
             return self.scale(x.abs().amax(dim=-1, keepdim=True))
         if calibrated is None:
@@ -80,6 +90,8 @@ class ActivationFormat:
         """What is then rounded to n: x in steps of its grid, within the grid's range."""
         if self.grid == "midrise":
             return (wide(x) / scale - 0.5).clamp(-self.maximum, self.maximum - 1)
+        if self.grid == "unsigned":
+            return ((wide(x) + self.shift) / scale).clamp(0, self.maximum)
         return steps_per_tensor(x, scale, self.bits)
 
     def carriers(self, rounded: Tensor) -> Tensor:
@@ -96,9 +108,9 @@ class ActivationFormat:
         return self.carriers(self.steps(x, scale).round()), self.unit(scale)
 
     def rounded(self, x: Tensor, calibrated: Tensor | None = None) -> Tensor:
-        """x as the layer's products see it."""
+        """x as it is after quantization."""
         q, unit = self.quantize(x, calibrated)
-        return q * unit
+        return q * unit - self.shift if self.grid == "unsigned" else q * unit
 
 
 FLOAT = ActivationFormat()  # inputs that are not quantized

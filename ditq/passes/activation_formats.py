@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,9 @@ from ditq.passes.folding import plain_linear
 from ditq.suggest import unknown_key
 
 GRANULARITIES = ("token", "tensor", "timestep")
-GRIDS: tuple[str, ...] = get_args(Grid)
+GRIDS = ("symmetric", "midrise")
+UNSIGNED = ("never", "auto", "always")
+UNSIGNED_GAIN = 0.05  # share of the error that `auto` wants to win: below it, another sample might say the opposite
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class ActivationSettings:
     activation: str = "token"
     activation_grid: str = "symmetric"
     activation_clip: bool = False
+    activation_unsigned: str = "never"
 
     def check_model(self, arguments: Collection[str]) -> None:
         """Raise DitqError for settings that a model with these arguments cannot have."""
@@ -54,20 +57,33 @@ class ActivationSettings:
         return (self.bits, *values)
 
     def needs_statistics(self) -> bool:
-        return self.bits < 16 and (self.activation != "token" or self.activation_clip)
+        return self.bits < 16 and (
+            self.activation != "token" or self.activation_clip or self.activation_unsigned != "never"
+        )
 
     def activation_words(self) -> list[str]:
         """What is not as usual, for `ditq inspect`."""
         usual = ActivationSettings()
-        changed = [key for key in ("activation", "activation_grid") if getattr(self, key) != getattr(usual, key)]
+        keys = ("activation", "activation_grid", "activation_unsigned")
+        changed = [key for key in keys if getattr(self, key) != getattr(usual, key)]
         clipped = ["clipped"] if self.activation_clip else []
-        return [] if self.bits == 16 else [getattr(self, key) for key in changed] + clipped
+        named = {"activation_unsigned": f"unsigned {self.activation_unsigned}"}
+        return [] if self.bits == 16 else [named.get(key, getattr(self, key)) for key in changed] + clipped
 
     def check(self) -> None:
         """Raise DitqError for settings that are unknown or do not fit each other."""
-        for key, known in (("activation", GRANULARITIES), ("activation_grid", GRIDS)):
+        for key, known in (
+            ("activation", GRANULARITIES),
+            ("activation_grid", GRIDS),
+            ("activation_unsigned", UNSIGNED),
+        ):
             if getattr(self, key) not in known:
                 raise DitqError(unknown_key(f"pass 'quantize': {key}", getattr(self, key), list(known)))
+        if self.activation_unsigned != "never" and self.activation != "token":
+            raise DitqError(
+                f"pass 'quantize': activation_unsigned {self.activation_unsigned} needs a scale a token; "
+                f"set activation: token, or activation_unsigned: never"
+            )
         if self.activation_grid == "midrise" and MIDRISE_BITS < self.bits < 16:
             raise DitqError(
                 f"pass 'quantize': activation_grid midrise takes at most {MIDRISE_BITS} bits of activations, "
@@ -90,6 +106,8 @@ class ChosenFormat:
         found: dict[str, Any] = {}
         if self.format.grid != "symmetric":
             found["grid"] = self.format.grid
+        if self.format.grid == "unsigned":
+            found["shift"] = self.format.shift
         if self.format.clip != 1:
             found["clip"] = self.format.clip
         return found if self.error is None else {**found, "input error": self.error}
@@ -138,10 +156,24 @@ class InputFormats:
         elif settings.activation != "token":  # also where all steps are in one bin
             form, largest = replace(form, granularity="tensor"), statistics.absmax_all.max()
             absmax = largest
-        if settings.activation_clip:
+        if settings.activation_unsigned != "never":
+            form = self._unsigned(form, settings, statistics.sample, energy)
+        elif settings.activation_clip:
             form = best_clip(statistics.sample, form, energy, absmax)
         scale = None if largest is None else form.scale(largest).float()
         return ChosenFormat(form, scale, input_error(statistics.sample, form, energy, absmax))
+
+    def _unsigned(
+        self, signed: ActivationFormat, settings: ActivationSettings, rows: Tensor, energy: Tensor
+    ) -> ActivationFormat:
+        """The format without codes for what lies below the smallest sampled value, where asked or where it loses less."""
+        unsigned = replace(signed, grid="unsigned", shift=max(0.0, -float(rows.min())))
+        if settings.activation_clip:
+            signed, unsigned = (best_clip(rows, form, energy) for form in (signed, unsigned))
+        if settings.activation_unsigned == "always":
+            return unsigned
+        errors = [input_error(rows, form, energy) for form in (signed, unsigned)]
+        return unsigned if errors[1] < (1 - UNSIGNED_GAIN) * errors[0] else signed
 
     def _timestep_bins(self, statistics: InputStatistics) -> tuple[list[int], tuple[float, ...]]:
         timesteps = self.calibration.get("timestep_arguments")

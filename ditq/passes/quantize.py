@@ -22,7 +22,7 @@ from ditq.numerics.descent import refine
 from ditq.numerics.low_rank import code_with_branch
 from ditq.numerics.rounding import output_error, round_gptq, round_nearest
 from ditq.numerics.scale_search import gptq_with_scale_search
-from ditq.passes.activation_formats import GRANULARITIES, GRIDS, ActivationSettings, InputFormats
+from ditq.passes.activation_formats import GRANULARITIES, GRIDS, UNSIGNED, ActivationSettings, InputFormats
 from ditq.passes.base import Context, Pass, PassReport, register, relative_error, setting
 from ditq.passes.choose_codebook import check_codebook
 from ditq.passes.folding import plain_linear
@@ -82,6 +82,7 @@ class Quantize(Pass):
     )
     activation_grid: str = setting("symmetric", "levels of the activations: symmetric about 0, or all 2^b codes", GRIDS)
     activation_clip: bool = setting(False, "search for each input how far its range reaches, 1 to 0.5 of the maximum")
+    activation_unsigned: str = setting("never", "no codes for what an input does not reach below 0", UNSIGNED)
     rank: int = setting(0, "rank of the low-rank branch beside the codes; 0 is none")
     branch: str = setting("integer", "what the branch reads: the quantized input, or the input in float", BRANCHES)
     bias_correction: bool = setting(True, "put the mean error of the output into the bias")
@@ -209,6 +210,8 @@ class Quantize(Pass):
         transform = module.transform if isinstance(module, TransformedLinear) else None
         branch: Branch = "float" if settings.branch == "float" else "integer"
         layer = QuantLinear(site, code, bias, chosen.format, chosen.scale, transform, settings.codebook, branch)
+        if chosen.format.shift:
+            layer.fold_shift()
         row = {
             "site": site,
             "format": settings.format,

@@ -9,6 +9,8 @@ Levels beyond a clipped range are cut off after rounding, on bytes, which is the
 memory. A mid-rise grid makes n the odd integer 2n + 1 on bytes as well: with n + 64 in [0, 127], a shift
 to the left and a one in the last bit give 2n + 1 + 128.
 
+Unsigned integers have zero point 0, and the bias holds what their shift adds.
+
 The scale of a timestep bin comes the same way: the bin is the number of edges that the timestep lies below.
 
 The operations and their order are those of numerics/activation_format.py, so that both round alike.
@@ -33,14 +35,20 @@ FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 def per_token(writer: Writer, x: ir.Value, form: ActivationFormat) -> tuple[ir.Value, ir.Value]:
     """x [..., I] -> (integers as the output of a DequantizeLinear [..., I], what one of them stands for [..., 1])."""
     axis = writer.constant([-1], np.int64, name="last_axis")
+    if form.grid == "unsigned":
+        x = writer.op("Add", x, writer.constant(form.shift, np.float32, name="shift"), name="shifted")
+        largest = writer.op("ReduceMax", x, axis, name="maximum", keepdims=1)
+        return _unit_scale(writer, x, _step(writer, largest, form), form, saturates=form.clip < 1)
     # max|x| by two reductions: Abs would write the whole tensor once more
     lowest = writer.op("Neg", writer.op("ReduceMin", x, axis, name="minimum", keepdims=1), name="negated_minimum")
     largest = writer.op("Max", writer.op("ReduceMax", x, axis, name="maximum", keepdims=1), lowest, name="absmax")
+    return _unit_scale(writer, x, _step(writer, largest, form), form, saturates=form.clip < 1)
+
+
+def _step(writer: Writer, largest: ir.Value, form: ActivationFormat) -> ir.Value:
     scale = writer.op("Div", largest, writer.constant(form.divisor, np.float32, name="divisor"), name="step")
-    scale = writer.op(
-        "Max", scale, writer.constant(SMALLEST_SCALE, np.float32, name="smallest_scale"), name="token_scale"
-    )
-    return _unit_scale(writer, x, scale, form, saturates=form.clip < 1)
+    smallest = writer.constant(SMALLEST_SCALE, np.float32, name="smallest_scale")
+    return writer.op("Max", scale, smallest, name="token_scale")
 
 
 def per_timestep(writer: Writer, x: ir.Value, scale: ir.Value, form: ActivationFormat) -> tuple[ir.Value, ir.Value]:
@@ -62,7 +70,7 @@ def _unit_scale(
     q = _integers(writer, writer.op("Div", x, scale, name="in_steps"), form, saturates)
     if form.grid == "midrise":
         scale = writer.op("Mul", scale, writer.constant(0.5, np.float32, name="half"), name="half_step")
-    return _dequantized(writer, q, np.float32(1)), scale
+    return _dequantized(writer, q, np.float32(1), 0 if form.grid == "unsigned" else ZERO_POINT), scale
 
 
 def per_tensor(writer: Writer, x: ir.Value, scale: Tensor, form: ActivationFormat) -> ir.Value:
@@ -79,13 +87,16 @@ def per_tensor(writer: Writer, x: ir.Value, scale: Tensor, form: ActivationForma
 
 
 def _integers(writer: Writer, steps: ir.Value, form: ActivationFormat, saturates: bool) -> ir.Value:
-    """x / s -> q + 128 uint8; without `saturates`, no value is beyond the format's range."""
+    """x / s -> q + 128, or unsigned q, uint8; without `saturates`, no value is beyond the format's range."""
     one, limit = np.float32(1), form.maximum
     if form.grid == "midrise":
         steps = writer.op("Sub", steps, writer.constant(0.5, np.float32, name="half"), name="from_middle")
         n = _clipped(writer, _quantized(writer, steps, one, 64), 64 - limit, 64 + limit - 1)
         bit = writer.constant(1, np.uint8, name="bit")
         return writer.op("BitwiseOr", writer.op("BitShift", n, bit, name="doubled", direction="LEFT"), bit, name="odd")
+    if form.grid == "unsigned":
+        q = _quantized(writer, steps, one, 0)
+        return _clipped(writer, q, 0, limit) if saturates and limit < 255 else q
     q = _quantized(writer, steps, one, ZERO_POINT)
     return _clipped(writer, q, ZERO_POINT - limit, ZERO_POINT + limit) if saturates else q
 
@@ -102,7 +113,7 @@ def _quantized(writer: Writer, x: ir.Value, step: np.float32, zero_point: int) -
     )
 
 
-def _dequantized(writer: Writer, q: ir.Value, step: np.float32) -> ir.Value:
+def _dequantized(writer: Writer, q: ir.Value, step: np.float32, zero_point: int = ZERO_POINT) -> ir.Value:
     scale = writer.constant(step, np.float32, name="activation_scale")
-    zero_point = writer.constant(ZERO_POINT, np.uint8, name="zero_point")
-    return writer.op("DequantizeLinear", q, scale, zero_point, name="dequantized")
+    zero = writer.constant(zero_point, np.uint8, name="zero_point")
+    return writer.op("DequantizeLinear", q, scale, zero, name="dequantized")

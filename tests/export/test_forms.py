@@ -135,6 +135,15 @@ def test_clipped_and_midrise_activations_run_as_an_integer_kernel(
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize(("bits", "clip"), [(8, 1.0), (8, 0.7), (4, 1.0), (4, 0.7)])
+def test_unsigned_activations_run_as_an_integer_kernel(bits: int, clip: float, dimensions: int, tmp_path: Path) -> None:
+    # the inputs of `check` go far below -0.3: both sides saturate alike
+    layer = layer_of(activation=ActivationFormat(bits, "token", "unsigned", clip, shift=0.3))
+    layer.fold_shift()
+    check(layer, tmp_path, None, dimensions)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
 @pytest.mark.parametrize("kind", ["float", "int"])
 @pytest.mark.parametrize(("bits", "grid"), [(8, "symmetric"), (4, "midrise")])
 def test_a_scale_a_timestep_bin_runs_as_an_integer_kernel(

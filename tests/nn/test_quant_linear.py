@@ -46,6 +46,11 @@ FORMS = {
     "w4a4": Form(activation=ActivationFormat(4, "token")),
     "w4a4 mid-rise, clipped": Form(activation=ActivationFormat(4, "token", "midrise", 0.8), rank=3, transform=True),
     "w4a6 clipped": Form(activation=ActivationFormat(6, "token", clip=0.7)),
+    "w4a8 unsigned": Form(activation=ActivationFormat(8, "token", "unsigned", shift=0.5), bias=False),
+    "w4a4 unsigned, clipped, rank 3": Form(activation=ActivationFormat(4, "token", "unsigned", 0.8, shift=0.5), rank=3),
+    "w4a4 unsigned, rank 3 in float": Form(
+        activation=ActivationFormat(4, "token", "unsigned", shift=0.5), rank=3, branch="float"
+    ),
     "w4a8 static": Form(activation=STATIC),
     "w4a5 static, mid-rise": Form(activation=ActivationFormat(5, "tensor", "midrise")),
     "w4a8 transformed": Form(activation=DYNAMIC, transform=True),
@@ -66,6 +71,11 @@ def _transform(x: Tensor) -> InputTransform:
     return InputTransform(torch.rand(IN, generator=generator) + 0.5, torch.randn(IN, generator=generator), rotations)
 
 
+def _bias(form: Form) -> Tensor | None:
+    """Of the linear, before anything is folded into it."""
+    return torch.randn(OUT, generator=torch.Generator().manual_seed(4)) if form.bias else None
+
+
 def _made(form: Form, seed: int = 0) -> tuple[QuantLinear, WeightCode, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     weight, x = torch.randn(OUT, IN, generator=generator), torch.randn(TOKENS, IN, generator=generator) * 2
@@ -74,16 +84,17 @@ def _made(form: Form, seed: int = 0) -> tuple[QuantLinear, WeightCode, Tensor]:
     remainder = weight if low_rank is None else weight - low_rank.product()
     code = round_nearest(remainder, CODEBOOKS[form.codebook](remainder, form.bits, **grouped))
     code = replace(code, low_rank=low_rank)
-    bias = torch.randn(OUT, generator=generator) if form.bias else None
     static = None
     if form.activation.granularity == "tensor":
         static = form.activation.scale(x.abs().max() * 0.9)  # some values are clipped
     transform = _transform(x) if form.transform else None
-    layer = QuantLinear("site", code, bias, form.activation, static, transform, form.codebook, form.branch)
+    layer = QuantLinear("site", code, _bias(form), form.activation, static, transform, form.codebook, form.branch)
+    if form.activation.shift:
+        layer.fold_shift()
     return layer, code, x
 
 
-def _expected(layer: QuantLinear, code: WeightCode, x: Tensor) -> Tensor:
+def _expected(layer: QuantLinear, code: WeightCode, x: Tensor, bias: Tensor | None) -> Tensor:
     """The definition, in float64: transform, round to the activation's grid, multiply by the decoded weight."""
     x = x.double()
     if layer.transform is not None:
@@ -101,7 +112,10 @@ def _expected(layer: QuantLinear, code: WeightCode, x: Tensor) -> Tensor:
         else:
             assert layer.activation_scale is not None
             step = layer.activation_scale.double()
-        if form.grid == "midrise":
+        if form.grid == "unsigned":
+            step = form.clip * (x.amax(-1, keepdim=True) + form.shift) / (2 * top - 1)
+            x = ((x + form.shift) / step).round().clamp(0, 2 * top - 1) * step - form.shift
+        elif form.grid == "midrise":
             x = ((x / step - 0.5).round().clamp(-top, top - 1) + 0.5) * step
         else:
             x = (x / step).round().clamp(1 - top, top - 1) * step
@@ -109,13 +123,13 @@ def _expected(layer: QuantLinear, code: WeightCode, x: Tensor) -> Tensor:
     if layer.branch == "float":
         branch = (layer.up.double() * layer.branch_scale.double()) @ layer.down.double()
         y = y + (exact - x) @ branch.T  # the branch reads the input as it was
-    return y if layer.bias is None else y + layer.bias.double()
+    return y if bias is None else y + bias.double()
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_forward_is_what_the_codes_mean(name: str) -> None:
     layer, code, x = _made(FORMS[name])
-    expected, found = _expected(layer, code, x), layer(x)
+    expected, found = _expected(layer, code, x, _bias(FORMS[name])), layer(x)
     # Rounding to the grid is done on float32 values: a value within 2^-22 of a tie may fall to the other side, which none of
     # these does; what is left is float32 rounding of a sum of 48 products.
     limit = 48**0.5 * torch.finfo(torch.float32).eps * 4

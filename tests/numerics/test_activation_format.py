@@ -52,6 +52,18 @@ def test_the_plain_format_is_quantization_per_token() -> None:
     assert torch.equal(q, expected) and torch.equal(step, scale)
 
 
+@pytest.mark.parametrize("clip", [1.0, 0.7])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_unsigned_token_goes_to_the_nearest_of_its_levels(bits: int, clip: float) -> None:
+    x = torch.nn.functional.gelu(rows().abs().log())  # from -0.17 up
+    form = ActivationFormat(bits, "token", "unsigned", clip, shift=0.17)
+    levels = torch.arange(2**bits, dtype=torch.float64) / (2**bits - 1)
+    reach = clip * (x.amax(1, keepdim=True) + 0.17)
+    distances = (x[..., None] + 0.17 - reach[..., None] * levels).abs()
+    torch.testing.assert_close((form.rounded(x) - x).abs(), distances.amin(-1), rtol=1e-12, atol=1e-12)
+    assert form.quantize(x)[0].min() >= 0
+
+
 def test_impossible_formats_are_refused() -> None:
     with pytest.raises(ValueError, match="at most 7 bits"):
         ActivationFormat(8, "token", "midrise")
