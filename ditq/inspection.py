@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError
+from ditq.families import family_of
 from ditq.graph import DiTGraph
 from ditq.recipe import Recipe
 
@@ -79,17 +81,24 @@ def inspect_checkpoint(checkpoint: Checkpoint, recipe: Recipe) -> Inspection:
 
 def example_inputs(checkpoint: Checkpoint, batch: int = 2, seed: int = 0) -> dict[str, Any]:
     """Made-up inputs of the right shapes, by the checkpoint's family."""
-    family = checkpoint.family
+    config = {**_defaults(checkpoint), **checkpoint.config}
+    return made_up_inputs(checkpoint.name, checkpoint.class_name, config, batch, seed)
+
+
+def made_up_inputs(
+    name: str, class_name: str, config: Mapping[str, Any], batch: int = 2, seed: int = 0
+) -> dict[str, Any]:
+    """The same for a transformer class with a full configuration; `name` is what an error calls it."""
+    family = family_of(class_name)
     if family is None:
         raise DitqError(
-            f"{checkpoint.name}: {checkpoint.class_name} is of no family that ditq knows inputs for; "
+            f"{name}: {class_name} is of no family that ditq knows inputs for; "
             "add a file to ditq/families (docs/add-a-family.md)"
         )
-    config = {**_defaults(checkpoint), **checkpoint.config}
     try:
         return family.example_inputs(config, batch, seed)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise DitqError(f"{checkpoint.name}: config.json does not tell the shapes of its inputs ({error!r})") from error
+        raise DitqError(f"{name}: config.json does not tell the shapes of its inputs ({error!r})") from error
 
 
 def _defaults(checkpoint: Checkpoint) -> dict[str, Any]:

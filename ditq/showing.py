@@ -14,10 +14,12 @@ import torch
 from ditq.calibration.statistics import INDEX, Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError
+from ditq.export.agreement import model_agreement
 from ditq.export.engine import MANIFEST, Engine
 from ditq.export.fusion import prove_fusion
 from ditq.export.targets import targets
-from ditq.inspection import inspect_checkpoint
+from ditq.export.targets.torch import rebuild
+from ditq.inspection import inspect_checkpoint, made_up_inputs
 from ditq.passes import passes
 from ditq.recipe import load_recipe
 from ditq.suggest import unknown_key
@@ -144,7 +146,9 @@ def show_targets() -> Table:
 
 
 def diagnose(engine: str | None) -> tuple[list[str], bool]:
-    """What is installed and what works; with an engine, which of its planned integer products really are. And: all well?"""
+    """What is installed and what works; of an engine, which planned integer products really are and whether it computes
+    what it means. And: all well?
+    """
     lines = [f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"]
     for package in PACKAGES:
         try:
@@ -160,10 +164,15 @@ def diagnose(engine: str | None) -> tuple[list[str], bool]:
         lines.append(f"target {name}: {'works' if works else 'does not work'} ({why})")
     if engine is None:
         return lines, True
-    proof = prove_fusion(engine)
+    opened = Engine.open(engine)
+    proof = prove_fusion(opened)
     lines.append(f"{engine}: {len(proof.fused)} of {proof.planned} planned integer products run as integer kernels")
     lines += [f"not fused: {site} runs as {kernel}" for site, kernel in proof.not_fused.items()]
-    return lines, proof.complete
+    model: Any = rebuild(opened)
+    inputs = made_up_inputs(opened.name, type(model).__name__, model.config)
+    agreement = model_agreement(opened, inputs, model=model)
+    lines.append(f"{engine}: {agreement}")
+    return lines, proof.complete and agreement.holds
 
 
 def _version(package: str) -> str:

@@ -1,6 +1,6 @@
 """Export: a compressed graph -> ONNX -> an engine folder, its targets, and the loader."""
 
-from ditq.export.agreement import site_agreement
+from ditq.export.agreement import ModelAgreement, model_agreement, site_agreement
 from ditq.export.baseline import float_onnx
 from ditq.export.engine import Engine, write_engine
 from ditq.export.fusion import FusionReport, prove_fusion
@@ -12,8 +12,10 @@ __all__ = [
     "Engine",
     "EngineTransformer",
     "FusionReport",
+    "ModelAgreement",
     "float_onnx",
     "load_engine",
+    "model_agreement",
     "prove_fusion",
     "site_agreement",
     "targets",

@@ -1,34 +1,136 @@
-"""Does an engine compute what its layers mean? Each quantized linear of the running graph against plain torch.
+"""Does an engine compute what its layers mean? The running graph against plain torch, layer by layer and as a whole.
 
-Both are given the input that the engine itself computed there. Over a whole model the two part ways by far more than
-the sum of these errors: rounding an activation is a step, a last-bit difference in front of it now and then moves a
-whole step, and later layers multiply such flips. Torch does the same to itself when its input moves by 1e-6.
+`site_agreement` gives both the input that the engine itself computed at each layer. `model_agreement` compares the whole
+model. Rounding an activation is a step there: a last-bit difference in front of a tie moves the integer by one, and later
+layers multiply such flips, as torch's own do when its input moves by 1e-6. So the whole model agrees *up to ties*: every
+integer of the engine must be a rounding of the torch value, to the left or to the right where that lies at a tie, and with
+these integers taken over the outputs must be the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
 import torch
+from onnx import numpy_helper
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from ditq.export.arguments import flatten
+from ditq.errors import DitqError
 from ditq.export.engine import GRAPH, Engine
+from ditq.export.loader import engine_inputs
 from ditq.export.session import open_session, session_options
+from ditq.export.targets import target
+from ditq.export.targets.torch import rebuild
 from ditq.export.weights_file import WEIGHTS
-from ditq.nn import QuantLinear
+from ditq.nn import QuantLinear, rounded_by
 from ditq.nn.call_timestep import ARGUMENT
 
+TIE_TOLERANCE = 0.01  # steps: of 127, a relative error of 1e-4, a thousand times float32's own; seen are 1e-6 to 1e-4
+OUTPUT_TOLERANCE = 1e-3
+
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # for a graph that is given as bytes
+
+
+@dataclass(frozen=True)
+class ModelAgreement:
+    """An engine against the torch meaning of its whole model, on the same inputs. Errors are ||a - b|| / ||b||.
+
+    Attributes:
+        integers: activations that are quantized, those that several linears share counted once a linear.
+        flipped: integers of the engine other than torch's own at the same place, given the same integers before it.
+        excess: the largest |x/s - q| - 1/2 over all integers q of the engine and torch values x: how far in steps a value
+            lies on the other side of a tie. 0 where none does.
+        worst: the site of that.
+        error: of the output, torch having taken over the engine's integers.
+        plain_error: of the output, each rounding for itself.
+        invalid: by site, in the order of the run, integers farther than `tolerance` from being a rounding of the torch value;
+            torch keeps its own.
+    """
+
+    integers: int
+    flipped: int
+    excess: float
+    worst: str
+    error: float
+    plain_error: float
+    tolerance: float = TIE_TOLERANCE
+    invalid: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def holds(self) -> bool:
+        """Every integer of the engine is a rounding of the torch value, and given them the outputs agree within 1e-3."""
+        return not self.invalid and self.error < OUTPUT_TOLERANCE
+
+    def __str__(self) -> str:
+        if self.invalid:
+            first, count = next(iter(self.invalid.items()))
+            return (
+                f"{sum(self.invalid.values())} of {self.integers} quantized activations are no rounding of the torch value, "
+                f"the first {count} at {first}; off by up to {self.excess:.2g} of a step beyond a tie at {self.worst}"
+            )
+        return (
+            f"output within {self.error:.0e} of torch up to ties ({self.plain_error:.0e} without): {self.flipped} of "
+            f"{self.integers} roundings fall to the other side, the farthest {self.excess:.0e} of a step from its tie"
+        )
+
+
+@torch.no_grad()
+def model_agreement(
+    engine: Engine, inputs: Mapping[str, Any], tolerance: float = TIE_TOLERANCE, model: nn.Module | None = None
+) -> ModelAgreement:
+    """Run the engine's graph and the torch meaning of the whole model on the same inputs, and compare up to ties.
+
+    The quantized activations of every layer are held in memory at once, a byte each.
+
+    Args:
+        inputs: keyword arguments of the transformer, such as those of a recorded call.
+        tolerance: how far beyond a tie, in steps, a torch value may lie from what the engine's integer stands for.
+        model: the torch meaning where it is loaded already (`targets.torch.rebuild`).
+
+    Raises:
+        DitqError: the graph does not quantize its activations in a form that is known here, or cannot be run.
+    """
+    model = rebuild(engine) if model is None else model
+    arguments = {name: value for name, value in inputs.items() if name != "return_dict"}
+    run = target(engine.manifest["target"]).runner(engine, 1)
+    output = run(
+        engine_inputs(engine, arguments)
+    )  # of the engine as it is: to give out values might change how the runtime fuses
+    places = _integers(engine)
+    names = list(dict.fromkeys(place.value for queue in places.values() for place in queue))
+    comparison = _Comparison(model, places, _values(engine, names, arguments), tolerance)
+    with rounded_by(model, comparison.rounding):
+        given = model(**arguments, return_dict=False)[0]
+    comparison.check_all_used()
+    own = model(**arguments, return_dict=False)[0]
+    return ModelAgreement(
+        comparison.integers,
+        comparison.flipped,
+        max(comparison.excess, 0.0),
+        comparison.worst,
+        relative_difference(output, given),
+        relative_difference(output, own),
+        tolerance,
+        dict(comparison.invalid),
+    )
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected||, in float64."""
+    difference = torch.linalg.vector_norm(found.double() - expected.double())
+    return float(difference / torch.linalg.vector_norm(expected.double()).clamp_min(1e-30))
 
 
 def site_agreement(engine: Engine, inputs: Mapping[str, Any]) -> dict[str, float]:
     """||engine - torch|| / ||torch|| of the output of each quantized linear, by site, both on the engine's own input.
 
     Args:
-        inputs: arguments of the transformer, tensors or nested dictionaries of them, as in `to_onnx`.
+        inputs: keyword arguments of the transformer.
     """
     names = [name for entry in engine.planned for name in (entry.input, entry.output)]
     values = _values(engine, list(dict.fromkeys(names)), inputs)
@@ -40,20 +142,82 @@ def site_agreement(engine: Engine, inputs: Mapping[str, Any]) -> dict[str, float
         layer = QuantLinear.from_spec(engine.sites[entry.site], state)
         layer.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()})
         layer.timestep = inputs.get(ARGUMENT)
-        expected = layer(values[entry.input])
-        difference = torch.linalg.vector_norm(values[entry.output] - expected)
-        errors[entry.site] = float(difference / torch.linalg.vector_norm(expected).clamp_min(1e-30))
+        errors[entry.site] = relative_difference(values[entry.output], layer(values[entry.input]))
     return errors
 
 
-def _values(engine: Engine, names: list[str], inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class _Place:
+    """Where the graph holds the integers of a layer's input: value - zero point."""
+
+    value: str
+    zero_point: int
+
+
+class _Comparison:
+    """Hands the engine's integers to the layers of the torch model, and counts where they are not torch's own."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        places: Mapping[str, Sequence[_Place]],
+        values: Mapping[str, Tensor],
+        tolerance: float,
+    ) -> None:
+        self._formats = {layer.site: layer.activation for layer in model.modules() if isinstance(layer, QuantLinear)}
+        self._left = {site: list(queue) for site, queue in places.items()}  # a layer that is called twice has two
+        self._values, self._tolerance = values, tolerance
+        self.integers = self.flipped = 0
+        self.excess, self.worst = 0.0, ""
+        self.invalid: dict[str, int] = defaultdict(int)
+
+    def rounding(self, site: str, steps: Tensor) -> Tensor:
+        """The engine's integer where it is a rounding of `steps` up to the tolerance, else the nearest."""
+        place, own = self._left[site].pop(0), steps.round()
+        carriers = (self._values[place.value].to(steps.dtype) - place.zero_point).view(steps.shape)
+        engine = self._formats[site].rounded_from(carriers)
+        excess = (steps - engine).abs() - 0.5
+        valid = (excess <= self._tolerance) & (engine == engine.round())
+        self.integers += steps.numel()
+        self.flipped += int((engine != own).sum())
+        largest = float(excess.max())
+        if largest > self.excess:
+            self.excess, self.worst = largest, site
+        if not valid.all():
+            self.invalid[site] += int((~valid).sum())
+        return torch.where(valid, engine, own)
+
+    def check_all_used(self) -> None:
+        left = next((site for site, queue in self._left.items() if queue), None)
+        if left is not None:
+            raise DitqError(f"{left}: the torch model does not run this layer as often as the engine's graph does")
+
+
+def _integers(engine: Engine) -> dict[str, list[_Place]]:
+    """Of each layer with quantized activations, what its integer product reads: MatMul <- DequantizeLinear <- integers."""
+    graph = onnx.load(str(engine.folder / GRAPH), load_external_data=False).graph
+    makers = {output: node for node in graph.node for output in node.output}
+    constants = {constant.name: constant for constant in graph.initializer}
+    places: dict[str, list[_Place]] = {site: [] for site in engine.sites}
+    for entry in engine.planned:
+        if entry.kind == "integer":
+            product = makers.get(entry.product)
+            dequantize = None if product is None else makers.get(product.input[0])
+            read = [] if dequantize is None or dequantize.op_type != "DequantizeLinear" else dequantize.input
+            if len(read) < 3 or read[2] not in constants:
+                raise DitqError(f"{engine.folder}: {entry.site}: its activations are not quantized in a known form")
+            places[entry.site].append(_Place(read[0], int(numpy_helper.to_array(constants[read[2]]))))
+    return places
+
+
+def _values(engine: Engine, names: list[str], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """What the graph computes at those values: a session that gives them out beside the sample."""
     model = onnx.load(str(engine.folder / GRAPH), load_external_data=False)
     given = {value.name for value in (*model.graph.output, *model.graph.input)}
     for name in names:
         if name not in given:
             model.graph.output.add().name = name
-    tensors = {name: tensor.detach().cpu().numpy() for name, tensor in flatten(inputs)[0].items()}
+    tensors = {name: tensor.numpy() for name, tensor in engine_inputs(engine, inputs).items()}
     options = session_options(threads=1)
     options.add_session_config_entry(_WEIGHTS_FOLDER, str(engine.folder.resolve()))
     session = open_session(model.SerializeToString(), options)

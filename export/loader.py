@@ -97,6 +97,15 @@ class EngineTransformer(ModelMixin):
         return Transformer2DModelOutput(sample=sample) if as_output else (sample,)
 
 
+def engine_inputs(engine: Engine, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors by flat name that the engine's graph takes, of the original transformer's keyword arguments.
+
+    Raises:
+        DitqError: as `EngineTransformer.forward` does.
+    """
+    return _checked(_collect(arguments, engine.manifest["layout"], engine.name), engine.manifest["inputs"], engine.name)
+
+
 def _choose(name: str) -> str:
     if name != "auto":
         runs, why_not = target(name).available()

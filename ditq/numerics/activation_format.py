@@ -98,6 +98,10 @@ class ActivationFormat:
         """n -> q, in a floating dtype, which holds them exactly."""
         return 2 * rounded + 1 if self.grid == "midrise" else rounded
 
+    def rounded_from(self, carriers: Tensor) -> Tensor:
+        """q -> n, the inverse of `carriers`; not a whole number for a q that no n makes."""
+        return (carriers - 1) / 2 if self.grid == "midrise" else carriers
+
     def unit(self, scale: Tensor) -> Tensor:
         """s -> what one unit of q stands for."""
         return scale / 2 if self.grid == "midrise" else scale

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from ditq.export import load_engine, prove_fusion, site_agreement
+from ditq.export import load_engine, model_agreement, prove_fusion, site_agreement
 from ditq.nn import QuantLinear
 from tests.export.quantized import engine_of, quantize_blocks, relative, shallow_model
 from tests.families_small import FAMILIES, forward, small_inputs
@@ -41,6 +41,8 @@ def test_an_engine_computes_what_the_quantized_model_means(family: str, tmp_path
     transformer, exact = load_engine(tmp_path / "engine", threads=1), load_engine(tmp_path / "engine", target="torch")
     for batch in (1, 3):
         inputs = small_inputs(model, batch, seed=7)
+        agreement = model_agreement(engine, inputs)
+        assert agreement.holds and agreement.error < 1e-5, str(agreement)
         expected = forward(model, inputs)
         # Flipped roundings: the model does as much to itself when its input moves by a rounding error.
         own = max(relative(forward(model, nudged(inputs)), expected), 1e-4)

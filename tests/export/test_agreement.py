@@ -1,0 +1,173 @@
+"""An engine is its torch meaning up to ties: in every format of activations, on the built-in model, and never by mistake."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from torch import nn
+
+import ditq
+from ditq.calibration.record import Trajectories
+from ditq.compiler import CompileOptions
+from ditq.errors import DitqError
+from ditq.export import Engine, model_agreement
+from ditq.export.agreement import TIE_TOLERANCE
+from ditq.export.engine import GRAPH
+from ditq.export.engine_files import hash_file
+from ditq.export.onnx_graph import OUTPUT
+from ditq.nn import ActivationFormat, InputTransform
+from ditq.nn.quant_linear import Branch
+from ditq.recipe import Recipe, load_recipe
+from tests.command_line import run
+from tests.export.quantized import engine_of, quantized, rotations
+from tests.families_small import small_inputs, small_model
+
+# by the part of the name that tells a linear of FLUX: activations, rank and branch
+FORMATS: dict[str, tuple[ActivationFormat, int, Branch]] = {
+    "attn": (ActivationFormat(8, "token"), 0, "integer"),
+    "ff": (ActivationFormat(4, "token", "midrise", 0.8), 4, "float"),
+    "ff_context": (ActivationFormat(8, "tensor"), 0, "integer"),
+    "proj_mlp": (ActivationFormat(6, "token"), 4, "integer"),
+    "proj_out": (ActivationFormat(8, "tensor"), 4, "float"),
+}  # fmt: skip
+
+
+def quantize_in_every_way(model: nn.Module) -> nn.Module:
+    """The linears of a small FLUX's blocks, each kind in a format of its own; those of attention rotated."""
+    for name, linear in list(model.named_modules()):
+        kind = next((part for part in name.split(".") if part in FORMATS), None)
+        if isinstance(linear, nn.Linear) and "blocks" in name and kind is not None:
+            activation, rank, branch = FORMATS[kind]
+            rotated = [(0, linear.in_features, rotations(linear.in_features))] if kind == "attn" else []
+            transform = InputTransform(rotations=rotated)
+            settings: dict[str, Any] = {"activation": activation, "rank": rank, "branch": branch}
+            model.set_submodule(name, quantized(linear, name, transform=transform, **settings))
+    return model
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return engine_of(quantize_in_every_way(small_model("flux")), tmp_path_factory.mktemp("agreement") / "engine")
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, Any]:
+    return small_inputs(small_model("flux"))
+
+
+def test_every_format_of_activations_agrees_up_to_ties(engine: Engine, inputs: dict[str, Any]) -> None:
+    found = model_agreement(engine, inputs)
+    # Given the same integers only float32 rounding is left: some units in the last place a layer, over four blocks.
+    assert found.holds and found.error < 1e-5, str(found)
+    image, text = inputs["hidden_states"].shape[1], inputs["encoder_hidden_states"].shape[1]
+    double = image * (3 * 64 + 64 + 64 + 256) + text * (3 * 64 + 64 + 64 + 256)  # q, k, v, out, two of the feed-forward
+    single = (image + text) * (3 * 64 + 64 + 320)  # q, k, v, proj_mlp, proj_out
+    assert found.integers == 2 * 2 * (double + single)  # samples, blocks of a kind
+
+
+def test_a_recorded_call_is_taken_as_it_is(engine: Engine, inputs: dict[str, Any]) -> None:
+    recorded = inputs | {"return_dict": False, "joint_attention_kwargs": None, "guidance": None}
+    assert model_agreement(engine, recorded) == model_agreement(engine, inputs)
+
+
+def test_the_built_in_model_agrees_up_to_ties_on_real_inputs(tmp_path: Path) -> None:
+    """Half of the blocks as w4a8, half as w4a4, since an export of mini takes most of the time; rounded to nearest."""
+    recipe = load_recipe("w4a8").to_json()
+    quantize = recipe["passes"][-1]["quantize"]
+    coarse = {"select": "single_transformer_blocks.*", "format": "w4a4"}
+    quantize |= {"rounding": "nearest", "refine": 0, "rules": [coarse, *quantize["rules"]]}
+    settings: dict[str, Any] = {"steps": 4, "prompts_limit": 2, "bins": 1, "step_weights": False, "progress": False}
+    ditq.calibrate("mini", tmp_path / "stats", **settings)
+    options = CompileOptions(statistics=tmp_path / "stats", progress=False)
+    compiled = ditq.compile("mini", tmp_path / "engine", Recipe.from_dict(recipe, "both"), options).engine
+    assert {spec["activation"]["bits"] for spec in compiled.sites.values()} == {4, 8, 16}
+    calls = list(Trajectories.open(tmp_path / "stats" / "trajectories").calls())
+    for call in (calls[0], calls[-1]):
+        found = model_agreement(compiled, call.arguments)
+        assert found.holds and found.error < 1e-5 and found.excess < TIE_TOLERANCE, str(found)
+
+
+# --- an engine that computes something else
+
+
+def _coarser_steps(graph: onnx.GraphProto) -> None:
+    """The step of every token's attention input is max|x| / 126."""
+    _other_constant(graph, "transformer_blocks.0.attn.to_q/step", 1, 126.0)
+
+
+def _wrong_scale(graph: onnx.GraphProto) -> None:
+    """One calibrated scale is a tenth smaller than it should be."""
+    _other_constant(graph, "transformer_blocks.0.ff_context.net.2/quantized", 1, 0.9 * 0.031)
+
+
+def _swapped_weights(graph: onnx.GraphProto) -> None:
+    """Keys are computed with the codes of the values."""
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name == "transformer_blocks.0.attn.to_k.codes":
+                node.input[place] = "transformer_blocks.0.attn.to_v.codes"
+
+
+def _scaled_output(graph: onnx.GraphProto) -> None:
+    """All integers are right; what comes after the last of them is off by half a percent."""
+    maker = _maker(graph, OUTPUT)
+    maker.output[0] = "before"
+    graph.initializer.append(numpy_helper.from_array(np.float32(1.005), "factor"))
+    graph.node.append(helper.make_node("Mul", ["before", "factor"], [OUTPUT]))
+
+
+def _maker(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
+    return next(node for node in graph.node if name in node.output)
+
+
+def _other_constant(graph: onnx.GraphProto, name: str, place: int, value: float) -> None:
+    """What makes the value `name` reads another number at that place."""
+    graph.initializer.append(numpy_helper.from_array(np.float32(value), "other"))
+    _maker(graph, name).input[place] = "other"
+
+
+def _forged(engine: Engine, folder: Path, change: Callable[[onnx.GraphProto], None]) -> Engine:
+    """A copy of the engine with another graph, whose hash is written down."""
+    shutil.copytree(engine.folder, folder)
+    model = onnx.load(folder / GRAPH, load_external_data=False)
+    change(model.graph)
+    (folder / GRAPH).write_bytes(model.SerializeToString())
+    return Engine(folder, engine.manifest).update(files={**engine.files, GRAPH: hash_file(folder / GRAPH)})
+
+
+@pytest.mark.parametrize("change", [_coarser_steps, _wrong_scale, _swapped_weights])
+def test_wrong_integers_are_caught_and_named(
+    change: Callable[[onnx.GraphProto], None], engine: Engine, inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    found = model_agreement(_forged(engine, tmp_path / "engine", change), inputs)
+    assert not found.holds and found.invalid and found.excess > 10 * TIE_TOLERANCE
+    assert "are no rounding of the torch value" in str(found) and " at transformer_blocks.0." in str(found)
+
+
+def test_a_wrong_output_is_caught(engine: Engine, inputs: dict[str, Any], tmp_path: Path) -> None:
+    found = model_agreement(_forged(engine, tmp_path / "engine", _scaled_output), inputs)
+    assert not found.holds and not found.invalid and found.error == pytest.approx(5e-3, rel=1e-2)
+
+
+def test_doctor_says_so_and_exits_with_1(engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = run(capsys, "doctor", engine.folder)
+    assert ran.code == 0 and "of torch up to ties" in ran.out
+    ran = run(capsys, "doctor", _forged(engine, tmp_path / "engine", _coarser_steps).folder)
+    assert ran.code == 1 and "are no rounding of the torch value" in ran.out
+
+
+def test_a_graph_in_another_form_is_refused(engine: Engine, inputs: dict[str, Any], tmp_path: Path) -> None:
+    def no_zero_point(graph: onnx.GraphProto) -> None:
+        name = "transformer_blocks.0.ff_context.net.2"
+        del _maker(graph, f"{name}/dequantized").input[2]
+        del _maker(graph, f"{name}/quantized").input[2]
+
+    with pytest.raises(DitqError, match="its activations are not quantized in a known form"):
+        model_agreement(_forged(engine, tmp_path / "engine", no_zero_point), inputs)
