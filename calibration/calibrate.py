@@ -16,12 +16,14 @@ from typing import Any
 import torch
 
 from ditq.calibration.collect import MEMORY_LIMIT, collect_statistics, moved
+from ditq.calibration.probing import measure_step_weights
 from ditq.calibration.prompts import BUILTIN_SETS, builtin_prompts, read_conditions, spread
 from ditq.calibration.record import INDEX as TRAJECTORIES_INDEX
 from ditq.calibration.record import Trajectories, record_trajectories
 from ditq.calibration.sampling import SamplingSettings, check_arguments, class_count, condition_kind
 from ditq.calibration.statistics import INDEX as STATISTICS_INDEX
 from ditq.calibration.statistics import Statistics
+from ditq.calibration.step_weights import StepWeights
 from ditq.calibration.storage import PARTIAL, make_folder, remove_folder, rename
 from ditq.checkpoint import BUILT_IN, Checkpoint, read_json
 from ditq.errors import DitqError, Interrupted
@@ -51,6 +53,7 @@ def calibrate(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     memory_limit: int = MEMORY_LIMIT,
+    step_weights: bool = False,
     force: bool = False,
     resume: bool = False,
     progress: ProgressSetting = None,
@@ -71,6 +74,7 @@ def calibrate(
         arguments: further arguments of the pipeline's call, over the checkpoint's own defaults.
         dtype, device: of the model while it draws and while its inputs are read; sums are float32 on the CPU.
         memory_limit: bytes that the statistics may take at a time; where they need more, the model runs more often.
+        step_weights: also measure what an error at each step is worth in the end (step_weights.py).
         force: replace an existing folder (made by this function; nothing else is ever removed).
         resume: continue an interrupted calibration with the same settings; a finished one is simply opened.
         progress: see ditq.progress.
@@ -99,10 +103,13 @@ def calibrate(
             pipeline=pipeline,
             dtype=dtype,
         )
-        model = pipeline.transformer
+        graph = DiTGraph(pipeline.transformer, moved(_example_inputs(checkpoint, trajectories), device, dtype))
+        if step_weights and StepWeights.read(folder) is None:
+            linears = {name: graph.linear(name) for name, site in graph.sites.items() if site.role == "token"}
+            measure_step_weights(pipeline, linears, chosen, settings, trajectories.steps, progress).write(folder)
         del pipeline  # the text encoders may be larger than the statistics
         collect_statistics(
-            DiTGraph(model, moved(_example_inputs(checkpoint, trajectories), device, dtype)),
+            graph,
             trajectories,
             bins,
             rows_per_bin,

@@ -184,8 +184,12 @@ def sample_one(
     on_denoiser_call: Callable[[DenoiserCall], None] | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
     decode: bool = True,
+    copies: int = 1,
 ) -> Sample:
-    """Draw the sample of the condition at place `index` (seed `settings.seed + index`); see `sample`."""
+    """Draw the sample of the condition at place `index` (seed `settings.seed + index`); see `sample`.
+
+    With `copies` it is drawn so many times at once, all from the same noise: the first dimension of all tensors.
+    """
     steps: list[StepRecord] = []
     calls = 0
 
@@ -210,12 +214,13 @@ def sample_one(
     parameters = _call_parameters(pipeline)
     arguments = dict(settings.arguments)
     if condition_kind(pipeline) == "prompt":
-        arguments["prompt"] = condition
+        arguments["prompt"] = condition if copies == 1 else [condition] * copies
     else:
-        arguments["class_labels"] = [condition]
+        arguments["class_labels"] = [condition] * copies
     if "output_type" in parameters:
         arguments["output_type"] = "pil" if decode else "latent"
-    arguments["generator"] = torch.Generator("cpu").manual_seed(settings.seed + index)
+    noise = [torch.Generator("cpu").manual_seed(settings.seed + index) for _ in range(copies)]
+    arguments["generator"] = noise if copies > 1 else noise[0]
 
     denoiser = getattr(pipeline, "transformer", None)
     if not isinstance(denoiser, torch.nn.Module):

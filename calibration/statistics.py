@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ditq.calibration.accumulate import crest_factors
+from ditq.calibration.step_weights import StepWeights
 from ditq.calibration.storage import make_folder, tensor_digest, write_json, write_tensors
 from ditq.checkpoint import read_json
 from ditq.errors import DitqError
@@ -149,11 +150,13 @@ class Statistics:
         groups: name of the input group -> its statistics; from a folder, each is read when it is asked for.
         sites: name of the input group -> the linears that read it.
         metadata: where they come from: checkpoint, conditions, steps, seed, bins and the versions.
+        step_weights: what an error at each step is worth in the end; None where that was not measured.
     """
 
     groups: Mapping[str, InputStatistics]
     sites: Mapping[str, tuple[str, ...]]
     metadata: dict[str, Any]
+    step_weights: StepWeights | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -164,6 +167,18 @@ class Statistics:
     def bins(self) -> int:
         """The number of timestep bins."""
         return self.metadata["bins"]
+
+    def bin_weights(self, kind: str = "effect") -> Tensor:
+        """[B]: the step weights of that kind (step_weights.py) by timestep bin, as `InputStatistics.hessian` takes them.
+
+        Raises:
+            DitqError: they were not measured.
+        """
+        if self.step_weights is None:
+            raise DitqError(
+                "these statistics hold no step weights; measure them with `ditq calibrate --resume --step-weights`"
+            )
+        return self.step_weights.by_bin(self.bins, kind)
 
     def check(self, graph: DiTGraph) -> None:
         """Raise DitqError unless they hold every input that the graph's model uses, in its width."""
@@ -186,6 +201,8 @@ class Statistics:
         if isinstance(self.groups, _StoredGroups) and self.groups.folder == folder:
             return
         described = write_groups(path, self.groups, self.sites, {})
+        if self.step_weights is not None:
+            self.step_weights.write(folder)
         write_index(folder, self.metadata, described)
 
     @classmethod
@@ -218,7 +235,7 @@ class Statistics:
                 f"{folder}: these statistics are of another checkpoint "
                 f"({index['checkpoint'].get('name')}, {found[:12]}); calibrate this one"
             )
-        statistics = cls(groups, sites, index)
+        statistics = cls(groups, sites, index, StepWeights.read(folder))
         if graph is not None:
             statistics.check(graph)
         return statistics

@@ -92,10 +92,11 @@ def compile_command(checkpoint: str, out: Path, recipe: str, target: str, prompt
 @click.option("--bins", default=4, show_default=True, type=click.IntRange(min=1), help="Timestep bins.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="An argument of the pipeline's call.")
 @click.option("--seed", default=0, show_default=True, type=SEED)
+@click.option("--step-weights", is_flag=True, help="Also measure what an error at each step is worth.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted calibration stopped.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 def calibrate(checkpoint: str, out: Path, prompts: Path | None, limit: int | None, steps: int | None, bins: int,
-              settings: tuple[str, ...], seed: int, resume: bool, force: bool) -> None:  # fmt: skip
+              settings: tuple[str, ...], seed: int, step_weights: bool, resume: bool, force: bool) -> None:  # fmt: skip
     """Run CHECKPOINT's real pipeline on prompts and keep the statistics of every linear's input.
 
     \b
@@ -106,7 +107,7 @@ def calibrate(checkpoint: str, out: Path, prompts: Path | None, limit: int | Non
 
     opened = Checkpoint.open(checkpoint)
     found = run(opened, out, conditions=prompts, steps=steps, bins=bins, seed=seed, prompts_limit=limit,
-                arguments=_arguments(settings), resume=resume, force=force)  # fmt: skip
+                arguments=_arguments(settings), step_weights=step_weights, resume=resume, force=force)  # fmt: skip
     count, steps_run = found.metadata["condition_count"], found.metadata["steps"]
     click.echo(f"{len(found.groups)} inputs over {count} conditions of {steps_run} steps, in {found.bins} bins")
     click.echo(f"statistics in {out}; next: ditq compile {checkpoint} -o engine --stats {out}")

@@ -160,6 +160,7 @@ def run_passes(
             "recipe": recipe.to_json(),
             "seed": options.seed,
             "statistics": None if statistics is None else statistics.metadata,
+            "step_weights": None if statistics is None else statistics.step_weights,
         }
         cache = FolderSiteCache(work / "sites", key)
     context = Context(statistics, options.seed, cache).showing(options.progress)

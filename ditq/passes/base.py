@@ -120,6 +120,19 @@ class Context:
             self._latest = (state, found)
         return self._latest[1]
 
+    def bin_weights(self, kind: str) -> Tensor | None:
+        """How much a row of each timestep bin counts: step weights of that kind, their square roots for 'softened' (of
+        'share'), or None for 'none'.
+
+        Raises:
+            DitqError: the statistics hold no step weights.
+        """
+        if kind == "none" or self._statistics is None:
+            return None
+        if kind == "softened":
+            return self._statistics.bin_weights("share").sqrt()
+        return self._statistics.bin_weights(kind)
+
     def cached(self, site: str, make: Callable[[], WeightCode]) -> WeightCode:
         """The site's code from an earlier, interrupted run if there is one, else made now and kept."""
         if self.site_cache is None:

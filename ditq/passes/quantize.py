@@ -30,6 +30,7 @@ from ditq.suggest import unknown_key
 
 ROUNDINGS = ("nearest", "gptq")
 BRANCHES = ("integer", "float")
+STEP_WEIGHTS = ("none", "effect", "share", "softened")
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,9 @@ class Quantize(Pass):
     activation_noise: bool = setting(False, "GPTQ: round the weights that suit inputs with their own rounding error")
     centred: bool = setting(False, "GPTQ: leave out of the Hessian the mean, which the corrected bias takes care of")
     weighted: bool = setting(True, "search scales by output error (diagonal of the second moments), not weight error")
+    step_weights: str = setting(
+        "none", "what a step's rows count for: all the same, or by what an error there costs in the end", STEP_WEIGHTS
+    )
     select: list[str] = setting(["role:token"], "which linears")
     rules: list[dict[str, Any]] = setting([], "overrides: {select: pattern or list, settings...}; a later one wins")
 
@@ -124,6 +128,11 @@ class Quantize(Pass):
         for key in ("refine", "scale_search", "activation_noise", "centred"):
             if getattr(self, key) and "gptq" not in rounded:
                 raise DitqError(f"pass 'quantize': {key} works on what GPTQ rounds; set rounding: gptq or leave it out")
+        if self.step_weights != "none" and not self.requires_statistics:
+            raise DitqError(
+                "pass 'quantize': step_weights weighs second moments, which nothing here reads; set rounding: gptq "
+                "or leave it out"
+            )
         if self.centred and not self.bias_correction:
             raise DitqError("pass 'quantize': centred leaves the mean to bias_correction; set that to true as well")
 
@@ -194,18 +203,19 @@ class Quantize(Pass):
         form = BitFormat.parse(settings.format)
         statistics = context.statistics(graph.sites[site].group) if self.requires_statistics else None
         chosen = formats.of(site, statistics)
-        hessian = None if statistics is None else statistics.hessian()
+        weights = context.bin_weights(self.step_weights)
+        hessian = None if statistics is None else statistics.hessian(weights)
         target, used, noise = weight, hessian, None
         if statistics is not None and used is not None and settings.rounding == "gptq":
             if self.centred:
-                used = used - torch.outer(statistics.mean(), statistics.mean())
+                used = used - torch.outer(statistics.mean(weights), statistics.mean(weights))
             if self.activation_noise and form.activation < 16:
                 noise = rounding_noise(statistics.sample, chosen.format, chosen.scale)
                 target, used = for_noisy_inputs(weight, used, noise)
         code = context.cached(site, lambda: self._code(site, target, used, settings, form))
         decoded = code.decode()
         if self.bias_correction and statistics is not None:
-            correction = (weight - decoded).double() @ statistics.mean().double()
+            correction = (weight - decoded).double() @ statistics.mean(weights).double()
             bias = correction.float() if bias is None else bias + correction.float()
         transform = module.transform if isinstance(module, TransformedLinear) else None
         branch: Branch = "float" if settings.branch == "float" else "integer"

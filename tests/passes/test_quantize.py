@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from ditq.calibration.statistics import Statistics
+from ditq.calibration.statistics import InputStatistics, Statistics
+from ditq.calibration.step_weights import StepWeights
 from ditq.errors import DitqError
 from ditq.formats import BitFormat
 from ditq.graph import DiTGraph
@@ -19,7 +21,7 @@ from ditq.passes import Context
 from ditq.passes.quantize import Quantize, quantized_layers, stored_bits
 from ditq.recipe import Recipe, load_recipe, shipped_recipes
 from ditq.site_cache import FolderSiteCache
-from tests.families_small import FAMILIES, forward, small_graph, small_inputs, statistics_of
+from tests.families_small import FAMILIES, forward, small_graph, small_inputs, small_model, statistics_of
 
 QUICK = {"rounding": "nearest", "codebook": "uniform", "weighted": False, "bias_correction": False}
 
@@ -64,6 +66,32 @@ def test_more_bits_lose_less(family: str) -> None:
     errors = {name: _error_of(name, family) for name in ("w8a8", "w4a8", "w3a8", "w4a4")}
     assert errors["w8a8"] < errors["w4a8"] < errors["w3a8"]
     assert errors["w4a8"] < errors["w4a4"]
+
+
+def test_step_weights_say_which_timesteps_codes_are_fitted_to() -> None:
+    """A bin of weight 0 is as good as absent: the very codes and biases of statistics that never had it."""
+    first, second = (
+        statistics_of(small_graph("dit"), inputs=[small_inputs(small_model("dit"), seed=s)]) for s in (0, 1)
+    )
+    groups = {}
+    for name, found in first.groups.items():
+        other = second.groups[name]
+        parts = [(getattr(found, item.name), getattr(other, item.name)) for item in fields(InputStatistics)]
+        joined = InputStatistics(*(torch.cat(pair) for pair in parts))
+        groups[name] = replace(joined, sample_bin=torch.cat([found.sample_bin, other.sample_bin + 1]))
+    metadata = {**first.metadata, "bins": 2}
+    both = Statistics(groups, first.sites, metadata, StepWeights(effect=(1.0, 1.0), share=(2.0, 0.0)))
+    made = {}
+    for key, statistics, kind in (("first", first, "none"), ("share", both, "share"), ("effect", both, "effect")):
+        graph = small_graph("dit")
+        Quantize(step_weights=kind).run(graph, Context(statistics))
+        made[key] = {name: layer.state_dict() for name, layer in quantized_layers(graph.model).items()}
+    assert all(torch.equal(made["share"][n][k], v) for n, state in made["first"].items() for k, v in state.items())
+    assert any(not torch.equal(made["effect"][n]["codes"], state["codes"]) for n, state in made["first"].items())
+    with pytest.raises(DitqError, match="hold no step weights"):
+        Quantize(step_weights="share").run(small_graph("dit"), Context(first))
+    with pytest.raises(DitqError, match="step_weights weighs second moments, which nothing here reads"):
+        Quantize(**QUICK, step_weights="share").check()  # type: ignore[arg-type]
 
 
 def _one_linear(settings: dict[str, object], seed: int = 0) -> tuple[DiTGraph, dict[str, float]]:
