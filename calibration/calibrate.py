@@ -22,7 +22,7 @@ from ditq.calibration.record import INDEX as TRAJECTORIES_INDEX
 from ditq.calibration.record import Trajectories, record_trajectories
 from ditq.calibration.sampling import SamplingSettings, check_arguments, class_count, condition_kind
 from ditq.calibration.statistics import INDEX as STATISTICS_INDEX
-from ditq.calibration.statistics import Statistics
+from ditq.calibration.statistics import TRAJECTORIES, Statistics
 from ditq.calibration.step_weights import StepWeights
 from ditq.calibration.storage import PARTIAL, make_folder, remove_folder, rename
 from ditq.checkpoint import BUILT_IN, Checkpoint, read_json
@@ -34,7 +34,6 @@ from ditq.progress import ProgressSetting
 from ditq.quiet import quiet_libraries
 
 DEFAULT_CONDITIONS = 16
-TRAJECTORIES = "trajectories"
 
 Conditions = str | Path | Sequence[str | int]
 

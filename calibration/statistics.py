@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ditq.graph import DiTGraph
 
 INDEX = "statistics.json"
+TRAJECTORIES = "trajectories"  # the folder beside it that holds the recorded calls
 FORMAT = "ditq statistics"
 FORMAT_VERSION = 1
 KEPT_IN_MEMORY = 2 << 30  # bytes of inputs that stay in memory once read from a folder
@@ -179,6 +180,11 @@ class Statistics:
                 "these statistics hold no step weights; measure them with `ditq calibrate --resume --step-weights`"
             )
         return self.step_weights.by_bin(self.bins, kind)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where they are stored; None for statistics in memory."""
+        return self.groups.folder if isinstance(self.groups, _StoredGroups) else None
 
     def check(self, graph: DiTGraph) -> None:
         """Raise DitqError unless they hold every input that the graph's model uses, in its width."""

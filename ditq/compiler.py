@@ -163,9 +163,12 @@ def run_passes(
             "step_weights": None if statistics is None else statistics.step_weights,
         }
         cache = FolderSiteCache(work / "sites", key)
-    context = Context(statistics, options.seed, cache).showing(options.progress)
+    keep_weights = any(step.wants_weights for step in recipe.passes)
+    context = Context(statistics, options.seed, cache, keep_weights).showing(options.progress)
     reports = []
     with torch.no_grad():
+        for step in recipe.passes:
+            step.prepare(graph, context)
         for step in recipe.passes:
             reports.append(step.run(graph, context))
     return reports

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ditq.calibration.storage import make_folder, writing
 from ditq.numerics.codebook import LowRank, WeightCode
@@ -24,25 +25,31 @@ class FolderSiteCache:
         make_folder(self.folder)
 
     def get(self, site: str) -> WeightCode | None:
-        path = self.folder / f"{site}.safetensors"
-        if not path.exists():
+        tensors = self.get_tensors(site)
+        if tensors is None or not {"codes", "table", "scale", "bits"} <= tensors.keys():
             return None
-        try:
-            tensors = load_file(path)
-            bits = int(tensors["bits"])
-            low_rank = LowRank(tensors["down"], tensors["up"], tensors["branch_scale"]) if "down" in tensors else None
-            multiplier = tensors.get("multiplier")
-            return WeightCode(tensors["codes"], tensors["table"], tensors["scale"], multiplier, bits, low_rank)
-        except (SafetensorError, OSError, KeyError):
-            return None
+        low_rank = LowRank(tensors["down"], tensors["up"], tensors["branch_scale"]) if "down" in tensors else None
+        multiplier, bits = tensors.get("multiplier"), int(tensors["bits"])
+        return WeightCode(tensors["codes"], tensors["table"], tensors["scale"], multiplier, bits, low_rank)
 
     def put(self, site: str, code: WeightCode) -> WeightCode:
-        tensors = {"codes": code.codes, "table": code.table, "scale": code.scale}
+        tensors = {"codes": code.codes, "table": code.table, "scale": code.scale, "bits": torch.tensor(code.bits)}
         if code.multiplier is not None:
             tensors["multiplier"] = code.multiplier
         if code.low_rank is not None:
             branch = code.low_rank
             tensors |= {"down": branch.down, "up": branch.up, "branch_scale": branch.scale}
-        with writing(self.folder / f"{site}.safetensors") as beside:
-            save_file({**{k: v.contiguous() for k, v in tensors.items()}, "bits": torch.tensor(code.bits)}, beside)
+        self.put_tensors(site, tensors)
         return code
+
+    def get_tensors(self, name: str) -> dict[str, Tensor] | None:
+        path = self.folder / f"{name}.safetensors"
+        try:
+            return load_file(path) if path.exists() else None
+        except (SafetensorError, OSError):
+            return None
+
+    def put_tensors(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        with writing(self.folder / f"{name}.safetensors") as beside:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, beside)
+        return tensors

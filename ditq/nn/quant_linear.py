@@ -97,11 +97,28 @@ class QuantLinear(nn.Module):
 
     def carrier(self) -> Tensor:
         """The weight on its integer grid, int8 [O, I]."""
-        if self.bits == 8:
-            return self.codes
+        return self.codes if self.bits == 8 else self.code().carrier()
+
+    def code(self) -> WeightCode:
+        """The coded weight, as codebooks and rounding make it.
+
+        Raises:
+            ValueError: at 8 bits, where the carriers themselves are kept.
+        """
+        if self.table is None:
+            raise ValueError(f"{self.site}: at 8 bits there is no table")
         codes = unpack(self.codes, self.bits, self.in_features)
-        assert self.table is not None
-        return WeightCode(codes, self.table, self.scale, self.multiplier, self.bits).carrier()
+        return WeightCode(codes, self.table, self.scale, self.multiplier, self.bits, self.low_rank())
+
+    def recode(self, code: WeightCode, bias: Tensor | None) -> None:
+        """Take a code of the same form, and a bias, in place of what the layer has; the branch stays."""
+        self.codes, self.table = pack(code.codes, self.bits), code.table
+        self.scale, self.multiplier, self.bias = code.scale, code.multiplier, bias
+        self.forget()
+
+    def forget(self) -> None:
+        """Decode the codes anew at the next call: they were changed."""
+        self._carrier = None
 
     def fold_shift(self) -> None:
         """Put into the bias what the shift t of unsigned inputs adds: (q s - t) W^T = q s W^T - t sum_j W_j. Once, when made.
@@ -169,6 +186,11 @@ class QuantLinear(nn.Module):
         steps, step = self.in_steps(x)
         rounded = steps.round() if self.rounding is None else self.rounding(self.site, steps)
         return self.activation.carriers(rounded), self.activation.unit(step)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """The transformed input as the layer's products see it: q s_x."""
+        q, step = self.quantized(x)
+        return q * step
 
     def _inner(self, x: Tensor, q: Tensor, step: Tensor) -> Tensor:
         """z A^T [..., r]: the input on the few directions of the branch."""

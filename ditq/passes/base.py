@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ditq.calibration.statistics import InputStatistics, Statistics
+from ditq.calibration.record import Trajectories
+from ditq.calibration.statistics import TRAJECTORIES, InputStatistics, Statistics
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn.input_transform import InputTransform, RotatedRange
@@ -66,16 +67,29 @@ class SiteCache(Protocol):
 
     def put(self, site: str, code: WeightCode) -> WeightCode: ...
 
+    def get_tensors(self, name: str) -> dict[str, Tensor] | None: ...
+
+    def put_tensors(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]: ...
+
 
 class Context:
     """What passes read besides the graph: calibration statistics, seed, progress, and the changes made so far.
 
     `site_cache`, where given, keeps finished layers so that an interrupted compile resumes where it stopped.
+    `keep_weights`: passes that code weights leave in `weights` what they coded, float16 by site. `prepared`: what passes
+    took from the model before any pass changed it, by pass.
     """
 
     def __init__(
-        self, statistics: Statistics | None = None, seed: int = 0, site_cache: SiteCache | None = None
+        self,
+        statistics: Statistics | None = None,
+        seed: int = 0,
+        site_cache: SiteCache | None = None,
+        keep_weights: bool = False,
     ) -> None:
+        self.keep_weights = keep_weights
+        self.weights: dict[str, Tensor] = {}
+        self.prepared: dict[str, Any] = {}
         self._statistics, self.seed, self.site_cache = statistics, seed, site_cache
         self._progress: ProgressSetting = False
         self._latest: tuple[object, InputStatistics] | None = None
@@ -133,6 +147,30 @@ class Context:
             return self._statistics.bin_weights("share").sqrt()
         return self._statistics.bin_weights(kind)
 
+    def trajectories(self) -> Trajectories:
+        """The recorded calls of the denoiser that the statistics were gathered from.
+
+        Raises:
+            DitqError: there are none.
+        """
+        folder = None if self._statistics is None else self._statistics.folder
+        if folder is None:
+            raise DitqError(
+                "this recipe learns from recorded calls; give the statistics as a folder of `ditq calibrate`"
+            )
+        return Trajectories.open(folder / TRAJECTORIES)
+
+    def step_weights(self, steps: Tensor) -> Tensor:
+        """How much an error in each of the scheduler steps [B] counts: float32 [B]."""
+        return torch.ones(len(steps))
+
+    def cached_tensors(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors from an earlier, interrupted run if there are any, else made now and kept."""
+        if self.site_cache is None:
+            return make()
+        found = self.site_cache.get_tensors(name)
+        return self.site_cache.put_tensors(name, make()) if found is None else found
+
     def cached(self, site: str, make: Callable[[], WeightCode]) -> WeightCode:
         """The site's code from an earlier, interrupted run if there is one, else made now and kept."""
         if self.site_cache is None:
@@ -151,11 +189,16 @@ class Pass(ABC):
     name: ClassVar[str]
     not_after: ClassVar[tuple[str, ...]] = ()
     """Passes that must not have treated a linear before this one does."""
+    wants_weights: ClassVar[bool] = False
+    """Does it need the weights that an earlier pass coded?"""
 
     @property
     def requires_statistics(self) -> bool:
         """Must the model be calibrated for this pass?"""
         return True
+
+    def prepare(self, graph: DiTGraph, context: Context) -> None:  # noqa: B027  most passes have nothing to prepare
+        """See the model before the first pass of the recipe changes it."""
 
     @abstractmethod
     def run(self, graph: DiTGraph, context: Context) -> PassReport:

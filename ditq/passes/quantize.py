@@ -213,6 +213,8 @@ class Quantize(Pass):
                 noise = rounding_noise(statistics.sample, chosen.format, chosen.scale)
                 target, used = for_noisy_inputs(weight, used, noise)
         code = context.cached(site, lambda: self._code(site, target, used, settings, form))
+        if context.keep_weights:
+            context.weights[site] = target.half()
         decoded = code.decode()
         if self.bias_correction and statistics is not None:
             correction = (weight - decoded).double() @ statistics.mean(weights).double()

@@ -1,0 +1,215 @@
+"""reconstruct: learn codes, levels, scales and biases of a block's linears against the block's own output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ditq.calibration.batches import CallBatch, sampled_batches
+from ditq.errors import DitqError
+from ditq.graph import DiTGraph
+from ditq.nn.learned_linear import LearnedLinear
+from ditq.nn.quant_linear import QuantLinear
+from ditq.passes.base import Context, Pass, PassReport, register, setting
+from ditq.passes.block_records import BlockOutputs, Call, block_inputs, record_outputs, tensors_of
+
+HELD_OUT = 8  # every eighth batch judges what was learned on the others
+
+
+@dataclass(frozen=True, eq=False)
+class _Example:
+    """One batch of a block: what it gets, what the original block gave, and how much each sample counts [B]."""
+
+    inputs: Call
+    wanted: list[Tensor]
+    weights: Tensor
+
+
+@register
+@dataclass(frozen=True)
+class Reconstruct(Pass):
+    """After `quantize`: gradient descent on codes, levels, scales and biases, block after block.
+
+    A block gets what the compressed blocks before it give and learns what the original gave in its place along recorded
+    trajectories, so that it also makes up for what went wrong before it. With `scope: model` all blocks learn at once what the
+    denoiser as a whole gives: better, for models whose gradients fit in memory. Held-out calls decide whether a block
+    keeps what it learned; it is never worse on them than before.
+
+    Source: block reconstruction, BRECQ (Li et al., arXiv 2102.05426), with all parameters learned as in EfficientQAT
+    (Chen et al., arXiv 2407.11062).
+
+    Example:
+        - reconstruct: {scope: block, steps: 200}
+    """
+
+    name: ClassVar[str] = "reconstruct"
+    wants_weights: ClassVar[bool] = True
+    scope: str = setting("block", "what is learned at a time: each block, or all of the model", ("block", "model"))
+    steps: int = setting(250, "steps of gradient descent, for each block or for the model")
+    samples: int = setting(256, "recorded denoiser calls that are learned from and judged by")
+    batch: int = setting(8, "samples a step")
+    rate: float = setting(0.003, "learning rate at the start, in steps between two levels of the weights")
+
+    def check(self) -> None:
+        for key, least in (("steps", 1), ("batch", 1), ("samples", 2)):
+            if getattr(self, key) < least:
+                raise DitqError(f"pass 'reconstruct': {key} is {getattr(self, key)}, must be {least} or more")
+        if self.samples < 2 * self.batch:
+            raise DitqError(
+                f"pass 'reconstruct': samples is {self.samples}, must be at least two batches of {self.batch}"
+            )
+        if self.rate <= 0:
+            raise DitqError(f"pass 'reconstruct': rate is {self.rate}, must be above 0")
+
+    def _units(self, graph: DiTGraph) -> list[str]:
+        return list(graph.blocks) if self.scope == "block" else [""]
+
+    def preview(self, graph: DiTGraph) -> dict[str, str]:
+        sites = [site for block in graph.blocks.values() for site in block.sites]
+        return dict.fromkeys(sites if self.scope == "block" else graph.sites, f"learn {self.steps} steps")
+
+    def prepare(self, graph: DiTGraph, context: Context) -> None:
+        """What the original model gives on the sampled calls, before any pass changes it."""
+        batches = sampled_batches(context.trajectories(), self.samples, self.batch, context.seed)
+        outputs = BlockOutputs()
+        for number, batch in context.track("original blocks", list(enumerate(batches))):
+            record_outputs(graph.model, self._units(graph), number, batch, outputs)
+        context.prepared[self.name] = (batches, outputs)
+
+    def run(self, graph: DiTGraph, context: Context) -> PassReport:
+        report = PassReport(self.name, self.settings())
+        batches, outputs = context.prepared.pop(self.name)
+        for unit in context.track(self.name, self._units(graph)):
+            layers = _layers(graph.model, unit, context)
+            if not layers:
+                continue
+            first = next(iter(layers.values()))
+            row: dict[str, Any] = {}
+
+            def learn(
+                unit: str = unit, layers: dict[str, QuantLinear] = layers, row: dict[str, Any] = row
+            ) -> dict[str, Tensor]:
+                row |= self._learn(graph, unit, layers, batches, outputs, context)
+                return _state(layers)
+
+            _restore(layers, context.cached_tensors(f"{self.name}.{unit or 'model'}", learn))
+            report.rows.append({"block": unit or "the model", "linears": len(layers), "first": first.site, **row})
+        kept = [row["error after"] / row["error before"] for row in report.rows if "error after" in row]
+        if kept:
+            report.summary = {"blocks": len(report.rows), "mean share of the error left": sum(kept) / len(kept)}
+        return report
+
+    def _learn(
+        self,
+        graph: DiTGraph,
+        unit: str,
+        layers: dict[str, QuantLinear],
+        batches: Sequence[CallBatch],
+        outputs: BlockOutputs,
+        context: Context,
+    ) -> dict[str, Any]:
+        """Change the layers of one unit; the relative errors before and after, on held-out calls."""
+        inputs = block_inputs(graph.model, unit, batches)
+        examples = [
+            _Example(given, outputs.get(unit, number), context.step_weights(batch.steps))
+            for number, (batch, given) in enumerate(zip(batches, inputs, strict=True))
+        ]
+        judges, lessons = examples[::HELD_OUT], [e for i, e in enumerate(examples) if i % HELD_OUT]
+        module = graph.model.get_submodule(unit)
+        before, untouched = _error(module, judges), _state(layers)
+        learned = {site: LearnedLinear(layer, context.weights[site]) for site, layer in layers.items()}
+        for site, layer in learned.items():
+            graph.replace(site, layer)
+        try:
+            with torch.enable_grad():
+                self._descend(module, list(learned.values()), lessons, context)
+        finally:
+            for site, quantized in layers.items():
+                graph.replace(site, quantized)
+        for site, quantized in layers.items():
+            quantized.recode(learned[site].code(), learned[site].bias.detach())
+        after = _error(module, judges)
+        if not after < before:
+            _restore(layers, untouched)
+        return {"error before": before, "error after": min(before, after), "kept": after < before}
+
+    def _descend(
+        self, module: nn.Module, learned: list[LearnedLinear], lessons: Sequence[_Example], context: Context
+    ) -> None:
+        groups = [group for layer in learned for group in layer.parameter_groups(self.rate)]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        decay = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        )
+        energy = sum(float(_energy(example)) for example in lessons) / len(lessons)
+        order: list[int] = []
+        generator = torch.Generator().manual_seed(context.seed)
+        for _ in context.track("learning", range(self.steps)):
+            if not order:
+                order = torch.randperm(len(lessons), generator=generator).tolist()
+            loss = _loss(module, lessons[order.pop()]) / energy
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            decay.step()
+
+
+def _layers(model: nn.Module, unit: str, context: Context) -> dict[str, QuantLinear]:
+    """The quantized linears inside the unit that have codes to learn."""
+    found = {}
+    for name, module in model.get_submodule(unit).named_modules():
+        if isinstance(module, QuantLinear) and module.bits < 8 and module.site in context.weights:
+            assert f"{unit}.{name}".removeprefix(".") == module.site
+            found[module.site] = module
+    return found
+
+
+def _loss(module: nn.Module, example: _Example) -> Tensor:
+    """Sum over the outputs of the weighted squared distance to what the original gave."""
+    arguments, keywords = example.inputs
+    given = tensors_of(module(*arguments, **keywords))
+    return torch.stack(
+        [_weighted((a - b).float(), example.weights) for a, b in zip(given, example.wanted, strict=True)]
+    ).sum()
+
+
+def _energy(example: _Example) -> Tensor:
+    return torch.stack([_weighted(wanted.float(), example.weights) for wanted in example.wanted]).sum()
+
+
+def _weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """sum_b w_b ||values_b||^2; a tensor that is not by sample counts with the mean weight."""
+    squares = values.square()
+    if values.shape[0] == len(weights):
+        return (squares.flatten(1).sum(1) * weights).sum()
+    return squares.sum() * weights.mean()
+
+
+@torch.no_grad()
+def _error(module: nn.Module, examples: Sequence[_Example]) -> float:
+    """Weighted squared error of the module's outputs relative to what the original gave."""
+    lost = sum(float(_loss(module, example)) for example in examples)
+    return lost / max(sum(float(_energy(example)) for example in examples), 1e-30)
+
+
+def _state(layers: dict[str, QuantLinear]) -> dict[str, Tensor]:
+    """What learning may change of the layers."""
+    return {
+        f"{site}.{name}": buffer.clone()
+        for site, layer in layers.items()
+        for name, buffer in layer.state_dict().items()
+        if name in ("codes", "table", "scale", "bias")
+    }
+
+
+def _restore(layers: dict[str, QuantLinear], state: dict[str, Tensor]) -> None:
+    for site, layer in layers.items():
+        bias = state.get(f"{site}.bias")
+        layer.codes, layer.table, layer.scale = (state[f"{site}.{name}"] for name in ("codes", "table", "scale"))
+        layer.bias = bias
+        layer.forget()

@@ -1,0 +1,155 @@
+"""reconstruct: learns against the original's own outputs, never makes held-out calls worse, and leaves a plain engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ditq.calibration.batches import batch_size, joined, sampled_batches
+from ditq.calibration.calibrate import calibrate
+from ditq.calibration.record import Trajectories
+from ditq.calibration.statistics import Statistics
+from ditq.checkpoint import Checkpoint
+from ditq.compiler import run_passes
+from ditq.errors import DitqError
+from ditq.graph import DiTGraph
+from ditq.inspection import example_inputs
+from ditq.nn import QuantLinear
+from ditq.passes import Context
+from ditq.passes.reconstruct import Reconstruct
+from ditq.recipe import Recipe
+from ditq.site_cache import FolderSiteCache
+from tests.small_checkpoint import write_pipeline
+
+PROMPTS = ["red apple", "blue fish", "green leaf", "a star"]
+QUANTIZE = {"format": "w3a8", "select": ["role:token", "role:modulation"]}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(write_pipeline(tmp_path_factory.mktemp("reconstruct") / "pipeline"))
+
+
+@pytest.fixture(scope="module")
+def statistics(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+    folder = tmp_path_factory.mktemp("reconstruct") / "stats"
+    return calibrate(checkpoint, folder, conditions=PROMPTS, steps=4, progress=False)
+
+
+def _graph(checkpoint: Checkpoint) -> DiTGraph:
+    return DiTGraph(checkpoint.load_model(), example_inputs(checkpoint))
+
+
+def _run(graph: DiTGraph, statistics: Statistics, settings: dict[str, object] | None):
+    steps = [{"quantize": QUANTIZE}] + ([] if settings is None else [{"reconstruct": settings}])
+    return run_passes(graph, Recipe.from_dict({"passes": steps}, "test"), statistics)[-1]
+
+
+def _error(checkpoint: Checkpoint, graph: DiTGraph, statistics: Statistics) -> float:
+    """Relative squared error of the denoiser on all recorded calls."""
+    original = checkpoint.load_model()
+    assert statistics.folder is not None
+    lost = total = 0.0
+    with torch.no_grad():
+        for call in Trajectories.open(statistics.folder / "trajectories").calls():
+            wanted = original(**call.arguments)[0]
+            lost += float((graph.model(**call.arguments)[0] - wanted).square().sum())
+            total += float(wanted.square().sum())
+    return lost / total
+
+
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_it_brings_the_denoiser_nearer_to_the_original(
+    checkpoint: Checkpoint, statistics: Statistics, scope: str
+) -> None:
+    plain, learned = _graph(checkpoint), _graph(checkpoint)
+    _run(plain, statistics, None)
+    report = _run(learned, statistics, {"scope": scope, "steps": 60, "samples": 16, "batch": 2})
+    assert [row["block"] for row in report.rows] == (list(learned.blocks) if scope == "block" else ["the model"])
+    assert all(row["error after"] <= row["error before"] for row in report.rows)
+    assert any(row["kept"] for row in report.rows)
+    assert _error(checkpoint, learned, statistics) < _error(checkpoint, plain, statistics)
+    assert not any("Learned" in type(module).__name__ for module in learned.model.modules())
+
+
+def test_what_does_not_help_held_out_calls_is_dropped(checkpoint: Checkpoint, statistics: Statistics) -> None:
+    plain, learned = _graph(checkpoint), _graph(checkpoint)
+    _run(plain, statistics, None)
+    report = _run(learned, statistics, {"steps": 2, "samples": 4, "batch": 2, "rate": 50.0})  # overshoots by far
+    assert not any(row["kept"] for row in report.rows)
+    expected = plain.model.state_dict()
+    for name, tensor in learned.model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_finished_blocks_are_taken_from_an_interrupted_run(
+    checkpoint: Checkpoint, statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.from_dict(
+        {"passes": [{"quantize": QUANTIZE}, {"reconstruct": {"steps": 3, "samples": 4, "batch": 2}}]}, "test"
+    )
+    states = []
+    for attempt in range(2):
+        graph, context = _graph(checkpoint), Context(statistics, 0, FolderSiteCache(tmp_path, {}), keep_weights=True)
+        with torch.no_grad():
+            for step in recipe.passes:
+                step.prepare(graph, context)
+            if attempt:
+                monkeypatch.setattr(Reconstruct, "_learn", lambda *_: pytest.fail("learned already"))
+            for step in recipe.passes:
+                step.run(graph, context)
+        states.append(graph.model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_layers_of_eight_bits_are_left_alone(checkpoint: Checkpoint, statistics: Statistics) -> None:
+    graph = _graph(checkpoint)
+    steps = [{"quantize": {"format": "w8a8"}}, {"reconstruct": {"steps": 1, "samples": 4, "batch": 2}}]
+    assert run_passes(graph, Recipe.from_dict({"passes": steps}, "test"), statistics)[-1].rows == []
+    assert any(isinstance(module, QuantLinear) for module in graph.model.modules())
+
+
+def test_joined_calls_give_what_each_gives_alone(checkpoint: Checkpoint, statistics: Statistics) -> None:
+    assert statistics.folder is not None
+    calls = [call.arguments for call in Trajectories.open(statistics.folder / "trajectories").calls()][:3]
+    model = checkpoint.load_model()
+    with torch.no_grad():
+        together = model(**joined(calls))[0]
+        alone = torch.cat([model(**call)[0] for call in calls])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_sampled_batches_cover_conditions_and_steps_evenly(statistics: Statistics) -> None:
+    assert statistics.folder is not None
+    trajectories = Trajectories.open(statistics.folder / "trajectories")
+    batches = sampled_batches(trajectories, 8, 3)
+    sizes = [batch_size(batch.arguments) for batch in batches]
+    assert sum(sizes) == 8 and max(sizes) == 3 and [len(batch.steps) for batch in batches] == sizes
+    steps = torch.cat([batch.steps for batch in batches]).bincount(minlength=trajectories.steps)
+    assert steps.max() - steps.min() <= 1
+    again = sampled_batches(trajectories, 8, 3)
+    assert all(torch.equal(a.steps, b.steps) for a, b in zip(batches, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"rate": 0.0}, "rate is 0"),
+        ({"samples": 8, "batch": 8}, "two batches of 8"),
+        ({"scope": "all"}, "scope"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(DitqError, match=said):
+        Recipe.from_dict({"passes": [{"quantize": {}}, {"reconstruct": settings}]}, "test")
+
+
+def test_statistics_without_recorded_calls_are_refused(checkpoint: Checkpoint, statistics: Statistics) -> None:
+    in_memory = Statistics(
+        {name: statistics.groups[name] for name in statistics.groups}, statistics.sites, statistics.metadata
+    )
+    with pytest.raises(DitqError, match="recorded calls"):
+        _run(_graph(checkpoint), in_memory, {"samples": 4, "batch": 2})
