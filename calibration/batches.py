@@ -21,28 +21,26 @@ class CallBatch:
 
 
 def sampled_batches(trajectories: Trajectories, samples: int, batch: int, seed: int = 0) -> list[CallBatch]:
-    """About `samples` samples in batches of at most `batch`, drawn evenly over the recording and mixed in every batch.
+    """About `samples` samples in batches of at most `batch`: evenly from all steps, mixed in every batch.
 
     A call counts for as many samples as it has rows: a pipeline may run both guidance branches in one call. Only calls
     whose arguments have the same shapes are joined. The same seed gives the same batches.
     """
-    total = trajectories.count()
-    calls: list[RecordedCall] = []
-    rows, due = 0, 0.0
-    for number, call in enumerate(trajectories.calls()):
-        size = batch_size(call.arguments)
-        due = min(1.0, samples / (total * size)) * (number + 1)
-        if rows // size < due - 0.5:
-            calls.append(call)
-            rows += size
-    order = torch.randperm(len(calls), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    steps = trajectories.steps_of_calls()
+    mixed = torch.randperm(len(steps), generator=generator).tolist()
+    by_step = sorted(mixed, key=steps.__getitem__)  # the calls of a step stay mixed
+    size = batch_size(next(trajectories.calls(chosen={0})).arguments)
+    wanted = min(len(steps), max(1, samples // size))
+    chosen = [by_step[index * len(steps) // wanted] for index in range(wanted)]
+    found = dict(zip(sorted(chosen), trajectories.calls(chosen=frozenset(chosen)), strict=True))
     waiting: dict[Any, list[RecordedCall]] = {}
     batches = []
-    for index in order:
-        call = calls[index]
-        key = _shapes(call.arguments)
-        waiting.setdefault(key, []).append(call)
-        if (len(waiting[key]) + 1) * batch_size(call.arguments) > batch:
+    for number in [number for number in mixed if number in found]:
+        key = _shapes(found[number].arguments)
+        calls = waiting.setdefault(key, [])
+        calls.append(found[number])
+        if (len(calls) + 1) * size > batch:
             batches.append(_batch(waiting.pop(key)))
     return batches + [_batch(rest) for rest in waiting.values()]
 

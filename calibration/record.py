@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -116,16 +116,25 @@ class Trajectories:
         """The number of calls that `calls(stride)` gives."""
         return sum(call["step"] % stride == 0 for record in self._records for call in record["calls"])
 
-    def calls(self, stride: int = 1) -> Iterator[RecordedCall]:
-        """Every call in the order of the recording, of each `stride`-th step only; all its guidance branches."""
+    def steps_of_calls(self) -> list[int]:
+        """The scheduler step of every call, in the order of the recording."""
+        return [call["step"] for record in self._records for call in record["calls"]]
+
+    def calls(self, stride: int = 1, chosen: Collection[int] | None = None) -> Iterator[RecordedCall]:
+        """Every call in the order of the recording, of each `stride`-th step only; all its guidance branches.
+
+        chosen: numbers of calls in the recording; only these are read.
+        """
         if stride < 1:
             raise DitqError(f"stride is {stride}; give at least 1")
+        number = -1
         for condition, record in enumerate(self._records):
             path = self.file(condition)
             try:
                 with safe_open(str(path), framework="pt") as tensors:
                     for call in record["calls"]:
-                        if call["step"] % stride == 0:
+                        number += 1
+                        if call["step"] % stride == 0 and (chosen is None or number in chosen):
                             arguments = {name: _unpack(kind, tensors) for name, kind in call["arguments"].items()}
                             timestep = record["timesteps"][call["step"]]
                             yield RecordedCall(arguments, timestep, call["step"], condition)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ class Reconstruct(Pass):
     samples: int = setting(256, "recorded denoiser calls that are learned from and judged by")
     batch: int = setting(8, "samples a step")
     rate: float = setting(0.003, "learning rate at the start, in steps between two levels of the weights")
+    select: list[str] = setting(["*"], "which blocks, as patterns of their names; for `scope: block`")
 
     def check(self) -> None:
         for key, least in (("steps", 1), ("batch", 1), ("samples", 2)):
@@ -67,11 +69,20 @@ class Reconstruct(Pass):
             raise DitqError(f"pass 'reconstruct': rate is {self.rate}, must be above 0")
 
     def _units(self, graph: DiTGraph) -> list[str]:
-        return list(graph.blocks) if self.scope == "block" else [""]
+        """Modules that are learned, by name; "" is the model."""
+        if self.scope == "model":
+            return [""]
+        for pattern in self.select:
+            if not fnmatch.filter(graph.blocks, pattern):
+                raise DitqError(
+                    f"pass 'reconstruct': {pattern!r} matches no block; there are {', '.join(graph.blocks)}"
+                )
+        return [name for name in graph.blocks if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.select)]
 
     def preview(self, graph: DiTGraph) -> dict[str, str]:
-        sites = [site for block in graph.blocks.values() for site in block.sites]
-        return dict.fromkeys(sites if self.scope == "block" else graph.sites, f"learn {self.steps} steps")
+        units = self._units(graph)
+        sites = list(graph.sites) if units == [""] else [site for unit in units for site in graph.blocks[unit].sites]
+        return dict.fromkeys(sites, f"learn {self.steps} steps")
 
     def prepare(self, graph: DiTGraph, context: Context) -> None:
         """What the original model gives on the sampled calls, before any pass changes it."""
