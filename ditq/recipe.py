@@ -77,6 +77,10 @@ class Recipe:
         if not isinstance(steps, list) or not steps:
             raise DitqError(f"{where}: passes is empty; list at least one pass (see `ditq passes`)")
         made = tuple(_make_pass(step, where) for step in steps)
+        for number, step in enumerate(made):
+            if step.only_after and not any(earlier.name in step.only_after for earlier in made[:number]):
+                first = " or ".join(step.only_after)
+                raise DitqError(f"{where}: pass {step.name!r} works on what {first} made; put {first} before it")
         return cls(str(values.get("name", Path(where).stem)), str(values.get("description", "")), made)
 
 

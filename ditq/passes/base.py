@@ -189,6 +189,8 @@ class Pass(ABC):
     name: ClassVar[str]
     not_after: ClassVar[tuple[str, ...]] = ()
     """Passes that must not have treated a linear before this one does."""
+    only_after: ClassVar[tuple[str, ...]] = ()
+    """Passes of which one must stand before this one in the recipe."""
     wants_weights: ClassVar[bool] = False
     """Does it need the weights that an earlier pass coded?"""
 

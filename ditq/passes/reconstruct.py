@@ -49,6 +49,7 @@ class Reconstruct(Pass):
     """
 
     name: ClassVar[str] = "reconstruct"
+    only_after: ClassVar[tuple[str, ...]] = ("quantize",)
     wants_weights: ClassVar[bool] = True
     scope: str = setting("block", "what is learned at a time: each block, or all of the model", ("block", "model"))
     steps: int = setting(250, "steps of gradient descent, for each block or for the model")

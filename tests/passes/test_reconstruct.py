@@ -169,3 +169,8 @@ def test_statistics_without_recorded_calls_are_refused(checkpoint: Checkpoint, s
 def test_a_pattern_that_matches_no_block_is_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(DitqError, match=r"'blocks\.9' matches no block; there are transformer_blocks\.0"):
         Reconstruct(select=["blocks.9"]).preview(_graph(checkpoint))
+
+
+def test_a_recipe_with_nothing_to_learn_is_refused() -> None:
+    with pytest.raises(DitqError, match="works on what quantize made; put quantize before it"):
+        Recipe.from_dict({"passes": [{"smooth": {}}, {"reconstruct": {}}]}, "test")
