@@ -45,7 +45,8 @@ class Reconstruct(Pass):
     (Chen et al., arXiv 2407.11062).
 
     Example:
-        - reconstruct: {scope: block, steps: 200}
+        - quantize: {format: w3a8}
+        - reconstruct: {scope: block, steps: 250}
     """
 
     name: ClassVar[str] = "reconstruct"
@@ -174,9 +175,13 @@ class Reconstruct(Pass):
 def _layers(model: nn.Module, unit: str, context: Context) -> dict[str, QuantLinear]:
     """The quantized linears inside the unit that have codes to learn."""
     found = {}
-    for name, module in model.get_submodule(unit).named_modules():
+    for module in model.get_submodule(unit).modules():
         if isinstance(module, QuantLinear) and module.bits < 8 and module.site in context.weights:
-            assert f"{unit}.{name}".removeprefix(".") == module.site
+            if module.activation.granularity == "timestep":
+                raise DitqError(
+                    f"pass 'reconstruct': {module.site} has a scale a timestep bin, but calls of all steps "
+                    "are learned together; set activation: token or tensor, or leave its block out of select"
+                )
             found[module.site] = module
     return found
 
