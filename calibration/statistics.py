@@ -175,11 +175,18 @@ class Statistics:
         Raises:
             DitqError: they were not measured.
         """
+        return self._measured().by_bin(self.bins, kind)
+
+    def weights_of_steps(self, kind: str = "effect") -> Tensor:
+        """[T]: the step weights of that kind, first step first. Raises DitqError when they were not measured."""
+        return self._measured().by_step(kind)
+
+    def _measured(self) -> StepWeights:
         if self.step_weights is None:
             raise DitqError(
                 "these statistics hold no step weights; measure them with `ditq calibrate --resume --step-weights`"
             )
-        return self.step_weights.by_bin(self.bins, kind)
+        return self.step_weights
 
     @property
     def folder(self) -> Path | None:

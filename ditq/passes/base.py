@@ -160,9 +160,15 @@ class Context:
             )
         return Trajectories.open(folder / TRAJECTORIES)
 
-    def step_weights(self, steps: Tensor) -> Tensor:
-        """How much an error in each of the scheduler steps [B] counts: float32 [B]."""
-        return torch.ones(len(steps))
+    def step_weights(self, steps: Tensor, kind: str) -> Tensor:
+        """How much a sample of each of the scheduler steps [B] counts: float32 [B]; ones for 'none'.
+
+        Raises:
+            DitqError: the statistics hold no step weights.
+        """
+        if kind == "none" or self._statistics is None:
+            return torch.ones(len(steps))
+        return self._statistics.weights_of_steps(kind)[steps].float()
 
     def cached_tensors(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors from an earlier, interrupted run if there are any, else made now and kept."""

@@ -57,6 +57,7 @@ class Reconstruct(Pass):
     samples: int = setting(256, "recorded denoiser calls that are learned from and judged by")
     batch: int = setting(8, "samples a step")
     rate: float = setting(0.003, "learning rate at the start, in steps between two levels of the weights")
+    step_weights: str = setting("none", "samples count by their step's effect on the last latents", ("none", "effect"))
     select: list[str] = setting(["*"], "which blocks, as patterns of their names; for `scope: block`")
 
     def check(self) -> None:
@@ -129,7 +130,7 @@ class Reconstruct(Pass):
         """Change the layers of one unit; the relative errors before and after, on held-out calls."""
         inputs = block_inputs(graph.model, unit, batches)
         examples = [
-            _Example(given, outputs.get(unit, number), context.step_weights(batch.steps))
+            _Example(given, outputs.get(unit, number), context.step_weights(batch.steps, self.step_weights))
             for number, (batch, given) in enumerate(zip(batches, inputs, strict=True))
         ]
         judges, lessons = examples[::HELD_OUT], [e for i, e in enumerate(examples) if i % HELD_OUT]
