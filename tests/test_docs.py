@@ -149,7 +149,12 @@ def test_the_engine_page_names_every_field_family_and_target() -> None:
 
 # What a folder may import of ditq, from docs/architecture.md.
 HELPERS = {"errors", "formats", "progress", "quiet", "suggest"}
-READ_OF_CALIBRATION = {"calibration.statistics", "calibration.record", "calibration.batches"}
+READ_OF_CALIBRATION = {
+    "calibration.statistics",
+    "calibration.step_weights",
+    "calibration.record",
+    "calibration.batches",
+}
 ARROWS = {
     "ditq/numerics": {"numerics"},
     "ditq/nn": {"nn", "numerics"},

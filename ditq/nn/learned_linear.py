@@ -20,9 +20,8 @@ from ditq.nn.quant_linear import QuantLinear
 from ditq.numerics.row_search import largest_carrier
 from ditq.numerics.weight_code import SMALLEST_SCALE, WeightCode, midpoints
 
-_WITHIN = (
-    0.98  # how far towards the edge of its code's cell a latent value may start: no rounding error moves it across
-)
+# How far towards the edge of its code's cell a latent value may start: nearer to it, the noise of single steps flips codes.
+_WITHIN = 0.6
 
 
 class LearnedLinear(nn.Module):
