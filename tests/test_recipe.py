@@ -191,7 +191,8 @@ def test_the_example_in_every_passs_docstring_is_a_recipe() -> None:
 def test_every_setting_says_what_it_means_and_has_a_default_that_passes_its_own_check() -> None:
     for name, found in passes().items():
         assert all(item.metadata.get("help") for item in fields(found)), name
-        Recipe.from_dict({"passes": [{name: found().settings()}]}, name)
+        before: list[object] = [{earlier: {}} for earlier in found.only_after[:1]]
+        Recipe.from_dict({"passes": [*before, {name: found().settings()}]}, name)
 
 
 def test_a_pass_without_settings_may_be_a_bare_name() -> None:
