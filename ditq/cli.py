@@ -52,13 +52,19 @@ def cli() -> None:
 @click.option("--stats", type=click.Path(path_type=Path), help="Statistics from `ditq calibrate`, instead of prompts.")
 @click.option("--evaluate", "evaluated", default=4, show_default=True, type=click.IntRange(min=0),
               help="Held-out prompts for the report; 0 makes none.")  # fmt: skip
+@click.option(
+    "--cache-text/--no-cache-text",
+    default=True,
+    show_default=True,
+    help="Compute what sees only the text once for a prompt, not at every step; exact.",
+)
 @click.option("--config", type=click.Path(path_type=Path), help="config.json of a single .safetensors file.")
 @click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option("--resume", is_flag=True, help="Go on where an interrupted compile to the same folder stopped.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 def compile_command(checkpoint: str, out: Path, recipe: str, target: str, prompts: Path | None, limit: int | None,
-                    steps: int | None, stats: Path | None, evaluated: int, config: Path | None, seed: int,
-                    resume: bool, force: bool) -> None:  # fmt: skip
+                    steps: int | None, stats: Path | None, evaluated: int, cache_text: bool, config: Path | None,
+                    seed: int, resume: bool, force: bool) -> None:  # fmt: skip
     """Compile CHECKPOINT (a folder, a .safetensors file, or `mini`) into an engine folder with a report.
 
     \b
@@ -70,17 +76,25 @@ def compile_command(checkpoint: str, out: Path, recipe: str, target: str, prompt
     from ditq.report.engine_report import report_on
 
     options = CompileOptions(target=target, conditions=prompts, limit=limit, steps=steps, statistics=stats, seed=seed,
-                             resume=resume, force=force)  # fmt: skip
+                             resume=resume, force=force, cache_text=cache_text)  # fmt: skip
     opened = Checkpoint.open(checkpoint, config)
     result = compile(opened, out, recipe, options)
     for report in result.reports:
         said = ", ".join(f"{key} {_short(value)}" for key, value in report.summary.items())
         click.echo(f"{report.name:10s} {said}")
+    if cache_text:
+        click.echo(f"{'text':10s} {_said_of_text(len(result.text_sites))}")
     laps = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in result.seconds.items())
     click.echo(f"{'time':10s} {laps}; peak memory {result.peak_memory / 2**30:.1f} GiB")
     if evaluated and opened.pipeline_root is not None:
         _print_evaluation(report_on(out, opened, limit=evaluated, speed=False))
     click.echo(f"engine in {out}; next: ditq sample {out} " + _example(opened))
+
+
+def _said_of_text(sites: int) -> str:
+    if sites:
+        return f"{sites} linears see only the text and run once for a prompt"
+    return "no keys and values are made of the text alone, so nothing is cached between steps"
 
 
 @cli.command()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +21,11 @@ from ditq.checkpoint import Checkpoint
 from ditq.errors import Interrupted
 from ditq.export.engine import Engine, check_replaceable, write_engine
 from ditq.export.targets import target
+from ditq.families import CHANGING
 from ditq.folders import check_output, remove, without_new_parents
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
+from ditq.nn import QuantLinear
 from ditq.passes import Context, PassReport
 from ditq.progress import ProgressSetting
 from ditq.recipe import DEFAULT, Recipe, load_recipe
@@ -43,6 +45,8 @@ class CompileOptions:
         seed: seed of every random choice.
         resume: go on where an interrupted compile of the same output stopped.
         force: replace the output folder if it exists.
+        cache_text: what sees only the text runs once for a prompt instead of at every step, where the model has keys and
+            values of attention among it. Exact.
     """
 
     target: str = "onnxruntime-cpu"
@@ -53,18 +57,22 @@ class CompileOptions:
     seed: int = 0
     resume: bool = False
     force: bool = False
+    cache_text: bool = True
     progress: ProgressSetting = None
 
 
 @dataclass(frozen=True)
 class CompileResult:
-    """What `compile` made. `seconds` by stage; `peak_memory` in bytes, of this process so far."""
+    """What `compile` made. `seconds` by stage; `peak_memory` in bytes, of this process so far; `text_sites` are the linears
+    that run once for a prompt.
+    """
 
     engine: Engine
     recipe: Recipe
     reports: list[PassReport]
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
+    text_sites: tuple[str, ...] = ()
 
 
 def compile(
@@ -97,6 +105,8 @@ def compile(
         clock.lap("calibrate")
         reports = run_passes(graph, recipe, statistics, checkpoint, work, options)
         clock.lap("passes")
+        changing = checkpoint.family.changing if checkpoint.family else CHANGING
+        text_sites = _text_sites(graph, changing) if options.cache_text else ()
         engine = write_engine(
             out,
             model,
@@ -110,10 +120,11 @@ def compile(
             axes=checkpoint.family.axes if checkpoint.family else {},
             target_name=options.target,
             reports=[report.to_json() for report in reports],
+            changing=changing if text_sites else None,
             force=options.force,
         )
         clock.lap("export")
-    return CompileResult(engine, recipe, reports, clock.seconds, peak_memory())
+    return CompileResult(engine, recipe, reports, clock.seconds, peak_memory(), text_sites)
 
 
 @contextmanager
@@ -172,6 +183,16 @@ def run_passes(
         for step in recipe.passes:
             reports.append(step.run(graph, context))
     return reports
+
+
+def _text_sites(graph: DiTGraph, changing: Collection[str]) -> tuple[str, ...]:
+    """Linears of the text alone, without those whose scale of the input is now told by the timestep."""
+    found = {site: graph.linear(site) for site in graph.text_sites(changing)}
+    return tuple(
+        site
+        for site, layer in found.items()
+        if not (isinstance(layer, QuantLinear) and layer.activation.granularity == "timestep")
+    )
 
 
 def _statistics(checkpoint: Checkpoint, graph: DiTGraph, work: Path, options: CompileOptions) -> Statistics:

@@ -6,7 +6,7 @@ The nn.Module stays the executable graph; the views are found by structure (ditq
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -58,6 +58,20 @@ class DiTGraph:
     def replace(self, name: str, module: nn.Module) -> None:
         """Put `module` in the place of what stands at `name`."""
         self.model.set_submodule(name, module)
+
+    def text_sites(self, changing: Collection[str]) -> list[str]:
+        """Linears that compute the same at every step of a trajectory, where keys and values of attention are among them.
+
+        Cross attention to the text has such; joint attention mixes the text with time and image in every block.
+
+        Args:
+            changing: arguments of the model's forward that change from step to step.
+        """
+        steady = {
+            site.name for site in self.sites.values() if site.arguments and not set(site.arguments) & set(changing)
+        }
+        keys_and_values = {site for found in self.attentions.values() for site in (*found.keys, *found.values)}
+        return [name for name in self.sites if name in steady] if steady & keys_and_values else []
 
     def select(self, patterns: str | Iterable[str]) -> list[str]:
         """Names of sites that match any of the patterns, in model order.

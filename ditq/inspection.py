@@ -10,6 +10,7 @@ from typing import Any
 from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError
 from ditq.families import family_of
+from ditq.families import CHANGING
 from ditq.graph import DiTGraph
 from ditq.recipe import Recipe
 
@@ -17,7 +18,7 @@ from ditq.recipe import Recipe
 @dataclass(frozen=True)
 class Inspection:
     """The structure of a checkpoint. `plan` says per site what each pass of the recipe would do; `online` what all of them add
-    at run time: the least and the most multiply-adds for one sample.
+    at run time: the least and the most multiply-adds for one sample. `text_sites` see only the text.
     """
 
     checkpoint: Checkpoint
@@ -26,6 +27,7 @@ class Inspection:
     recipe: Recipe
     plan: dict[str, list[str]]
     online: tuple[int, int]
+    text_sites: list[str]
 
     def by_role(self) -> list[dict[str, Any]]:
         """One row a role: number of linears, parameters, multiply-adds for one sample."""
@@ -59,6 +61,7 @@ class Inspection:
             "blocks": list(self.graph.blocks),
             "recipe": self.recipe.to_json(),
             "online_multiply_adds": list(self.online),
+            "text_sites": self.text_sites,
             "roles": self.by_role(),
             "sites": sites,
         }
@@ -76,7 +79,8 @@ def inspect_checkpoint(checkpoint: Checkpoint, recipe: Recipe) -> Inspection:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     costs = [step.runtime_cost(graph) for step in recipe.passes]
     online = sum(least for least, _ in costs), sum(most for _, most in costs)
-    return Inspection(checkpoint, graph, parameters, recipe, plan, online)
+    changing = checkpoint.family.changing if checkpoint.family else CHANGING
+    return Inspection(checkpoint, graph, parameters, recipe, plan, online, graph.text_sites(changing))
 
 
 def example_inputs(checkpoint: Checkpoint, batch: int = 2, seed: int = 0) -> dict[str, Any]:

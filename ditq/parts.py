@@ -47,7 +47,10 @@ Feed = LinearModulation | TableModulation | NormModulation
 
 @dataclass(frozen=True)
 class LinearSite:
-    """One nn.Linear of the model. `macs` and `tokens` are for one sample of the example inputs."""
+    """One nn.Linear of the model. `macs` and `tokens` are for one sample of the example inputs.
+
+    `arguments` are those of the model's forward that the linear's input is made of.
+    """
 
     name: str
     in_features: int
@@ -57,6 +60,7 @@ class LinearSite:
     block: str | None
     group: str
     tokens: int
+    arguments: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:

@@ -15,11 +15,11 @@ from ditq.calibration.statistics import INDEX, Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError
 from ditq.export.agreement import model_agreement
-from ditq.export.engine import MANIFEST, Engine
+from ditq.export.engine import MANIFEST, TEXT_GRAPH, Engine
 from ditq.export.fusion import prove_fusion
 from ditq.export.targets import targets
 from ditq.export.targets.torch import rebuild
-from ditq.inspection import inspect_checkpoint, made_up_inputs
+from ditq.inspection import Inspection, inspect_checkpoint, made_up_inputs
 from ditq.passes import passes
 from ditq.recipe import load_recipe
 from ditq.suggest import unknown_key
@@ -69,6 +69,7 @@ def show(what: str, recipe: str, config: Path | None = None) -> tuple[Lines, dic
         (["role", "linears", "M parameters", "M multiply-adds", "share"], roles),
         "",
         _online_cost(found.recipe.name, found.online, total),
+        _text_share(found, total),
     ], values
 
 
@@ -77,11 +78,28 @@ def _online_cost(recipe: str, online: tuple[int, int], total: int) -> str:
     return f"recipe {recipe} adds {least if least == most else f'{least} to {most}'} % multiply-adds at run time"
 
 
+def _text_share(found: Inspection, total: int) -> str:
+    if not found.text_sites:
+        return "no keys and values are made of the text alone: every linear runs at each step"
+    macs = sum(found.graph.sites[site].macs for site in found.text_sites)
+    return (
+        f"{len(found.text_sites)} linears see only the text and run once for a prompt: {macs / 1e6:.1f} M multiply-adds, "
+        f"{100 * macs / total:.1f} % of a call"
+    )
+
+
 def _show_engine(engine: Engine) -> tuple[Lines, dict[str, Any]]:
     manifest = engine.manifest
     kinds = {entry.site: entry.kind for entry in engine.planned}
+    of_text = {entry.site for entry in engine.planned if entry.graph == TEXT_GRAPH}
     sites = [
-        [site, f"w{spec['bits']}a{spec['activation']['bits']}", spec["codebook"], kinds.get(site, "")]
+        [
+            site,
+            f"w{spec['bits']}a{spec['activation']['bits']}",
+            spec["codebook"],
+            kinds.get(site, ""),
+            "prompt" if site in of_text else "step",
+        ]
         for site, spec in engine.sites.items()
     ]
     files = [[name, f"{entry['bytes'] / 1e6:.2f} MB"] for name, entry in engine.files.items()]
@@ -92,7 +110,7 @@ def _show_engine(engine: Engine) -> tuple[Lines, dict[str, Any]]:
         f"{engine.name}: {manifest['class_name']} from {manifest['source']['name']}, recipe "
         f"{manifest['recipe'].get('name')}, target {manifest['target']}",
         "",
-        (["linear", "format", "codebook", "planned as"], sites),
+        (["linear", "format", "codebook", "planned as", "runs each"], sites),
         "",
         (["file", "size"], files),
         "",

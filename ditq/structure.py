@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ditq.parts import (
     Attention,
@@ -357,6 +358,20 @@ class Structure:
                     pending.extend(reader.outputs)
         return met
 
+    @cached_property
+    def _made_of(self) -> dict[Value, frozenset[str]]:
+        """The arguments of the model's forward from which each value is made."""
+        made: dict[Value, frozenset[str]] = {}
+        for argument, given in self.trace.module_inputs[""].items():
+            made.update({leaf: frozenset([argument]) for leaf in tree_leaves(given) if isinstance(leaf, Value)})
+        for call in self.trace.calls:
+            read = frozenset[str]().union(*(made.get(value, frozenset()) for value in call.inputs))
+            made.update(dict.fromkeys(call.outputs, read))
+        return made
+
+    def _arguments_of(self, value: Value) -> tuple[str, ...]:
+        return tuple(sorted(self._made_of.get(value, ())))
+
     def _kinds(self) -> dict[str, str]:
         kinds: dict[str, list[str]] = {}
         for attention in self.attentions.values():
@@ -383,7 +398,7 @@ class Structure:
             kind = kinds.get(name, "") if role == "token" else ""
             sites[name] = LinearSite(
                 name, linear.in_features, linear.out_features, role, kind, self._block_of.get(name),
-                group_of.get(name, name), tokens,
+                group_of.get(name, name), tokens, () if call is None else self._arguments_of(call.inputs[0]),
             )  # fmt: skip
         return sites
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ditq.errors import DitqError
-from ditq.export.engine import GRAPH, Engine
+from ditq.export.engine import TEXT_GRAPH, Engine
 from ditq.export.loader import engine_inputs
 from ditq.export.session import open_session, session_options
 from ditq.export.targets import target
@@ -102,7 +102,7 @@ def model_agreement(
         engine_inputs(engine, arguments)
     )  # of the engine as it is: to give out values might change how the runtime fuses
     places = _integers(engine)
-    names = list(dict.fromkeys(place.value for queue in places.values() for place in queue))
+    names = list(dict.fromkeys((place.graph, place.value) for queue in places.values() for place in queue))
     comparison = _Comparison(model, places, _values(engine, names, arguments), tolerance)
     with rounded_by(model, comparison.rounding):
         given = model(**arguments, return_dict=False)[0]
@@ -132,7 +132,7 @@ def site_agreement(engine: Engine, inputs: Mapping[str, Any]) -> dict[str, float
     Args:
         inputs: keyword arguments of the transformer.
     """
-    names = [name for entry in engine.planned for name in (entry.input, entry.output)]
+    names = [(entry.graph, name) for entry in engine.planned for name in (entry.input, entry.output)]
     values = _values(engine, list(dict.fromkeys(names)), inputs)
     stored = load_file(engine.folder / WEIGHTS)
     errors = {}
@@ -142,14 +142,16 @@ def site_agreement(engine: Engine, inputs: Mapping[str, Any]) -> dict[str, float
         layer = QuantLinear.from_spec(engine.sites[entry.site], state)
         layer.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()})
         layer.timestep = inputs.get(ARGUMENT)
-        errors[entry.site] = relative_difference(values[entry.output], layer(values[entry.input]))
+        expected = layer(values[entry.graph, entry.input])
+        errors[entry.site] = relative_difference(values[entry.graph, entry.output], expected)
     return errors
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the graph holds the integers of a layer's input: value - zero point."""
+    """Where a graph of the engine holds the integers of a layer's input: value - zero point."""
 
+    graph: str
     value: str
     zero_point: int
 
@@ -161,7 +163,7 @@ class _Comparison:
         self,
         model: nn.Module,
         places: Mapping[str, Sequence[_Place]],
-        values: Mapping[str, Tensor],
+        values: Mapping[tuple[str, str], Tensor],
         tolerance: float,
     ) -> None:
         self._formats = {layer.site: layer.activation for layer in model.modules() if isinstance(layer, QuantLinear)}
@@ -174,7 +176,7 @@ class _Comparison:
     def rounding(self, site: str, steps: Tensor) -> Tensor:
         """The engine's integer where it is a rounding of `steps` up to the tolerance, else the nearest."""
         place, own = self._left[site].pop(0), steps.round()
-        carriers = (self._values[place.value].to(steps.dtype) - place.zero_point).view(steps.shape)
+        carriers = (self._values[place.graph, place.value].to(steps.dtype) - place.zero_point).view(steps.shape)
         engine = self._formats[site].rounded_from(carriers)
         excess = (steps - engine).abs() - 0.5
         valid = (excess <= self._tolerance) & (engine == engine.round())
@@ -195,29 +197,44 @@ class _Comparison:
 
 def _integers(engine: Engine) -> dict[str, list[_Place]]:
     """Of each layer with quantized activations, what its integer product reads: MatMul <- DequantizeLinear <- integers."""
-    graph = onnx.load(str(engine.folder / GRAPH), load_external_data=False).graph
-    makers = {output: node for node in graph.node for output in node.output}
-    constants = {constant.name: constant for constant in graph.initializer}
+    graphs = {name: onnx.load(str(engine.folder / name), load_external_data=False).graph for name in engine.graphs}
+    made = {name: {output: node for node in graph.node for output in node.output} for name, graph in graphs.items()}
+    fixed = {name: {constant.name: constant for constant in graph.initializer} for name, graph in graphs.items()}
     places: dict[str, list[_Place]] = {site: [] for site in engine.sites}
     for entry in engine.planned:
         if entry.kind == "integer":
+            makers, constants = made[entry.graph], fixed[entry.graph]
             product = makers.get(entry.product)
             dequantize = None if product is None else makers.get(product.input[0])
             read = [] if dequantize is None or dequantize.op_type != "DequantizeLinear" else dequantize.input
             if len(read) < 3 or read[2] not in constants:
                 raise DitqError(f"{engine.folder}: {entry.site}: its activations are not quantized in a known form")
-            places[entry.site].append(_Place(read[0], int(numpy_helper.to_array(constants[read[2]]))))
+            places[entry.site].append(_Place(entry.graph, read[0], int(numpy_helper.to_array(constants[read[2]]))))
     return places
 
 
-def _values(engine: Engine, names: list[str], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What the graph computes at those values: a session that gives them out beside the sample."""
-    model = onnx.load(str(engine.folder / GRAPH), load_external_data=False)
+def _values(
+    engine: Engine, places: Sequence[tuple[str, str]], inputs: Mapping[str, Any]
+) -> dict[tuple[str, str], Tensor]:
+    """What the graphs of the engine compute at those places, (graph, value)."""
+    tensors, found = dict(engine_inputs(engine, inputs)), {}
+    for graph in reversed(engine.graphs):  # what the text's graph makes is read by the other
+        made = engine.text["outputs"] if engine.text is not None and graph == TEXT_GRAPH else []
+        names = [name for where, name in places if where == graph]
+        values = _values_of(engine, graph, list(dict.fromkeys([*names, *made])), tensors)
+        tensors |= {name: values[name] for name in made}
+        found |= {(graph, name): value for name, value in values.items()}
+    return found
+
+
+def _values_of(engine: Engine, graph: str, names: list[str], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What one graph computes at those values: a session that gives them out beside its outputs."""
+    model = onnx.load(str(engine.folder / graph), load_external_data=False)
     given = {value.name for value in (*model.graph.output, *model.graph.input)}
     for name in names:
         if name not in given:
             model.graph.output.add().name = name
-    tensors = {name: tensor.numpy() for name, tensor in engine_inputs(engine, inputs).items()}
+    tensors = {name: tensor.numpy() for name, tensor in inputs.items()}
     options = session_options(threads=1)
     options.add_session_config_entry(_WEIGHTS_FOLDER, str(engine.folder.resolve()))
     session = open_session(model.SerializeToString(), options)

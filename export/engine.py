@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,11 +26,13 @@ from ditq.export.arguments import flatten
 from ditq.export.engine_files import check_external_data, check_files, hash_file
 from ditq.export.onnx_graph import OUTPUT, export_what_varies
 from ditq.export.targets import PlannedMatMul, target
+from ditq.export.text_graph import split_text
 from ditq.export.weights_file import WEIGHTS, write_weights
 from ditq.nn import QuantLinear, describe
 
 MANIFEST = "engine.json"
 GRAPH = "model.onnx"
+TEXT_GRAPH = "text.onnx"
 FORMAT_VERSION = 1
 
 _KEYS: dict[str, type | tuple[type, ...]] = {
@@ -71,9 +73,11 @@ class Engine:
         """
         folder = Path(folder)
         manifest = _read_manifest(folder)
-        check_files(folder, manifest["files"], required=(GRAPH, WEIGHTS), verify=verify)
-        check_external_data(folder, GRAPH, manifest["files"])
-        return cls(folder, manifest)
+        engine = cls(folder, manifest)
+        check_files(folder, manifest["files"], required=(*engine.graphs, WEIGHTS), verify=verify)
+        for graph in engine.graphs:
+            check_external_data(folder, graph, manifest["files"])
+        return engine
 
     @property
     def name(self) -> str:
@@ -83,6 +87,17 @@ class Engine:
     def config(self) -> dict[str, Any]:
         """The transformer's config.json."""
         return dict(self.manifest["config"])
+
+    @property
+    def text(self) -> dict[str, Any] | None:
+        """`inputs` and `outputs` of the graph that is run once for a text, by name; None in an engine of one graph."""
+        found = self.manifest.get("text")  # absent in engines from before there was such a graph
+        return None if found is None else dict(found)
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The ONNX files."""
+        return (GRAPH,) if self.text is None else (GRAPH, TEXT_GRAPH)
 
     @property
     def sites(self) -> dict[str, dict[str, Any]]:
@@ -152,6 +167,7 @@ def _nested(manifest: Mapping[str, Any]) -> list[tuple[str, list[Any], set[str]]
         ),
         ("inputs", manifest["inputs"], {"name", "dtype", "shape"}),
         ("planned", manifest["planned"], planned),
+        ("text", [] if manifest.get("text") is None else [manifest["text"]], {"inputs", "outputs"}),
     ]
 
 
@@ -174,6 +190,7 @@ def write_engine(
     quality: Mapping[str, Any] | None = None,
     reports: Sequence[Any] = (),
     target_name: str = "onnxruntime-cpu",
+    changing: Collection[str] | None = None,
     force: bool = False,
 ) -> Engine:
     """Write `model` (with its QuantLinears) as an engine folder.
@@ -183,6 +200,8 @@ def write_engine(
         recipe: the recipe with all defaults filled in.
         inputs: example keyword arguments of the model's forward; axes: names of what may vary (`onnx_graph.to_onnx`).
         quality: what was measured of it, or None; reports: one JSON value a pass.
+        changing: arguments that change from step to step. What depends on none of them becomes a graph of its own, of
+            which the loader keeps the results. None: one graph for everything.
         force: replace an existing engine of that name.
 
     Raises:
@@ -195,12 +214,18 @@ def write_engine(
         lower = target(target_name).lower
         if lower is None:
             raise DitqError(f"target '{target_name}' runs engines but cannot be compiled for")
-        planned = lower(graph, layers)
         described = [_describe(value) for value in graph.graph.inputs]
-        graph.producer_name, graph.producer_version = "ditq", _version()
-        graph.graph.name = class_name
-        write_weights(partial / WEIGHTS, model.state_dict(), graph, {"format": "pt"})  # more keys have no fixed order
-        ir.save(graph, partial / GRAPH)
+        text = None if changing is None else split_text(graph, changing, _timed(layers))
+        graphs = {GRAPH: graph} if text is None else {GRAPH: graph, TEXT_GRAPH: text}
+        planned = []
+        for file_name, part in graphs.items():
+            planned += [dataclasses.replace(entry, graph=file_name) for entry in lower(part, layers)]
+            part.producer_name, part.producer_version = "ditq", _version()
+            part.graph.name = class_name
+        # Metadata of more than one key would be written in no fixed order.
+        write_weights(partial / WEIGHTS, model.state_dict(), list(graphs.values()), {"format": "pt"})
+        for file_name, part in graphs.items():
+            ir.save(part, partial / file_name)
         (partial / WEIGHTS).chmod((partial / GRAPH).stat().st_mode)  # safetensors makes it private
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -217,6 +242,9 @@ def write_engine(
             "arguments": _arguments(model),
             "dropped_axes": dropped,
             "structure": describe(model),
+            "text": None
+            if text is None
+            else {"inputs": _names(text.graph.inputs), "outputs": _names(text.graph.outputs)},
             "planned": [dataclasses.asdict(entry) for entry in planned],
             "reports": list(reports),
             "measured": None if quality is None else dict(quality),
@@ -263,6 +291,14 @@ def _describe(value: ir.Value) -> dict[str, Any]:
     assert value.shape is not None and value.dtype is not None
     shape = [size if isinstance(size, int) else str(size.value) for size in value.shape]
     return {"name": value.name, "dtype": value.dtype.numpy().name, "shape": shape}
+
+
+def _timed(layers: Mapping[str, QuantLinear]) -> list[str]:
+    return [site for site, layer in layers.items() if layer.activation.granularity == "timestep"]
+
+
+def _names(values: Sequence[ir.Value]) -> list[str]:
+    return [value.name or "" for value in values]
 
 
 def _arguments(model: nn.Module) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 
-from ditq.export.engine import GRAPH, Engine
+from ditq.export.engine import Engine
 from ditq.export.session import open_session, session_options
 
 INTEGER_KERNELS = frozenset(
@@ -44,12 +44,12 @@ def prove_fusion(engine: Engine | str | Path) -> FusionReport:
     if not isinstance(engine, Engine):
         engine = Engine.open(engine)
     integer = [entry for entry in engine.planned if entry.kind == "integer"]
-    makers = kernels_of(engine.folder / GRAPH)
+    makers = {graph: kernels_of(engine.folder / graph) for graph in engine.graphs}
     fused: dict[str, str] = {}
     not_fused: dict[str, str] = {}
     for entry in integer:
         products = [entry.product] if entry.inner is None else [entry.product, entry.inner]
-        kernels = [makers.get(product, "vanished from the graph") for product in products]
+        kernels = [makers[entry.graph].get(product, "vanished from the graph") for product in products]
         slow = next((kernel for kernel in kernels if kernel not in INTEGER_KERNELS), None)
         (fused if slow is None else not_fused)[entry.site] = slow or kernels[0]
     return FusionReport(len(integer), fused, not_fused)

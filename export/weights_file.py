@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,25 +42,40 @@ def narrowed(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def write_weights(path: Path, state: Mapping[str, Tensor], graph: ir.Model, metadata: dict[str, str]) -> None:
-    """Write `state` and the graph's own large constants to `path`, then make the large initializers point into it.
+def write_weights(
+    path: Path, state: Mapping[str, Tensor], graphs: Sequence[ir.Model], metadata: dict[str, str]
+) -> None:
+    """Write `state` and the graphs' own large constants to `path`, then make the large initializers point into it.
 
     An initializer that is stored narrower than the graph wants it is widened by a Cast, which the runtime folds.
     """
     stored = {name: narrowed(tensor) for name, tensor in state.items()}
-    places: dict[str, str] = {}
-    for name, value in graph.graph.initializers.items():
-        assert value.const_value is not None
-        if value.const_value.nbytes <= INLINE_BYTES:
-            continue
-        places[name] = name if name in stored else EXTRA + name
-        if places[name] not in stored:
-            stored[places[name]] = narrowed(torch.from_numpy(value.const_value.numpy().copy()))
+    places: list[dict[str, str]] = [{} for _ in graphs]
+    for graph, named in zip(graphs, places, strict=True):
+        for name, value in graph.graph.initializers.items():
+            assert value.const_value is not None
+            if value.const_value.nbytes <= INLINE_BYTES:
+                continue
+            named[name] = name
+            if name not in state:
+                tensor = narrowed(torch.from_numpy(value.const_value.numpy().copy()))
+                named[name] = _place(stored, EXTRA + name, tensor)
+                stored[named[name]] = tensor
     save_file(_untied(stored), path, metadata)
     entries = read_header(path)
-    first = next(iter(graph.graph))
-    for name, place in places.items():
-        _point(graph, first, graph.graph.initializers[name], entries[place], path)
+    for graph, named in zip(graphs, places, strict=True):
+        first = next(iter(graph.graph))
+        for name, place in named.items():
+            _point(graph, first, graph.graph.initializers[name], entries[place], path)
+
+
+def _place(stored: Mapping[str, Tensor], name: str, tensor: Tensor) -> str:
+    """A name for `tensor` that is free or already its own: graphs may use one name for different constants."""
+    found, number = name, 1
+    while found in stored and (stored[found].dtype != tensor.dtype or not torch.equal(stored[found], tensor)):
+        number += 1
+        found = f"{name}.{number}"
+    return found
 
 
 def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

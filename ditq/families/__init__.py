@@ -16,6 +16,7 @@ import torch
 
 Axes = Mapping[str, tuple[str | None, ...]]
 Inputs = dict[str, Any]
+CHANGING = ("hidden_states", "timestep")  # diffusers' names for the noisy sample and the time
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Family:
         condition: what a sample is asked for by, a text prompt or a class label.
         axes: forward argument -> one name a dimension; named dimensions may vary in an engine, None is fixed.
         example_inputs: (config, batch, seed) -> keyword arguments of the transformer's forward, real shapes, random values.
+        changing: arguments of the forward that change from step to step; the others stay the same for a prompt.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Family:
     axes: Axes
     example_inputs: Callable[[Mapping[str, Any], int, int], Inputs]
     condition: Literal["prompt", "class"] = "prompt"
+    changing: tuple[str, ...] = CHANGING
 
 
 _families: dict[str, Family] = {}

@@ -29,7 +29,7 @@ class PlannedMatMul:
     """What a target means a quantized linear to run as, and where it stands in the graph (names of values).
 
     input: what the layer reads; product: what its matmul makes; output: what the layer makes, bias included; inner: what
-    the second integer matmul makes of a layer that has one for its low-rank branch.
+    the second integer matmul makes of a layer that has one for its low-rank branch; graph: the engine's file it stands in.
     """
 
     site: str
@@ -38,6 +38,7 @@ class PlannedMatMul:
     product: str
     output: str
     inner: str | None = None
+    graph: str = "model.onnx"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +21,7 @@ from ditq.export.lowering.transforms import apply_transform, fingerprint
 from ditq.export.lowering.writer import Writer
 from ditq.export.onnx_graph import DOMAIN
 from ditq.export.targets import Kind, PlannedMatMul, Runner, Target, register
+from ditq.export.text_cache import TextCache
 from ditq.nn import ActivationFormat, QuantLinear
 
 if TYPE_CHECKING:
@@ -155,16 +156,31 @@ def available() -> tuple[bool, str]:
 
 
 def runner(engine: Engine, threads: int | None = None) -> Runner:
-    """Runs the engine's graph in one session."""
+    """Runs the engine's graph in one session; the graph of the text, if there is one, in another and once for a text."""
     from ditq.export.session import RUNTIME_ERRORS, first_line, open_session, session_options
 
-    session = open_session(engine.folder / "model.onnx", session_options(threads))
+    sessions = {graph: open_session(engine.folder / graph, session_options(threads)) for graph in engine.graphs}
+    readers = {graph: [item.name for item in session.get_inputs()] for graph, session in sessions.items()}
 
-    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+    def run_graph(graph: str, arrays: Mapping[str, Any]) -> list[Any]:
         try:
-            return torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0])
+            return list(sessions[graph].run(None, {name: arrays[name] for name in readers[graph]}))
         except RUNTIME_ERRORS as error:
             raise DitqError(f"{engine.folder}: ONNX Runtime cannot run these inputs: {first_line(error)}") from error
+
+    main, *others = engine.graphs
+    names = {} if engine.text is None else engine.text
+
+    def of_text(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+        return dict(zip(names["outputs"], run_graph(others[0], arrays), strict=True))
+
+    texts = TextCache(of_text)
+
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        made = texts({name: inputs[name] for name in names["inputs"]}) if names else {}
+        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+        return torch.from_numpy(run_graph(main, arrays | made)[0])
 
     return run
 
