@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ditq.errors import DitqError
-from ditq.families import Family, family_of
+from ditq.families import CHANGING, Family, family_of
 from ditq.quiet import quiet_libraries
 from ditq.safetensors_files import TensorFile, TensorInfo, open_tensor_files
 
@@ -194,6 +194,11 @@ class Checkpoint:
                 if buffer.is_floating_point():
                     setattr(module, name, buffer.to(dtype))
         return model.eval().requires_grad_(False)
+
+    @property
+    def changing(self) -> tuple[str, ...]:
+        """Arguments of the transformer's forward that change from step to step."""
+        return CHANGING if self.family is None else self.family.changing
 
     def skeleton(self) -> nn.Module:
         """The transformer without its weights: right shapes, no memory. For looking at its structure only."""

@@ -21,7 +21,6 @@ from ditq.checkpoint import Checkpoint
 from ditq.errors import Interrupted
 from ditq.export.engine import Engine, check_replaceable, write_engine
 from ditq.export.targets import target
-from ditq.families import CHANGING
 from ditq.folders import check_output, remove, without_new_parents
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
@@ -105,8 +104,7 @@ def compile(
         clock.lap("calibrate")
         reports = run_passes(graph, recipe, statistics, checkpoint, work, options)
         clock.lap("passes")
-        changing = checkpoint.family.changing if checkpoint.family else CHANGING
-        text_sites = _text_sites(graph, changing) if options.cache_text else ()
+        text_sites = _text_sites(graph, checkpoint.changing) if options.cache_text else ()
         engine = write_engine(
             out,
             model,
@@ -120,7 +118,7 @@ def compile(
             axes=checkpoint.family.axes if checkpoint.family else {},
             target_name=options.target,
             reports=[report.to_json() for report in reports],
-            changing=changing if text_sites else None,
+            changing=checkpoint.changing if text_sites else None,
             force=options.force,
         )
         clock.lap("export")

@@ -10,7 +10,6 @@ from typing import Any
 from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError
 from ditq.families import family_of
-from ditq.families import CHANGING
 from ditq.graph import DiTGraph
 from ditq.recipe import Recipe
 
@@ -79,8 +78,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, recipe: Recipe) -> Inspection:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     costs = [step.runtime_cost(graph) for step in recipe.passes]
     online = sum(least for least, _ in costs), sum(most for _, most in costs)
-    changing = checkpoint.family.changing if checkpoint.family else CHANGING
-    return Inspection(checkpoint, graph, parameters, recipe, plan, online, graph.text_sites(changing))
+    return Inspection(checkpoint, graph, parameters, recipe, plan, online, graph.text_sites(checkpoint.changing))
 
 
 def example_inputs(checkpoint: Checkpoint, batch: int = 2, seed: int = 0) -> dict[str, Any]:

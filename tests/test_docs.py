@@ -84,7 +84,8 @@ def test_every_command_line_uses_commands_and_options_that_exist(page: str, line
         return
     assert name in cli.commands, f"{page}: {line}"
     command = cli.commands[name]
-    known = {option for parameter in command.params for option in parameter.opts} | {"-h", "--help"}
+    spelled = [option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)]
+    known = {*spelled, "-h", "--help"}
     unknown = [word for word in words if word.startswith("-") and word not in known]
     assert not unknown, f"{page}: {line}: {unknown}"
     if complete:
