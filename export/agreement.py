@@ -217,7 +217,8 @@ def _values(
     engine: Engine, places: Sequence[tuple[str, str]], inputs: Mapping[str, Any]
 ) -> dict[tuple[str, str], Tensor]:
     """What the graphs of the engine compute at those places, (graph, value)."""
-    tensors, found = dict(engine_inputs(engine, inputs)), {}
+    tensors = engine_inputs(engine, inputs)
+    found: dict[tuple[str, str], Tensor] = {}
     for graph in reversed(engine.graphs):  # what the text's graph makes is read by the other
         made = engine.text["outputs"] if engine.text is not None and graph == TEXT_GRAPH else []
         names = [name for where, name in places if where == graph]

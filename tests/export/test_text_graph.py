@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ditq.errors import DitqError
-from ditq.export import EngineTransformer, load_engine, prove_fusion, site_agreement
+from ditq.export import EngineTransformer, load_engine, model_agreement, prove_fusion, site_agreement
 from ditq.export.engine import TEXT_GRAPH, Engine
 from ditq.export.text_cache import TextCache
 from ditq.families import CHANGING
@@ -65,6 +65,8 @@ def test_both_graphs_are_proven_and_agree_with_torch(engines: dict[str, EngineTr
     assert proof.complete and in_text < set(proof.fused) and len(proof.fused) == 10, str(proof)
     errors = site_agreement(engine, small_inputs(model))
     assert set(errors) == set(engine.sites) and max(errors.values()) < 1e-3  # as in test_engine.py
+    agreement = model_agreement(engine, small_inputs(model))
+    assert agreement.holds and agreement.integers > 0, str(agreement)
 
 
 def test_only_what_the_step_changes_is_left_in_the_main_graph(engines: dict[str, EngineTransformer]) -> None:
