@@ -45,6 +45,10 @@ def cli() -> None:
 @click.argument("checkpoint")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The engine folder to make.")
 @click.option("-r", "--recipe", default="w4a8", show_default=True, help="A shipped recipe's name or a YAML file.")
+@click.option("--budget", metavar="BUDGET", help="Choose formats so that size=4.2MB, bits=3.5 or psnr>=24 holds.")
+@click.option(
+    "--candidates", metavar="LIST", help="What --budget chooses from: w2 .. w8, keep.  [default: w3 .. w6, w8]"
+)
 @click.option("-t", "--target", default="onnxruntime-cpu", show_default=True, help="See `ditq targets`.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="Prompts to calibrate on: .txt, .csv or .jsonl.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use at most so many of the prompts.")
@@ -62,23 +66,33 @@ def cli() -> None:
 @click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option("--resume", is_flag=True, help="Go on where an interrupted compile to the same folder stopped.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
-def compile_command(checkpoint: str, out: Path, recipe: str, target: str, prompts: Path | None, limit: int | None,
-                    steps: int | None, stats: Path | None, evaluated: int, cache_text: bool, config: Path | None,
-                    seed: int, resume: bool, force: bool) -> None:  # fmt: skip
+def compile_command(checkpoint: str, out: Path, recipe: str, budget: str | None, candidates: str | None, target: str,
+                    prompts: Path | None, limit: int | None, steps: int | None, stats: Path | None, evaluated: int,
+                    cache_text: bool, config: Path | None, seed: int, resume: bool, force: bool) -> None:  # fmt: skip
     """Compile CHECKPOINT (a folder, a .safetensors file, or `mini`) into an engine folder with a report.
 
     \b
     ditq compile mini -o engine
     ditq compile ./FLUX.1-dev -o engine --recipe w4a8 --prompts prompts.txt --steps 20
+    ditq compile mini -o engine --budget size=4MB
     """
+    from ditq.budget.request import Budget
     from ditq.checkpoint import Checkpoint
     from ditq.compiler import CompileOptions, compile
+    from ditq.report.budget_files import front_table, write_budget
     from ditq.report.engine_report import report_on
 
-    options = CompileOptions(target=target, conditions=prompts, limit=limit, steps=steps, statistics=stats, seed=seed,
-                             resume=resume, force=force, cache_text=cache_text)  # fmt: skip
+    if candidates is not None and budget is None:
+        raise DitqError("--candidates says what --budget chooses from; give a budget too, e.g. --budget bits=3.5")
+    asked = None if budget is None else Budget.parse(budget, candidates)
+    options = CompileOptions(target=target, conditions=prompts, limit=limit, steps=steps, statistics=stats,
+                             budget=asked, seed=seed, resume=resume, force=force, cache_text=cache_text)  # fmt: skip
     opened = Checkpoint.open(checkpoint, config)
     result = compile(opened, out, recipe, options)
+    if asked is not None:
+        found = result.reports[0].to_json()
+        write_budget(out, found)
+        _table(*front_table(found))
     for report in result.reports:
         said = ", ".join(f"{key} {_short(value)}" for key, value in report.summary.items())
         click.echo(f"{report.name:10s} {said}")

@@ -15,12 +15,16 @@ from pathlib import Path
 
 import torch
 
-from ditq.calibration.calibrate import calibrate
+from ditq.budget import Budget, BudgetFit, fit_budget
+from ditq.budget.fit import quantize_step
+from ditq.calibration.calibrate import TRAJECTORIES, calibrate, pipeline_class
+from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
-from ditq.errors import Interrupted
+from ditq.errors import DitqError, Interrupted
 from ditq.export.engine import Engine, check_replaceable, write_engine
 from ditq.export.targets import target
+from ditq.export.weights_file import WEIGHTS
 from ditq.folders import check_output, remove, without_new_parents
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
@@ -41,6 +45,7 @@ class CompileOptions:
         limit: how many of them to use at most; None is the default of `calibrate`.
         steps: denoising steps of calibration; None is the checkpoint's own.
         statistics: a folder that `ditq calibrate` wrote, instead of calibrating now.
+        budget: formats of single linears are chosen so that this holds: `size=4.2MB`, `bits=3.5`, `psnr>=24`.
         seed: seed of every random choice.
         resume: go on where an interrupted compile of the same output stopped.
         force: replace the output folder if it exists.
@@ -53,6 +58,7 @@ class CompileOptions:
     limit: int | None = None
     steps: int | None = None
     statistics: str | Path | None = None
+    budget: Budget | str | None = None
     seed: int = 0
     resume: bool = False
     force: bool = False
@@ -90,7 +96,12 @@ def compile(
     check_output(out, options.force)
     check_replaceable(out)
     target(options.target)
+    budget = Budget.parse(options.budget) if isinstance(options.budget, str) else options.budget
+    if budget is not None:
+        quantize_step(recipe)
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+    if budget is not None and budget.kind == "psnr":
+        pipeline_class(checkpoint)
     clock = _Clock()
     with _work_folder(out, options.resume) as work:
         model = checkpoint.load_model()
@@ -98,11 +109,16 @@ def compile(
         graph = DiTGraph(model, inputs)
         recipe.preview(graph)
         clock.lap("load")
-        statistics = None
-        if any(step.requires_statistics for step in recipe.passes):
+        statistics, fitted = None, None
+        if budget is not None or any(step.requires_statistics for step in recipe.passes):
             statistics = _statistics(checkpoint, graph, work, options)
         clock.lap("calibrate")
-        reports = run_passes(graph, recipe, statistics, checkpoint, work, options)
+        if budget is not None and statistics is not None:
+            fitted = _fit(checkpoint, graph, recipe, budget, statistics, work, options)
+            recipe, model = fitted.recipe, checkpoint.load_model()
+            graph = DiTGraph(model, inputs)
+            clock.lap("budget")
+        reports = run_passes(graph, recipe, statistics, checkpoint, work, options, fitted)
         clock.lap("passes")
         text_sites = _text_sites(graph, checkpoint.changing) if options.cache_text else ()
         engine = write_engine(
@@ -121,6 +137,8 @@ def compile(
             changing=checkpoint.changing if text_sites else None,
             force=options.force,
         )
+        if budget is not None and budget.kind == "size":
+            _check_size(engine, budget)
         clock.lap("export")
     return CompileResult(engine, recipe, reports, clock.seconds, peak_memory(), text_sites)
 
@@ -160,8 +178,12 @@ def run_passes(
     checkpoint: Checkpoint | None = None,
     work: Path | None = None,
     options: CompileOptions = CompileOptions(),
+    fitted: BudgetFit | None = None,
 ) -> list[PassReport]:
-    """Run the recipe over the graph in place. After it the graph still runs, now with what the passes put in."""
+    """Run the recipe over the graph in place. After it the graph still runs, now with what the passes put in.
+
+    `fitted`: the budget that the recipe was fitted to; its report comes first, and its codes are not made again.
+    """
     cache = None
     if work is not None and checkpoint is not None:
         key = {
@@ -172,9 +194,11 @@ def run_passes(
             "step_weights": None if statistics is None else statistics.step_weights,
         }
         cache = FolderSiteCache(work / "sites", key)
+        if fitted is not None:
+            fitted.hand_on(cache)
     keep_weights = any(step.wants_weights for step in recipe.passes)
     context = Context(statistics, options.seed, cache, keep_weights).showing(options.progress)
-    reports = []
+    reports: list[PassReport] = [] if fitted is None else [fitted.report]
     with torch.no_grad():
         for step in recipe.passes:
             step.prepare(graph, context)
@@ -206,6 +230,29 @@ def _statistics(checkpoint: Checkpoint, graph: DiTGraph, work: Path, options: Co
         resume=options.resume,
         progress=options.progress,
     )
+
+
+def _fit(
+    checkpoint: Checkpoint,
+    graph: DiTGraph,
+    recipe: Recipe,
+    budget: Budget,
+    statistics: Statistics,
+    work: Path,
+    options: CompileOptions,
+) -> BudgetFit:
+    calibrated = work / "calibration" if options.statistics is None else Path(options.statistics)
+    trajectories = Trajectories.open(calibrated / TRAJECTORIES, checkpoint.fingerprint())
+    return fit_budget(checkpoint, graph, recipe, budget, statistics, trajectories, seed=options.seed, work=work,
+                      progress=options.progress)  # fmt: skip
+
+
+def _check_size(engine: Engine, budget: Budget) -> None:
+    """The sizes that formats were chosen by leave room for what the export adds; this is the proof that it was enough."""
+    found = engine.files[WEIGHTS]["bytes"]
+    if found > budget.value:
+        remove(engine.folder)
+        raise DitqError(f"budget {budget}: {WEIGHTS} has {found:,d} bytes, more than expected; ask for a little less")
 
 
 def peak_memory() -> int:

@@ -183,7 +183,7 @@ class Quantize(Pass):
         formats = InputFormats(graph, plan, context.calibration)
         weights = bits = 0.0
         for site, settings in context.track(self.name, plan.items()):
-            layer, row = self._quantize(graph, context, site, settings, formats)
+            layer, row = self.layer_for(graph, context, site, settings, formats)
             graph.replace(site, layer)
             if layer.activation.granularity == "timestep":
                 tell_at_each_call(graph.model)
@@ -193,9 +193,10 @@ class Quantize(Pass):
         report.summary = {"linears": len(plan), "weights": int(weights), "bits a weight": bits / max(weights, 1)}
         return report
 
-    def _quantize(
+    def layer_for(
         self, graph: DiTGraph, context: Context, site: str, settings: SiteSettings, formats: InputFormats
     ) -> tuple[QuantLinear, dict[str, Any]]:
+        """The layer that would stand at a site with these settings, and the report's row of it; the graph stays as it is."""
         module = graph.linear(site)
         linear = plain_linear(graph, site)
         weight = linear.weight.detach().float()

@@ -85,6 +85,7 @@ def render(
             ("layers", "Error by layer", sections.layers(evaluation, pass_reports, charts, rows)),
             ("histograms", "Weights and activations", histograms),
             ("cost", "Size, memory and speed", cost),
+            ("budget", "Size against error", sections.budget(pass_reports)),
             ("passes", "What each pass did", sections.passes(pass_reports, rows)),
             ("recipe", "Recipe", sections.recipe(recipe)),
             ("measured", "How it was measured", sections.measured(evaluation)),

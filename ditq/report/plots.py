@@ -10,6 +10,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -222,6 +223,50 @@ def bars(values: Mapping[str, float], unit: str, name: str, description: str) ->
         axes.tick_params(axis="y", length=0)
         axes.spines["bottom"].set_visible(False)
         return _svg(figure, name, description)
+
+
+def budget_front(points: Sequence[Mapping[str, Any]]) -> str:
+    """Size against error of a budget's front (`front` in the report of the budget): predicted, measured, PSNR, the choice."""
+    with rc_context(STYLE):
+        return _svg(_front_figure(points), "budget", "Size of the weights against the denoiser's error")
+
+
+def write_budget_front(points: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The same as a PNG, written beside its place and then renamed."""
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        with rc_context(STYLE):
+            _front_figure(points).savefig(beside, format="png", dpi=120, facecolor="white")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _front_figure(points: Sequence[Mapping[str, Any]]) -> Figure:
+    drawn = [point for point in points if point["PSNR, dB"] is not None]
+    figure, panels = _figure(3.4, columns=2 if drawn else 1)
+    sizes = [point["weights, bytes"] / 1e6 for point in points]
+    errors = "predicted error, dB"
+    panels[0].plot(
+        sizes, [point[errors] for point in points], "-", color=BLUE, marker="o", markersize=3, label="predicted"
+    )
+    found = [point for point in points if point["measured error, dB"] is not None]
+    panels[0].plot([point["weights, bytes"] / 1e6 for point in found], [point["measured error, dB"] for point in found],
+                   "D", color=ORANGE, markersize=5, label="measured")  # fmt: skip
+    panels[0].set_ylabel("error of the denoiser, dB")
+    if drawn:
+        panels[1].plot([point["weights, bytes"] / 1e6 for point in drawn], [point["PSNR, dB"] for point in drawn], "o-",
+                       color=GREEN, markersize=4, label="PSNR of pictures")  # fmt: skip
+        panels[1].set_ylabel("PSNR, dB")
+    for axes, value in zip(panels, (errors, "PSNR, dB"), strict=False):
+        for point in points:
+            if point["chosen"] and point[value] is not None:
+                axes.plot([point["weights, bytes"] / 1e6], [point[value]], "s", color=PURPLE, markersize=10,
+                          fillstyle="none", label="chosen")  # fmt: skip
+        axes.set_xlabel("weights, MB")
+        axes.grid()
+        axes.legend(loc="best", fontsize=10.5)
+    return figure
 
 
 def _density(shown: Histogram) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -1,0 +1,15 @@
+"""Mixed precision by a budget: which linear gets how many bits, so that the model stays within a size or a quality.
+
+request.py      what is asked for: `size=4.2MB`, `bits=3.5`, `psnr>=24`
+choices.py      every linear in every candidate format, with what it takes on disk
+sensitivity.py  what each of these costs in the denoiser's output on recorded calls
+knapsack.py     the assignment of least error within a size, solved exactly
+front.py        such assignments over all sizes
+search.py       the smallest of them whose pictures are good enough; pictures.py draws them
+fit.py          all of it: a recipe and a budget -> a plain recipe with rules
+"""
+
+from ditq.budget.fit import BudgetFit, fit_budget
+from ditq.budget.request import Budget
+
+__all__ = ["Budget", "BudgetFit", "fit_budget"]

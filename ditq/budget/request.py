@@ -1,0 +1,82 @@
+"""What a budget asks for, read from one word: `size=4.2MB`, `bits=3.5` or `psnr>=24`; and the candidates' names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from ditq.errors import DitqError
+
+Kind = Literal["size", "bits", "psnr"]
+
+CANDIDATES = ("w3", "w4", "w5", "w6", "w8")
+KEEP = "keep"
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+_REQUEST = re.compile(r"\s*(?P<what>[a-z]+)\s*(?P<sign>>=|<=|=)\s*(?P<number>[0-9]*\.?[0-9]+)\s*(?P<unit>[A-Za-z]*)\s*")
+_SIGNS: dict[str, tuple[str, ...]] = {"size": ("=", "<="), "bits": ("=", "<="), "psnr": ("=", ">=")}
+_EXAMPLES = "size=4.2MB, bits=3.5 or psnr>=24"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most `value` bytes of weights on disk ('size') or bits a weight ('bits'), or at least `value` dB ('psnr').
+
+    candidates: what a linear may become: `w2` .. `w8`, bits of its weights, or `keep`, as it is.
+    """
+
+    kind: Kind
+    value: float
+    candidates: tuple[str, ...] = CANDIDATES
+
+    @classmethod
+    def parse(cls, text: str, candidates: str | Iterable[str] | None = None) -> Budget:
+        """`size=4.2MB`, `bits=3.5`, `psnr>=24`; candidates as a list or as `w3,w4,keep`.
+
+        Raises:
+            DitqError: neither of these, an unknown unit, a value that is not above 0, or unknown candidates.
+        """
+        match = _REQUEST.fullmatch(text)
+        if match is None or match["what"] not in _SIGNS:
+            raise DitqError(f"budget {text!r}: not understood; write {_EXAMPLES}")
+        kind: Kind = match["what"]  # type: ignore[assignment]
+        if match["sign"] not in _SIGNS[kind]:
+            raise DitqError(f"budget {text!r}: {kind} takes {' or '.join(_SIGNS[kind])}; write {_EXAMPLES}")
+        value = float(match["number"])
+        unit = match["unit"].upper()
+        if kind == "size":
+            if unit not in UNITS:
+                raise DitqError(f"budget {text!r}: a size needs a unit: B, KB, MB, GB, KiB, MiB or GiB")
+            value *= UNITS[unit]
+        elif unit and (kind, unit) != ("psnr", "DB"):
+            raise DitqError(f"budget {text!r}: {kind} takes no unit; write {_EXAMPLES}")
+        if not value > 0 or not math.isfinite(value):
+            raise DitqError(f"budget {text!r}: must be above 0")
+        return cls(kind, value, parse_candidates(candidates))
+
+    def __str__(self) -> str:
+        if self.kind == "size":
+            return f"size={self.value / 1e6:g}MB"
+        return f"bits={self.value:g}" if self.kind == "bits" else f"psnr>={self.value:g}"
+
+
+def parse_candidates(names: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Candidate formats of the weights, in the order of their bits, `keep` last.
+
+    Raises:
+        DitqError: an unknown name, or fewer than two of them.
+    """
+    if names is None:
+        return CANDIDATES
+    given = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
+    known = [*(f"w{bits}" for bits in range(2, 9)), KEEP]
+    for name in given:
+        if name not in known:
+            raise DitqError(f"budget: unknown candidate {name!r}; known: {', '.join(known)}")
+    chosen = tuple(name for name in known if name in given)
+    if len(chosen) < 2:
+        raise DitqError("budget: there is nothing to choose between; give at least two candidates, such as w3,w4,w6")
+    return chosen

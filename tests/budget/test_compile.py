@@ -1,0 +1,128 @@
+"""`--budget` end to end: the engine keeps it, its recipe is plain and gives the same engine, and refusals are one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import ditq
+from ditq.budget import Budget
+from ditq.compiler import CompileOptions
+from ditq.errors import DitqError
+from tests.command_line import assert_refused, run
+from tests.small_checkpoint import files_below, write_pipeline, write_transformer
+
+PROMPTS = ["red apple, fluent 3d", "dog, noto"]
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pipeline(tmp_path_factory.mktemp("budget") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def stats(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("statistics") / "stats"
+    ditq.calibrate(pipeline, folder, PROMPTS, steps=2, progress=False)
+    return folder
+
+
+@pytest.fixture
+def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ditq.compiler.write_engine", lambda *_, **__: pytest.fail("reached the export"))
+
+
+def test_a_size_is_kept_and_the_written_recipe_alone_gives_the_same_engine(
+    pipeline: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compile", pipeline, "--stats", stats, "--evaluate", 0]
+    asked = ["--budget", "size=330KB", "--candidates", "w3,w4,w8"]
+    ran = run(capsys, *command, "-o", tmp_path / "engine", *asked)
+    assert ran.code == 0, ran.err
+    assert "measured over predicted" in ran.out and (tmp_path / "engine" / "budget.png").stat().st_size > 1000
+    manifest = json.loads((tmp_path / "engine" / "engine.json").read_text())
+    assert 270_000 < manifest["files"]["weights.safetensors"]["bytes"] <= 330_000
+    report = manifest["reports"][0]
+    assert report["pass"] == "budget" and report["settings"]["budget"] == "size=0.33MB"
+    assert json.loads((tmp_path / "engine" / "budget.json").read_text())["front"] == report["front"]
+    assert [point["chosen"] for point in report["front"]].count(True) == 1
+    formats = {row["site"]: row["chosen"] for row in report["rows"]}
+    quantized = manifest["structure"]["quantized"]
+    assert {site: f"w{spec['bits']}" for site, spec in quantized.items()} == formats
+    assert len(set(formats.values())) > 1
+    recipe = tmp_path / "fitted.yaml"
+    recipe.write_text(yaml.safe_dump(manifest["recipe"]))
+    shown = run(capsys, "inspect", pipeline, "--recipe", recipe)
+    assert shown.code == 0, shown.err
+    assert run(capsys, *command, "-o", tmp_path / "again", "--recipe", recipe).code == 0
+    again = json.loads((tmp_path / "again" / "engine.json").read_text())
+    assert again["files"]["weights.safetensors"] == manifest["files"]["weights.safetensors"]
+    assert files_below(tmp_path) and not list(tmp_path.glob(".*"))
+
+
+def test_bits_a_weight_are_kept(pipeline: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ditq.compiler.write_engine", lambda *_, **__: None)
+    options = CompileOptions(statistics=stats, budget="bits=5", progress=False)
+    result = ditq.compile(pipeline, tmp_path / "engine", "w4a8", options)
+    summary = {report.name: report.summary for report in result.reports}
+    assert summary["quantize"]["bits a weight"] == pytest.approx(summary["budget"]["bits a weight"])
+    assert 4.5 < summary["quantize"]["bits a weight"] <= 5
+
+
+def test_a_quality_is_measured_on_pictures_and_the_smallest_assignment_that_has_it_is_taken(
+    pipeline: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ditq.compiler.write_engine", lambda *_, **__: None)
+    asked = Budget.parse("psnr>=1", "w3,w8")
+    result = ditq.compile(
+        pipeline, tmp_path / "engine", "w4a8", CompileOptions(statistics=stats, budget=asked, progress=False)
+    )
+    points = result.reports[0].to_json()["front"]
+    assert points[0]["chosen"] and points[0]["PSNR, dB"] >= 1  # 1 dB is what any picture has
+    asked = Budget.parse("psnr>=99.9", "w3,w4")
+    with pytest.raises(DitqError, match=r"not reached, the best with candidates w3, w4 is \d+\.\d dB"):
+        ditq.compile(
+            pipeline, tmp_path / "other", "w4a8", CompileOptions(statistics=stats, budget=asked, progress=False)
+        )
+
+
+def test_an_impossible_budget_names_the_smallest_possible_size(
+    pipeline: Path, stats: Path, tmp_path: Path, no_export: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compile", pipeline, "-o", tmp_path / "e", "--stats", stats, "--candidates", "w3,w4"]
+    assert_refused(capsys, r"impossible, the smallest with candidates w3, w4 is size=0\.\d+MB", *command,
+                   "--budget", "size=10KB")  # fmt: skip
+    assert_refused(capsys, r"impossible, the smallest .* is bits=\d\.\d+", *command, "--budget", "bits=1")
+    assert files_below(tmp_path) == []
+
+
+def test_what_cannot_be_budgeted_is_refused_before_any_work(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ditq.compiler._statistics", lambda *_: pytest.fail("work was done"))
+    out = ["-o", tmp_path / "e"]
+    assert_refused(capsys, "budget 'size=4': a size needs a unit", "compile", pipeline, *out, "--budget", "size=4")
+    assert_refused(
+        capsys, "--candidates says what --budget chooses", "compile", pipeline, *out, "--candidates", "w3,w4"
+    )
+    rotate = tmp_path / "rotate.yaml"
+    rotate.write_text("passes: [smooth]\n")
+    assert_refused(capsys, "no pass 'quantize'; a budget needs", "compile", pipeline, *out, "--recipe", rotate,
+                   "--budget", "bits=4")  # fmt: skip
+    alone = write_transformer(tmp_path / "alone", torch.float32)
+    assert_refused(capsys, "transformer alone cannot draw", "compile", alone, *out, "--budget", "psnr>=20")
+
+
+def test_statistics_without_trajectories_are_refused(
+    pipeline: Path, stats: Path, tmp_path: Path, no_export: None
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("statistics.json", "statistics.safetensors"):
+        (bare / name).write_bytes((stats / name).read_bytes())
+    with pytest.raises(DitqError, match=r"no recorded trajectories here .* ditq calibrate"):
+        ditq.compile(pipeline, tmp_path / "e", "w4a8", CompileOptions(statistics=bare, budget="bits=4"))

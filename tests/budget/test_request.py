@@ -1,0 +1,44 @@
+"""What a budget may say, and the one line for what it may not."""
+
+from __future__ import annotations
+
+import pytest
+
+from ditq.budget import Budget
+from ditq.errors import DitqError
+
+
+def test_sizes_bits_and_qualities_are_read() -> None:
+    assert (Budget.parse("size=4.2MB").kind, Budget.parse("size=4.2MB").value) == ("size", 4.2e6)
+    assert Budget.parse("size<=3MiB").value == 3 * 2**20 and Budget.parse("size = 512kb").value == 512e3
+    assert (Budget.parse("bits=3.5").kind, Budget.parse("bits<=3.5").value) == ("bits", 3.5)
+    assert (Budget.parse("psnr>=24").kind, Budget.parse("psnr>=24.5dB").value) == ("psnr", 24.5)
+    assert Budget.parse("bits=4", "keep, w8,w3").candidates == ("w3", "w8", "keep")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("4MB", "not understood; write size=4.2MB"),
+        ("sise=4MB", "not understood"),
+        ("size=", "not understood"),
+        ("size=4", "needs a unit"),
+        ("size=4XB", "needs a unit"),
+        ("size>=4MB", "size takes = or <="),
+        ("psnr<=24", "psnr takes = or >="),
+        ("bits=3.5MB", "bits takes no unit"),
+        ("bits=0", "above 0"),
+        ("bits=-1", "not understood"),
+    ],
+)
+def test_a_malformed_budget_is_one_line(text: str, says: str) -> None:
+    with pytest.raises(DitqError, match=says) as caught:
+        Budget.parse(text)
+    assert "\n" not in str(caught.value) and repr(text) in str(caught.value)
+
+
+def test_candidates_must_be_known_and_leave_a_choice() -> None:
+    with pytest.raises(DitqError, match="unknown candidate 'w9'; known: w2"):
+        Budget.parse("bits=4", "w3,w9")
+    with pytest.raises(DitqError, match="nothing to choose"):
+        Budget.parse("bits=4", "w3")
