@@ -21,7 +21,7 @@ from ditq.numerics.row_search import largest_carrier
 from ditq.numerics.weight_code import SMALLEST_SCALE, WeightCode, midpoints
 
 # How far towards the edge of its code's cell a latent value may start: nearer to it, the noise of single steps flips codes.
-_WITHIN = 0.6
+_WITHIN = 0.4
 
 
 class LearnedLinear(nn.Module):

@@ -19,6 +19,8 @@ from ditq.nn.quant_linear import QuantLinear
 from ditq.passes.base import Context, Pass, PassReport, register, setting
 from ditq.passes.block_records import BlockOutputs, Call, block_inputs, record_outputs, tensors_of
 
+SCOPES = ("auto", "model", "block")
+BYTES_A_WEIGHT = 16  # a latent value, its gradient and Adam's two moments in float32
 HELD_OUT = 8  # every eighth batch judges what was learned on the others
 
 
@@ -34,31 +36,36 @@ class _Example:
 @register
 @dataclass(frozen=True)
 class Reconstruct(Pass):
-    """After `quantize`: gradient descent on codes, levels, scales and biases, block after block.
+    """After `quantize`: gradient descent on codes, levels, scales and biases, of all the model or block after block.
 
-    A block gets what the compressed blocks before it give and learns what the original gave in its place along recorded
-    trajectories, so that it also makes up for what went wrong before it. With `scope: model` all blocks learn at once what the
-    denoiser as a whole gives: better, for models whose gradients fit in memory. Held-out calls decide whether a block
-    keeps what it learned; it is never worse on them than before.
+    With `scope: model` all linears learn at once what the original denoiser gives along recorded trajectories. With
+    `scope: block`, for models whose gradients do not fit in memory, a block gets what the compressed blocks before it give
+    and learns what the original gave in its place, so that it also makes up for what went wrong before it. Held-out calls
+    decide whether what was learned is kept; it is never worse on them than before.
 
     Source: block reconstruction, BRECQ (Li et al., arXiv 2102.05426), with all parameters learned as in EfficientQAT
     (Chen et al., arXiv 2407.11062).
 
     Example:
         - quantize: {format: w3a8}
-        - reconstruct: {scope: block, steps: 250}
+        - reconstruct: {steps: 250}
     """
 
     name: ClassVar[str] = "reconstruct"
     only_after: ClassVar[tuple[str, ...]] = ("quantize",)
     wants_weights: ClassVar[bool] = True
-    scope: str = setting("block", "what is learned at a time: each block, or all of the model", ("block", "model"))
+    scope: str = setting(
+        "auto", "what is learned at a time: the model, each block, or the model where `memory` allows", SCOPES
+    )
+    memory: float = setting(
+        4.0, "`scope: auto`: GB for weights, gradients and moments of the whole model; else by block"
+    )
     steps: int = setting(250, "steps of gradient descent, for each block or for the model")
     samples: int = setting(256, "recorded denoiser calls that are learned from and judged by")
     batch: int = setting(8, "samples a step")
     rate: float = setting(0.003, "learning rate at the start, in steps between two levels of the weights")
     step_weights: str = setting("none", "samples count by their step's effect on the last latents", ("none", "effect"))
-    select: list[str] = setting(["*"], "which blocks, as patterns of their names; for `scope: block`")
+    select: list[str] = setting(["*"], "which blocks, as patterns of their names, where blocks are learned")
 
     def check(self) -> None:
         for key, least in (("steps", 1), ("batch", 1), ("samples", 2)):
@@ -68,12 +75,14 @@ class Reconstruct(Pass):
             raise DitqError(
                 f"pass 'reconstruct': samples is {self.samples}, must be at least two batches of {self.batch}"
             )
-        if self.rate <= 0:
-            raise DitqError(f"pass 'reconstruct': rate is {self.rate}, must be above 0")
+        for key in ("rate", "memory"):
+            if getattr(self, key) <= 0:
+                raise DitqError(f"pass 'reconstruct': {key} is {getattr(self, key)}, must be above 0")
 
     def _units(self, graph: DiTGraph) -> list[str]:
         """Modules that are learned, by name; "" is the model."""
-        if self.scope == "model":
+        weights = sum(site.parameters for site in graph.sites.values() if site.role != "unused")
+        if self.scope == "model" or (self.scope == "auto" and BYTES_A_WEIGHT * weights <= self.memory * 1e9):
             return [""]
         for pattern in self.select:
             if not fnmatch.filter(graph.blocks, pattern):

@@ -88,7 +88,9 @@ def test_it_brings_a_trained_denoiser_nearer_to_the_original(mini_statistics: St
 def test_what_does_not_help_held_out_calls_is_dropped(checkpoint: Checkpoint, statistics: Statistics) -> None:
     plain, learned = _graph(checkpoint), _graph(checkpoint)
     _run(plain, statistics, None)
-    report = _run(learned, statistics, {"steps": 2, "samples": 4, "batch": 2, "rate": 50.0})  # overshoots by far
+    report = _run(
+        learned, statistics, {"scope": "block", "steps": 2, "samples": 4, "batch": 2, "rate": 50.0}
+    )  # overshoots by far
     assert not any(row["kept"] for row in report.rows)
     expected = plain.model.state_dict()
     for name, tensor in learned.model.state_dict().items():
@@ -99,7 +101,8 @@ def test_finished_blocks_are_taken_from_an_interrupted_run(
     checkpoint: Checkpoint, statistics: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = Recipe.from_dict(
-        {"passes": [{"quantize": QUANTIZE}, {"reconstruct": {"steps": 3, "samples": 4, "batch": 2}}]}, "test"
+        {"passes": [{"quantize": QUANTIZE}, {"reconstruct": {"scope": "block", "steps": 3, "samples": 4, "batch": 2}}]},
+        "test",
     )
     states = []
     for attempt in range(2):
@@ -168,7 +171,14 @@ def test_statistics_without_recorded_calls_are_refused(checkpoint: Checkpoint, s
 
 def test_a_pattern_that_matches_no_block_is_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(DitqError, match=r"'blocks\.9' matches no block; there are transformer_blocks\.0"):
-        Reconstruct(select=["blocks.9"]).preview(_graph(checkpoint))
+        Reconstruct(scope="block", select=["blocks.9"]).preview(_graph(checkpoint))
+
+
+def test_a_model_is_learned_by_block_where_it_does_not_fit_as_a_whole(checkpoint: Checkpoint) -> None:
+    graph = _graph(checkpoint)
+    weights = sum(site.parameters for site in graph.sites.values())
+    assert Reconstruct(memory=17 * weights / 1e9)._units(graph) == [""]
+    assert Reconstruct(memory=15 * weights / 1e9)._units(graph) == list(graph.blocks)
 
 
 def test_a_recipe_with_nothing_to_learn_is_refused() -> None:
