@@ -27,11 +27,12 @@ class FolderSiteCache:
 
     def get(self, site: str) -> WeightCode | None:
         tensors = self.get_tensors(site)
-        if tensors is None or not {"codes", "table", "scale", "bits"} <= tensors.keys():
+        if tensors is None or not {"codes", "table", "scale", "bits", "codebook"} <= tensors.keys():
             return None
         low_rank = LowRank(tensors["down"], tensors["up"], tensors["branch_scale"]) if "down" in tensors else None
         multiplier, bits = tensors.get("multiplier"), int(tensors["bits"])
-        return WeightCode(tensors["codes"], tensors["table"], tensors["scale"], multiplier, bits, low_rank)
+        codebook = bytes(tensors["codebook"].tolist()).decode()
+        return WeightCode(tensors["codes"], tensors["table"], tensors["scale"], multiplier, bits, low_rank, codebook)
 
     def adopt(self, site: str, other: FolderSiteCache) -> None:
         """Take over another cache's file of a site, whose code is known to be the same here."""
@@ -42,6 +43,7 @@ class FolderSiteCache:
 
     def put(self, site: str, code: WeightCode) -> WeightCode:
         tensors = {"codes": code.codes, "table": code.table, "scale": code.scale, "bits": torch.tensor(code.bits)}
+        tensors["codebook"] = torch.tensor(list(code.codebook.encode()), dtype=torch.uint8)
         if code.multiplier is not None:
             tensors["multiplier"] = code.multiplier
         if code.low_rank is not None:

@@ -49,7 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _weights_error(weight: Tensor, layer: QuantLinear, shift: Tensor, judge: InputStatistics) -> float:
+def weights_error(weight: Tensor, layer: QuantLinear, shift: Tensor, judge: InputStatistics) -> float:
     """E|x (W - Q)^T - shift|^2 / E|x W^T|^2 over all of judge's rows; shift [O] is what the bias took up."""
     hessian, mean, lost = judge.hessian().double(), judge.mean().double(), (weight - layer.weight()).double()
     error = ((lost @ hessian) * lost).sum() - 2 * (shift * (lost @ mean)).sum() + shift.square().sum()
@@ -83,7 +83,7 @@ def layer_errors(
             assert isinstance(layer, QuantLinear)
             bias = torch.zeros(len(linear.weight)) if linear.bias is None else linear.bias
             shift = torch.zeros_like(bias) if layer.bias is None else layer.bias - bias
-            alone.append(_weights_error(linear.weight, layer, shift.double(), seen))
+            alone.append(weights_error(linear.weight, layer, shift.double(), seen))
             layer.transform = None  # the sample is that of the transformed input
             expected = seen.sample @ linear.weight.T
             whole.append(float((layer(seen.sample) - bias - expected).square().sum() / expected.square().sum()))

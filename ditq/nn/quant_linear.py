@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.library import custom_op
 from torch.nn import functional as F
 
-from ditq.errors import DitqError
 from ditq.nn.input_transform import InputTransform
 from ditq.numerics.activation_format import FLOAT, ActivationFormat
 from ditq.numerics.codebook import LowRank, WeightCode
@@ -175,7 +174,7 @@ class QuantLinear(nn.Module):
         if self.activation.granularity != "timestep":
             return self.activation_scale
         if self.timestep is None:
-            raise DitqError(
+            raise ValueError(
                 f"{self.site}: its input has a scale a timestep bin; run the whole model, which tells the bin"
             )
         assert self.activation_scale is not None

@@ -24,7 +24,7 @@ TARGET_DAMPING = 0.1  # d; tools/measure_rounding.py judges it on other prompts
 
 
 def rounding_noise(sample: torch.Tensor, form: ActivationFormat, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """E[(x_q - x)^2] of every channel of the rows [N, C]: float64 [C]. scale: the calibrated one, where there is one."""
+    """E[(x_q - x)^2] of every channel of the rows [N, C]: float64 [C]. scale: the calibrated one, if any, or [N, 1]."""
     return (form.rounded(sample, scale) - sample).double().square().mean(0)
 
 

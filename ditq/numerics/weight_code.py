@@ -82,7 +82,10 @@ class Fit:
 
 @dataclass(frozen=True, eq=False)
 class WeightCode:
-    """A coded weight: codes uint8 [O, I] with the table, scale and multiplier of its `Fit`; beside them a branch, or None."""
+    """A coded weight: codes uint8 [O, I] with the table, scale and multiplier of its `Fit`; beside them a branch, or None.
+
+    codebook: the name of the one that was fitted, where the name is known.
+    """
 
     codes: torch.Tensor
     table: torch.Tensor
@@ -90,6 +93,7 @@ class WeightCode:
     multiplier: torch.Tensor | None
     bits: int
     low_rank: LowRank | None = None
+    codebook: str = ""
 
     def _carrier_rows(self, rows: slice) -> torch.Tensor:
         index = self.codes[rows].long()

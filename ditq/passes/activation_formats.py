@@ -93,11 +93,25 @@ class ActivationSettings:
 
 @dataclass(frozen=True, eq=False)
 class ChosenFormat:
-    """The format of an input, the calibrated scale where it is not found at run time, and what quantizing loses of it."""
+    """The format of an input, the calibrated scale where it is not found at run time, and what quantizing loses of it.
+
+    bins: where there is a scale for each bin of timesteps, the statistics' bins that they are of.
+    """
 
     format: ActivationFormat = FLOAT
     scale: Tensor | None = None
     error: float | None = None
+    bins: tuple[int, ...] = ()
+
+    def scale_of(self, row_bins: Tensor) -> Tensor | None:
+        """The calibrated scale for rows of these bins [N]: [N, 1] where each bin has its own, else the one there is."""
+        if self.scale is None or not self.bins:
+            return self.scale
+        return self.scale[torch.searchsorted(torch.tensor(self.bins), row_bins)][:, None]
+
+    def rounded(self, rows: Tensor, row_bins: Tensor) -> Tensor:
+        """Rows [N, I] of these bins [N] as the layer's products see them, unsigned ones without their shift."""
+        return rows if self.format.granularity == "none" else self.format.rounded(rows, self.scale_of(row_bins))
 
     def row(self) -> dict[str, Any]:
         """For the pass report."""
@@ -161,7 +175,8 @@ class InputFormats:
         elif settings.activation_clip:
             form = best_clip(statistics.sample, form, energy, absmax)
         scale = None if largest is None else form.scale(largest).float()
-        return ChosenFormat(form, scale, input_error(statistics.sample, form, energy, absmax))
+        error = input_error(statistics.sample, form, energy, absmax)
+        return ChosenFormat(form, scale, error, tuple(bins) if edges else ())
 
     def _unsigned(
         self, signed: ActivationFormat, settings: ActivationSettings, rows: Tensor, energy: Tensor

@@ -159,6 +159,27 @@ class FakeQuantLoss:
         return weight + peak[:, None] * relative
 
 
+def hold_out(statistics: InputStatistics) -> tuple[InputStatistics, Tensor, Tensor]:
+    """(the statistics without every other sampled row, the numbers of those rows [n], what each of them stands for [n]).
+
+    The sums of the statistics hold the sampled rows, so those held out are subtracted: what is fitted to the rest is fitted
+    to all that calibration saw but them. At most `MOST_ROWS` are held out. A row stands for as many as its bin has rows a
+    held-out one, 1 on average. Largest magnitudes and crest factors stay those of all rows.
+    """
+    places = torch.arange(len(statistics.sample))[1::2]
+    places = places[:: -(-len(places) // MOST_ROWS) or 1]
+    bins = statistics.sample_bin[places]
+    moments, totals = statistics.second_moment.clone(), statistics.total.clone()
+    held = torch.bincount(bins, minlength=statistics.bins)
+    for number in bins.unique().tolist():
+        rows = statistics.sample[places[bins == number]].double()
+        moments[number] = (moments[number].double() - rows.T @ rows).to(moments.dtype)
+        totals[number] = (totals[number].double() - rows.sum(0)).to(totals.dtype)
+    rest = replace(statistics, count=statistics.count - held, second_moment=moments, total=totals)
+    worth = (statistics.count.double() / held)[bins]
+    return rest, places, worth / worth.mean()
+
+
 def choose(errors: Mapping[str, Tensor], tolerance: float) -> str:
     """The name whose errors [n] are least, going from the first on: a later one must be better than the one held by more than
     `tolerance` of it and by more than `CERTAIN` standard errors of the row-by-row difference.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ditq.calibration.statistics import InputStatistics
 from ditq.errors import DitqError
 from ditq.formats import BitFormat
 from ditq.graph import DiTGraph
@@ -22,9 +23,16 @@ from ditq.numerics.descent import refine
 from ditq.numerics.low_rank import code_with_branch
 from ditq.numerics.rounding import output_error, round_gptq, round_nearest
 from ditq.numerics.scale_search import gptq_with_scale_search
-from ditq.passes.activation_formats import GRANULARITIES, GRIDS, UNSIGNED, ActivationSettings, InputFormats
+from ditq.passes.activation_formats import (
+    GRANULARITIES,
+    GRIDS,
+    UNSIGNED,
+    ActivationSettings,
+    ChosenFormat,
+    InputFormats,
+)
 from ditq.passes.base import Context, Pass, PassReport, register, relative_error, setting
-from ditq.passes.choose_codebook import check_codebook
+from ditq.passes.choose_codebook import AUTO, TRIED, check_codebook, check_codebooks, choose_codebook
 from ditq.passes.folding import plain_linear
 from ditq.suggest import unknown_key
 
@@ -38,6 +46,7 @@ class SiteSettings(ActivationSettings):
     """How one linear is coded, and its input; the fields of a rule override those of the pass."""
 
     codebook: str = "twin_log_shared"
+    codebooks: list[str] = field(default_factory=lambda: list(TRIED))
     rounding: str = "gptq"
     group_size: int = 0
     rank: int = 0
@@ -75,7 +84,8 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     not_after: ClassVar[tuple[str, ...]] = ("quantize",)
     format: str = setting("w4a8", "bits of weights and activations, w<2-8>a<4-8 or 16>")
-    codebook: str = setting("twin_log_shared", "where the levels of the weights lie", tuple(CODEBOOKS))
+    codebook: str = setting("twin_log_shared", "where the levels of the weights lie", (*CODEBOOKS, AUTO))
+    codebooks: list[str] = setting(list(TRIED), "codebook auto: which to choose from; in doubt the first")
     rounding: str = setting("gptq", "how weights are rounded to levels", ROUNDINGS)
     group_size: int = setting(0, "columns that share a scale; 0 is the whole row")
     activation: str = setting(
@@ -101,7 +111,9 @@ class Quantize(Pass):
 
     @property
     def requires_statistics(self) -> bool:
-        needed = any(item.rounding == "gptq" or item.needs_statistics() for item in self._asked())
+        needed = any(
+            item.rounding == "gptq" or item.codebook == AUTO or item.needs_statistics() for item in self._asked()
+        )
         return needed or self.weighted or self.bias_correction
 
     def check(self) -> None:
@@ -112,6 +124,8 @@ class Quantize(Pass):
             _check_rule(rule)
             _check_site_settings(replace(self._base(), **_overrides(rule)))
         _check_site_settings(self._base())
+        if list(self.codebooks) != list(TRIED) and all(item.codebook != AUTO for item in self._asked()):
+            raise DitqError("pass 'quantize': codebooks is what codebook: auto chooses from; set that or leave it out")
         if self.activation_noise:
             for item in self._asked():
                 if item.rank and item.branch == "float":
@@ -205,30 +219,41 @@ class Quantize(Pass):
         statistics = context.statistics(graph.sites[site].group) if self.requires_statistics else None
         chosen = formats.of(site, statistics)
         weights = context.bin_weights(self.step_weights)
-        hessian = None if statistics is None else statistics.hessian(weights)
-        target, used, noise = weight, hessian, None
-        if statistics is not None and used is not None and settings.rounding == "gptq":
-            if self.centred:
-                used = used - torch.outer(statistics.mean(weights), statistics.mean(weights))
-            if self.activation_noise and form.activation < 16:
-                noise = rounding_noise(statistics.sample, chosen.format, chosen.scale)
-                target, used = for_noisy_inputs(weight, used, noise)
-        code = context.cached(site, lambda: self._code(site, target, used, settings, form))
+        noise = self._noise(statistics, settings, chosen)
+
+        def coded(codebook: str, part: Tensor, seen: InputStatistics | None) -> WeightCode:
+            """Rows of the weight, fitted to those statistics."""
+            target, used = self._target(part, seen, weights, settings, noise)
+            return replace(self._code(target, used, replace(settings, codebook=codebook), form), codebook=codebook)
+
+        def tried(codebook: str, part: Tensor, seen: InputStatistics) -> tuple[WeightCode, Tensor]:
+            code = coded(codebook, part, seen)
+            return code, self._shift(part, code, seen, weights)
+
+        def make() -> WeightCode:
+            codebook = "uniform" if form.weight == 8 else settings.codebook
+            if codebook == AUTO:
+                assert statistics is not None
+                names = settings.codebooks
+                codebook = choose_codebook(names, weight, statistics, tried, chosen.rounded, weights, settings.rank)
+            return coded(codebook, weight, statistics)
+
+        code = context.cached(site, make)
         if context.keep_weights:
-            context.weights[site] = target.half()
+            context.weights[site] = self._target(weight, statistics, weights, settings, noise)[0].half()
         decoded = code.decode()
         if self.bias_correction and statistics is not None:
-            correction = (weight - decoded).double() @ statistics.mean(weights).double()
-            bias = correction.float() if bias is None else bias + correction.float()
+            correction = self._shift(weight, code, statistics, weights)
+            bias = correction if bias is None else bias + correction
         transform = module.transform if isinstance(module, TransformedLinear) else None
         branch: Branch = "float" if settings.branch == "float" else "integer"
-        layer = QuantLinear(site, code, bias, chosen.format, chosen.scale, transform, settings.codebook, branch)
+        layer = QuantLinear(site, code, bias, chosen.format, chosen.scale, transform, code.codebook, branch)
         if chosen.format.shift:
             layer.fold_shift()
         row = {
             "site": site,
             "format": settings.format,
-            "codebook": settings.codebook if form.weight < 8 else "uniform",
+            "codebook": code.codebook,
             "rounding": settings.rounding,
             "bits a weight": stored_bits(layer) / weight.numel(),
             "weight error": relative_error(weight, decoded),
@@ -236,15 +261,43 @@ class Quantize(Pass):
         if settings.rank:
             row["rank"] = settings.rank
         row |= chosen.row()
-        if hessian is not None:
-            row["output error"] = float(output_error(weight, decoded, hessian))
+        if statistics is not None:
+            row["output error"] = float(output_error(weight, decoded, statistics.hessian(weights)))
         if noise is not None and statistics is not None:
             row["activation noise"] = float(noise.sum() / statistics.channel_rms.double().square().sum())
         return layer, row
 
-    def _code(
-        self, site: str, weight: Tensor, hessian: Tensor | None, settings: SiteSettings, form: BitFormat
-    ) -> WeightCode:
+    def _noise(self, statistics: InputStatistics | None, settings: SiteSettings, chosen: ChosenFormat) -> Tensor | None:
+        """Of the input's rounding, where the weights are to suit it: float64 [I]."""
+        if statistics is None or not self.activation_noise or settings.rounding != "gptq" or settings.bits == 16:
+            return None
+        return rounding_noise(statistics.sample, chosen.format, chosen.scale_of(statistics.sample_bin))
+
+    def _target(
+        self,
+        weight: Tensor,
+        statistics: InputStatistics | None,
+        weights: Tensor | None,
+        settings: SiteSettings,
+        noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(what is rounded in the weight's place, the second moments [I, I] that say what an error costs)."""
+        if statistics is None:
+            return weight, None
+        hessian = statistics.hessian(weights)
+        if self.centred and settings.rounding == "gptq":
+            hessian = hessian - torch.outer(statistics.mean(weights), statistics.mean(weights))
+        return (weight, hessian) if noise is None else for_noisy_inputs(weight, hessian, noise)
+
+    def _shift(
+        self, weight: Tensor, code: WeightCode, statistics: InputStatistics | None, weights: Tensor | None
+    ) -> Tensor:
+        """What rounding shifts in the mean of each output, for the bias: float32 [O]; 0 without bias_correction."""
+        if statistics is None or not self.bias_correction:
+            return torch.zeros(len(weight))
+        return ((weight - code.decode()).double() @ statistics.mean(weights).double()).float()
+
+    def _code(self, weight: Tensor, hessian: Tensor | None, settings: SiteSettings, form: BitFormat) -> WeightCode:
         importance = hessian.diagonal().clamp_min(0) if self.weighted and hessian is not None else None
 
         def code(part: Tensor) -> WeightCode:
@@ -277,7 +330,7 @@ def _overrides(rule: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_rule(rule: Any) -> None:
-    known = {item.name: item.default for item in fields(SiteSettings)}
+    known = vars(SiteSettings())
     if not isinstance(rule, Mapping) or "select" not in rule:
         raise DitqError(f"pass 'quantize': the rule {rule} has no select; write {{select: pattern, ...}}")
     where, patterns = f"pass 'quantize': the rule for {rule['select']!r}", rule["select"]
@@ -287,7 +340,7 @@ def _check_rule(rule: Any) -> None:
         if key not in (*known, "select"):
             raise DitqError(unknown_key(where, key, known))
         if key != "select" and type(value) is not type(known[key]):
-            kind = {bool: "true or false", int: "a whole number", str: "a word"}[type(known[key])]
+            kind = {bool: "true or false", int: "a whole number", str: "a word", list: "a list"}[type(known[key])]
             raise DitqError(f"{where}: {key} is {value!r}, must be {kind}")
 
 
@@ -301,7 +354,8 @@ def _check_site_settings(settings: SiteSettings) -> None:
         raise DitqError(f"pass 'quantize': rank is {settings.rank!r}, must be a whole number, 0 for none")
     if settings.branch not in BRANCHES:
         raise DitqError(unknown_key("pass 'quantize': branch", settings.branch, list(BRANCHES)))
-    check_codebook("pass 'quantize'", settings.codebook, settings.format, settings.group_size)
+    check_codebooks("pass 'quantize'", settings.codebooks)
+    check_codebook("pass 'quantize'", settings.codebook, settings.format, settings.group_size, settings.codebooks)
 
 
 def stored_bits(layer: QuantLinear) -> int:

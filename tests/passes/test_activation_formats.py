@@ -187,7 +187,7 @@ def test_a_call_of_the_model_takes_the_scales_of_its_timestep() -> None:
     graph = _by_timestep(_binned(timestep_arguments=[900.0, 100.0]), format="w4a4", activation_grid="midrise")
     inputs = small_inputs(graph.model)
     model, layers = graph.model, quantized_layers(graph.model)
-    with pytest.raises(DitqError, match="run the whole model"):
+    with pytest.raises(ValueError, match="run the whole model"):
         next(iter(layers.values()))(torch.zeros(1, 64))
     for number, timestep in enumerate((700, 499)):
         inputs["timestep"] = torch.full_like(inputs["timestep"], timestep)
