@@ -107,7 +107,7 @@ class QuantLinear(nn.Module):
         if self.table is None:
             raise ValueError(f"{self.site}: at 8 bits there is no table")
         codes = unpack(self.codes, self.bits, self.in_features)
-        return WeightCode(codes, self.table, self.scale, self.multiplier, self.bits, self.low_rank())
+        return WeightCode(codes, self.table, self.scale, self.multiplier, self.bits, self.low_rank(), self.codebook)
 
     def recode(self, code: WeightCode, bias: Tensor | None) -> None:
         """Take a code of the same form, and a bias, in place of what the layer has; the branch stays."""
