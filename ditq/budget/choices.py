@@ -112,7 +112,9 @@ def make_choices(
     for name in names:
         for settings in plan.values():
             wanted = candidate_settings(settings, name)
-            check_codebook(f"budget: candidate {name}", wanted.codebook, wanted.format, wanted.group_size)
+            check_codebook(
+                f"budget: candidate {name}", wanted.codebook, wanted.format, wanted.group_size, wanted.codebooks
+            )
     work = [(site, name) for name in names for site in plan]
     layers: dict[tuple[str, str], nn.Module] = {}
     for site, name in context.track("candidates", work):
