@@ -1,6 +1,6 @@
 """What each codebook loses, judged on inputs that it was not fitted to.
 
-    python -m tools.measure_codebooks mini --fit stats-a --judge stats-b --every 6
+    python -m tools.measure_codebooks mini --fit stats-a --judge stats-b --every 6 --rotation none
 
 `fit` and `judge` are two folders of `ditq calibrate` with different prompts. The figure is the output SQNR of the weights
 alone, inputs as they are, in dB, averaged over token linears: on all of judge's inputs, the bias corrected by fit's mean.
@@ -38,7 +38,7 @@ ROUNDINGS: dict[str, dict[str, Any]] = {
     "nearest": {"rounding": "nearest"},
     "gptq": {"rounding": "gptq", "refine": 4},
 }
-Figures = dict[tuple[str, str, str, int], tuple[float, float]]
+Figures = dict[tuple[str, str, str, int], float]
 
 
 def _steps(*steps: dict[str, Any]) -> list[Any]:
@@ -46,15 +46,21 @@ def _steps(*steps: dict[str, Any]) -> list[Any]:
 
 
 def sqnr(
-    checkpoint: Checkpoint, fit: Statistics, judge: Statistics, codebooks: list[str], bits: list[int], every: int
+    checkpoint: Checkpoint,
+    fit: Statistics,
+    judge: Statistics,
+    codebooks: list[str],
+    bits: list[int],
+    rotations: list[str],
+    every: int,
 ) -> Figures:
-    """(rotation, rounding, codebook, bits) -> mean SQNR in dB, and bits a weight."""
+    """(rotation, rounding, codebook, bits) -> mean SQNR in dB."""
     found: Figures = {}
-    for rotation, how in ROTATIONS.items():
+    for rotation in rotations:
         graph = DiTGraph(checkpoint.load_model(), example_inputs(checkpoint))
         context, judging = Context(fit), Context(judge)
         judging.changes = context.changes
-        for step in _steps({"rotate": how}):
+        for step in _steps({"rotate": ROTATIONS[rotation]}):
             step.run(graph, context)
         sites = [name for name, site in graph.sites.items() if site.role == "token"][::every]
         original = {name: (graph.linear(name), plain_linear(graph, name)) for name in sites}
@@ -66,7 +72,7 @@ def sqnr(
                     began = time.process_time()
                     settings = {"format": f"w{number}a16", "codebook": codebook, "select": sites, **rounded}
                     (step,) = _steps({"quantize": settings})
-                    report = step.run(graph, context)
+                    step.run(graph, context)
                     decibels = 0.0
                     for name, (module, linear) in original.items():
                         layer, seen = graph.linear(name), judging.statistics(graph.sites[name].group)
@@ -76,7 +82,7 @@ def sqnr(
                         decibels -= 10 * math.log10(weights_error(linear.weight, layer, shift.double(), seen))
                         graph.replace(name, module)
                     figure = decibels / len(sites)
-                    found[rotation, rounding, codebook, number] = figure, report.summary["bits a weight"]
+                    found[rotation, rounding, codebook, number] = figure
                     seconds = time.process_time() - began
                     click.echo(f"{rotation} {rounding} {codebook} {number} {figure:.2f} {seconds:.1f} s", err=True)
     return found
@@ -88,26 +94,31 @@ def sqnr(
 @click.option("--judge", required=True, type=click.Path(path_type=Path), help="Statistics of other prompts.")
 @click.option("--bits", "bits", multiple=True, type=int, default=(3, 4), show_default=True)
 @click.option("--every", default=6, show_default=True, help="Only every n-th linear.")
-@click.option("--only", multiple=True, type=click.Choice([*CODEBOOKS, AUTO]), help="Codebooks; default: all.")
-def main(checkpoint: str, fit: Path, judge: Path, bits: tuple[int, ...], every: int, only: tuple[str, ...]) -> None:
+@click.option("--only", multiple=True, type=click.Choice([*CODEBOOKS, AUTO]), help="Default: all but auto.")
+@click.option("--rotation", "rotations", multiple=True, type=click.Choice(list(ROTATIONS)), help="Default: both.")
+def main(
+    checkpoint: str,
+    fit: Path,
+    judge: Path,
+    bits: tuple[int, ...],
+    every: int,
+    only: tuple[str, ...],
+    rotations: tuple[str, ...],
+) -> None:
     opened = Checkpoint.open(checkpoint)
     fitted, judged = (Statistics.open(folder, opened.fingerprint()) for folder in (fit, judge))
-    codebooks = list(only or (*CODEBOOKS, AUTO))
+    codebooks, turned = list(only or CODEBOOKS), list(rotations or ROTATIONS)
     with torch.no_grad():
-        found = sqnr(opened, fitted, judged, codebooks, list(bits), every)
+        found = sqnr(opened, fitted, judged, codebooks, list(bits), turned, every)
     for number in bits:
-        columns = [(rotation, rounding) for rotation in ROTATIONS for rounding in ROUNDINGS]
+        columns = [(rotation, rounding) for rotation in turned for rounding in ROUNDINGS]
         rows = [
-            [
-                codebook,
-                f"{found[(*columns[0], codebook, number)][1]:.2f}",
-                *(f"{found[(*column, codebook, number)][0]:.2f}" for column in columns),
-            ]
+            [codebook, *(f"{found[(*column, codebook, number)]:.2f}" for column in columns)]
             for codebook in codebooks
             if (*columns[0], codebook, number) in found
         ]
         click.echo()
-        table([f"{number} bits", "bits a weight", *(f"{how}, {rounding}" for how, rounding in columns)], rows)
+        table([f"{number} bits", *(f"{how}, {rounding}" for how, rounding in columns)], rows)
 
 
 if __name__ == "__main__":
