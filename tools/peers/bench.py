@@ -80,6 +80,7 @@ class Bench:
             content = json.loads(index.read_text())
             content["checkpoint"]["fingerprint"] = self.checkpoint.fingerprint()
             index.write_text(json.dumps(content))
+            (place.folder / "statistics" / "trajectories").symlink_to((base_stats / "trajectories").absolute())
         if not self._originals.exists():
             drawn = draw(self.pipeline(self.model()), self.conditions, self.settings, SEED, place.batch, watch=True)
             torch.save(drawn.calls, place.folder / f"calls-{place.limit}.pt")
