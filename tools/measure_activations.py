@@ -26,7 +26,7 @@ from ditq.passes import Context
 from ditq.passes.activation_formats import ActivationSettings, InputFormats
 from ditq.passes.folding import plain_linear
 from ditq.recipe import load_recipe
-from tools.measure_recipes import Bench, table
+from tools.measure_recipes import Bench, split_at_quantize, table
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "symmetric": {"activation_grid": "symmetric", "activation_clip": False},
@@ -78,7 +78,7 @@ def main(
 ) -> None:
     opened = Checkpoint.open(checkpoint)
     statistics = Statistics.open(stats, opened.fingerprint())
-    *before, quantize = load_recipe(recipe).passes
+    before, quantize = split_at_quantize(load_recipe(recipe))
     if not pictures:
         graph, context = DiTGraph(opened.load_model(), example_inputs(opened)), Context(statistics)
         with torch.no_grad():

@@ -28,10 +28,10 @@ from ditq.checkpoint import Checkpoint
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.passes import Context
-from ditq.passes.quantize import Quantize
 from ditq.recipe import load_recipe
 from ditq.report.evaluate import heldout_conditions
 from ditq.report.metrics import decibels, psnr
+from tools.measure_recipes import split_at_quantize
 
 
 class Drawing:
@@ -77,8 +77,7 @@ def main(name: str, stats: Path, recipe: str, candidates: str, shares: str, limi
     trajectories = Trajectories.open(stats / TRAJECTORIES, checkpoint.fingerprint())
     graph = DiTGraph(checkpoint.load_model(), example_inputs(checkpoint))
     context, names = Context(statistics), parse_candidates(candidates)
-    *earlier, step = load_recipe(recipe).passes
-    assert isinstance(step, Quantize)
+    earlier, step = split_at_quantize(load_recipe(recipe))
     with torch.no_grad():
         for item in earlier:
             item.run(graph, context)

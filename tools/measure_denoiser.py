@@ -28,7 +28,7 @@ from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.recipe import load_recipe
 from ditq.report.evaluate import heldout_conditions
-from tools.measure_recipes import table
+from tools.measure_recipes import bits_a_weight, table
 
 QUARTERS = 4
 
@@ -88,8 +88,7 @@ def main(checkpoint: str, recipes: tuple[str, ...], stats: Path, limit: int, see
         began = time.process_time()
         reports = run_passes(graph, load_recipe(name), statistics)
         minutes = (time.process_time() - began) / 60
-        bits = next(report.summary["bits a weight"] for report in reports if report.name == "quantize")
-        rows.append([Path(name).stem, f"{bits:.2f}", *judge.figures(graph.model), f"{minutes:.1f}"])
+        rows.append([Path(name).stem, f"{bits_a_weight(reports):.2f}", *judge.figures(graph.model), f"{minutes:.1f}"])
     quarters = [f"quarter {number + 1}" for number in range(QUARTERS)]
     table(["recipe", "bits a weight", "all steps, dB", "weighted by effect", *quarters, "processor minutes"], rows)
 

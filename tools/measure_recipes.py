@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ditq.budget.fit import quantize_step
 from ditq.calibration.calibrate import calibrate
 from ditq.calibration.sampling import SamplingSettings, sample
 from ditq.calibration.statistics import Statistics
@@ -32,6 +33,8 @@ from ditq.export.fusion import prove_fusion
 from ditq.export.loader import load_engine
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
+from ditq.passes import Pass, PassReport
+from ditq.passes.quantize import Quantize
 from ditq.recipe import Recipe, shipped_recipes
 from ditq.report.evaluate import heldout_conditions
 from ditq.report.measure import file_sizes
@@ -88,6 +91,19 @@ ABLATIONS = {
 }
 
 
+def split_at_quantize(recipe: Recipe) -> tuple[tuple[Pass, ...], Quantize]:
+    """(the passes before `quantize`, `quantize`) of a recipe."""
+    place = quantize_step(recipe)
+    step = recipe.passes[place]
+    assert isinstance(step, Quantize)
+    return recipe.passes[:place], step
+
+
+def bits_a_weight(reports: Sequence[PassReport]) -> float:
+    """What `quantize` says of all that it quantized."""
+    return next(report.summary["bits a weight"] for report in reports if report.name == "quantize")
+
+
 class Bench:
     """The original's pictures, drawn once, and the pipeline to draw others with."""
 
@@ -114,7 +130,7 @@ class Bench:
         model = self.checkpoint.load_model()
         graph = DiTGraph(model, example_inputs(self.checkpoint))
         reports = run_passes(graph, Recipe.from_dict({"passes": list(steps)}, "measured"), statistics)
-        return model, reports[-1].summary["bits a weight"]
+        return model, bits_a_weight(reports)
 
 
 def measure_recipe(bench: Bench, name: str, statistics: Path, folder: Path) -> list[str]:
@@ -134,7 +150,7 @@ def measure_recipe(bench: Bench, name: str, statistics: Path, folder: Path) -> l
     shutil.rmtree(engine)
     return [
         name,
-        f"{result.reports[-1].summary['bits a weight']:.2f}",
+        f"{bits_a_weight(result.reports):.2f}",
         f"{mean:.2f}",
         f"{worst:.2f}",
         f"{weights / 1e6:.2f}",

@@ -28,7 +28,7 @@ from ditq.passes import Context
 from ditq.passes.folding import plain_linear
 from ditq.passes.quantize import Quantize
 from ditq.recipe import Recipe, load_recipe
-from tools.measure_recipes import Bench, table
+from tools.measure_recipes import Bench, split_at_quantize, table
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "gptq": {"refine": 0},
@@ -63,7 +63,7 @@ def layer_errors(
     graph = DiTGraph(checkpoint.load_model(), example_inputs(checkpoint))
     context, judging = Context(fit), Context(judge)
     judging.changes = context.changes
-    *before, quantize = load_recipe(recipe).passes
+    before, quantize = split_at_quantize(load_recipe(recipe))
     assert isinstance(quantize, Quantize)
     for step in before:
         step.run(graph, context)
@@ -126,7 +126,7 @@ def main(
         for variant, settings in VARIANTS.items():
             if only and variant not in only:
                 continue
-            *before, quantize = load_recipe(name).passes
+            before, quantize = split_at_quantize(load_recipe(name))
             steps = [{step.name: step.settings()} for step in before]
             model, _ = bench.passes([*steps, {"quantize": {**quantize.settings(), **settings}}], statistics)
             rows.append([name, variant, *(f"{value:.2f}" for value in bench.quality(model))])
