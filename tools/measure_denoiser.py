@@ -1,6 +1,9 @@
 """How far recipes move the denoiser's output, on trajectories of prompts that no recipe has seen: a figure with little noise.
 
-    python -m tools.measure_denoiser mini --stats stats w3a8 w4a4 my-recipe.yaml
+    python -m tools.measure_denoiser mini --stats stats w3a8 w3a8,-reconstruct w4a8,quantize.group_size=0 my-recipe.yaml
+
+A recipe is a shipped one's name or a file, and after commas what is changed in it: `-PASS` leaves a pass out,
+`PASS.SETTING=VALUE` sets something.
 
 Pictures of a few prompts differ by several dB from one to the next, and a trajectory that has left the original's may be
 far off in the picture for a small cause. Here both models get the same inputs, the original's: the ratio of signal to
@@ -16,6 +19,7 @@ from pathlib import Path
 
 import click
 import torch
+import yaml
 from torch import Tensor, nn
 
 from ditq.calibration.batches import CallBatch, sampled_batches
@@ -26,7 +30,7 @@ from ditq.checkpoint import Checkpoint
 from ditq.compiler import run_passes
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
-from ditq.recipe import load_recipe
+from ditq.recipe import Recipe, load_recipe
 from ditq.report.evaluate import heldout_conditions
 from tools.measure_recipes import bits_a_weight, table
 
@@ -64,6 +68,26 @@ def _db(signal: Tensor, error: Tensor) -> str:
     return f"{float(10 * torch.log10(signal / error.clamp_min(1e-30))):.2f}"
 
 
+def changed(text: str) -> Recipe:
+    """The recipe that a command-line argument means.
+
+    Raises:
+        DitqError: whatever is wrong with the recipe that results.
+    """
+    name, *changes = text.split(",")
+    values = load_recipe(name).to_json()
+    for change in changes:
+        if change.startswith("-"):
+            values["passes"] = [step for step in values["passes"] if change[1:] not in step]
+            continue
+        place, _, value = change.partition("=")
+        wanted, _, setting = place.partition(".")
+        for step in values["passes"]:
+            if wanted in step:
+                step[wanted][setting] = yaml.safe_load(value)
+    return Recipe.from_dict(values, text)
+
+
 @click.command()
 @click.argument("checkpoint")
 @click.argument("recipes", nargs=-1, required=True)
@@ -71,7 +95,8 @@ def _db(signal: Tensor, error: Tensor) -> str:
 @click.option("--limit", default=8, show_default=True, help="Held-out prompts.")
 @click.option("--seed", default=1000, show_default=True)
 def main(checkpoint: str, recipes: tuple[str, ...], stats: Path, limit: int, seed: int) -> None:
-    """Print one row a recipe, a shipped one's name or a YAML file."""
+    """Print one row for each of RECIPES."""
+    wanted = {text: changed(text) for text in recipes}
     opened = Checkpoint.open(checkpoint)
     statistics = Statistics.open(stats, opened.fingerprint())
     with tempfile.TemporaryDirectory() as folder:
@@ -83,12 +108,12 @@ def main(checkpoint: str, recipes: tuple[str, ...], stats: Path, limit: int, see
         weights = None if measured is None else measured.by_step("effect")
         judge = Denoiser(opened.load_model(), batches, trajectories.steps, weights)
     rows = []
-    for name in recipes:
+    for name, recipe in wanted.items():
         graph = DiTGraph(opened.load_model(), example_inputs(opened))
         began = time.process_time()
-        reports = run_passes(graph, load_recipe(name), statistics)
+        reports = run_passes(graph, recipe, statistics)
         minutes = (time.process_time() - began) / 60
-        rows.append([Path(name).stem, f"{bits_a_weight(reports):.2f}", *judge.figures(graph.model), f"{minutes:.1f}"])
+        rows.append([name, f"{bits_a_weight(reports):.2f}", *judge.figures(graph.model), f"{minutes:.1f}"])
     quarters = [f"quarter {number + 1}" for number in range(QUARTERS)]
     table(["recipe", "bits a weight", "all steps, dB", "weighted by effect", *quarters, "processor minutes"], rows)
 

@@ -1,4 +1,9 @@
-"""Every linear of the choice in every candidate format, and what each takes on disk."""
+"""Every linear of the choice in every candidate format, and what each takes on disk.
+
+Linears whose format a rule of the recipe gives keep it: all their candidates are that one. So it is for the modulation in the
+shipped recipes. Its errors are small but alike at every step, and what adds up along the trajectory the error of
+single calls does not tell.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +48,7 @@ class Choices:
         bits: int64 [N, F], bits of each coded weight: codes, table, scales, multipliers, branch.
         bytes: int64 [N, F], what each layer takes in the file of weights, with its bias and its entry in the header.
         fixed: bytes of all else in that file.
+        ruled: sites that have no choice, since a rule of the recipe gives their format.
     """
 
     sites: tuple[str, ...]
@@ -52,6 +58,7 @@ class Choices:
     bits: NDArray[np.int64]
     bytes: NDArray[np.int64]
     fixed: int
+    ruled: frozenset[str] = frozenset()
 
     def size(self, choice: NDArray[np.int64]) -> int:
         """Bytes of the file of weights with that choice [N]."""
@@ -62,8 +69,9 @@ class Choices:
         return float(self.bits[np.arange(len(choice)), choice].sum() / self.weights.sum())
 
     def labels(self, choice: NDArray[np.int64]) -> dict[str, str]:
-        """The candidate's name of each site."""
-        return {site: self.names[index] for site, index in zip(self.sites, choice, strict=True)}
+        """The candidate's name of each site that has a choice."""
+        pairs = zip(self.sites, choice, strict=True)
+        return {site: self.names[index] for site, index in pairs if site not in self.ruled}
 
     def tell_timestep(self, arguments: Mapping[str, Any]) -> None:
         """Let all candidates take the scales of that call's timestep, where they have one for each timestep bin."""
@@ -107,17 +115,24 @@ def make_choices(
     """
     plan = step.plan(graph)
     formats = InputFormats(graph, plan, context.calibration)
-    if not plan:
-        raise DitqError("budget: the recipe quantizes nothing, so there is nothing to choose")
+    ruled = frozenset(step.ruled(graph) & plan.keys())
+    if not plan.keys() - ruled:
+        raise DitqError("budget: rules give the format of all that the recipe quantizes, so there is nothing to choose")
     for name in names:
-        for settings in plan.values():
-            wanted = candidate_settings(settings, name)
+        for site in plan.keys() - ruled:
+            wanted = candidate_settings(plan[site], name)
             check_codebook(
                 f"budget: candidate {name}", wanted.codebook, wanted.format, wanted.group_size, wanted.codebooks
             )
     work = [(site, name) for name in names for site in plan]
     layers: dict[tuple[str, str], nn.Module] = {}
     for site, name in context.track("candidates", work):
+        if site in ruled:
+            context.site_cache = cache(names[0])
+            if name == names[0]:
+                layers[site, name], _ = step.layer_for(graph, context, site, plan[site], formats)
+            layers[site, name] = layers[site, names[0]]
+            continue
         if name == KEEP:
             layers[site, name] = graph.linear(site)
             continue
@@ -145,6 +160,7 @@ def make_choices(
         np.array([[bits(site, name) for name in names] for site in plan], dtype=np.int64),
         np.array([[_bytes(f"{site}.", layers[site, name].state_dict()) for name in names] for site in plan]),
         _bytes("", rest) + graph_constants(table),
+        ruled,
     )
 
 

@@ -242,6 +242,7 @@ def _report(
             **{f"error as {name}": float(errors[row, index]) for index, name in enumerate(choices.names)},
         }
         for row, site in enumerate(choices.sites)
+        if site not in choices.ruled
     ]
     told = chosen.row(choices.names)
     summary = {

@@ -181,6 +181,11 @@ class Quantize(Pass):
                 raise DitqError(f"pass 'quantize': {site}: a rank of {settings.rank} is above its width, {smaller}")
         return plan
 
+    def ruled(self, graph: DiTGraph) -> set[str]:
+        """Sites whose format a rule gives."""
+        rules = [rule for rule in self.rules if "format" in rule]
+        return {site for rule in rules for site in graph.select(rule["select"])}
+
     def preview(self, graph: DiTGraph) -> dict[str, str]:
         return {site: " ".join(item.words()) for site, item in self.plan(graph).items()}
 

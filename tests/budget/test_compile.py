@@ -52,7 +52,10 @@ def test_a_size_is_kept_and_the_written_recipe_alone_gives_the_same_engine(
     assert [point["chosen"] for point in report["front"]].count(True) == 1
     formats = {row["site"]: row["chosen"] for row in report["rows"]}
     quantized = manifest["structure"]["quantized"]
-    assert {site: f"w{spec['bits']}" for site, spec in quantized.items()} == formats
+    assert {site: f"w{quantized[site]['bits']}" for site in formats} == formats
+    ruled = [site for site in quantized if "norm" in site]  # the modulation, whose format a rule of the recipe gives
+    assert ruled and quantized.keys() - formats.keys() == set(ruled)
+    assert {quantized[site]["bits"] for site in ruled} == {4}
     assert len(set(formats.values())) > 1
     recipe = tmp_path / "fitted.yaml"
     recipe.write_text(yaml.safe_dump(manifest["recipe"]))
