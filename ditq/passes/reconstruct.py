@@ -48,7 +48,7 @@ class Reconstruct(Pass):
 
     Example:
         - quantize: {format: w3a8}
-        - reconstruct: {steps: 250}
+        - reconstruct: {steps: 200}
     """
 
     name: ClassVar[str] = "reconstruct"
@@ -60,10 +60,10 @@ class Reconstruct(Pass):
     memory: float = setting(
         4.0, "`scope: auto`: GB for weights, gradients and moments of the whole model; else by block"
     )
-    steps: int = setting(250, "steps of gradient descent, for each block or for the model")
+    steps: int = setting(200, "steps of gradient descent, for each block or for the model")
     samples: int = setting(256, "recorded denoiser calls that are learned from and judged by")
     batch: int = setting(8, "samples a step")
-    rate: float = setting(0.003, "learning rate at the start, in steps between two levels of the weights")
+    rate: float = setting(0.008, "learning rate at the start, in steps between two levels of the weights")
     step_weights: str = setting("none", "samples count by their step's effect on the last latents", ("none", "effect"))
     select: list[str] = setting(["*"], "which blocks, as patterns of their names, where blocks are learned")
 
@@ -93,7 +93,8 @@ class Reconstruct(Pass):
 
     def preview(self, graph: DiTGraph) -> dict[str, str]:
         units = self._units(graph)
-        sites = list(graph.sites) if units == [""] else [site for unit in units for site in graph.blocks[unit].sites]
+        blocks = graph.blocks if units == [""] else units
+        sites = [site for name in blocks for site in graph.blocks[name].sites]
         return dict.fromkeys(sites, f"learn {self.steps} steps")
 
     def prepare(self, graph: DiTGraph, context: Context) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ from ditq.report.alignment import Alignment, RotatedBlocks, ScaledChannels
 from ditq.report.evaluation import Evaluation, PromptResult, StepResult
 from ditq.report.layers import per_layer_sqnr, quantized_sites, site_histograms
 from ditq.report.perceptual import NOT_INSTALLED, st_lpips, weights_path
+from ditq.report.step_effects import step_effects
 
 LAYER_CONDITIONS, LAYER_CALLS = 4, 6  # layers are measured on this many calls of each of the first so many samples
 HISTOGRAM_SITES, HISTOGRAM_CALLS = 4, 4
@@ -106,8 +108,10 @@ def evaluate(
             draw = partial(_draw, pipeline, condition=condition, settings=settings, index=index, advance=bar.advance)
             reference = draw(original, who="original", keep=True)
             other = draw(engine, who="engine")
-            forced = _teacher_forced(engine, reference, bar.advance)
+            forced, differences = _teacher_forced(engine, reference, bar.advance)
             tally.add(condition, seed + index, reference, other, forced)
+            if index == 0:
+                tally.effects = step_effects(pipeline, condition, settings, index, differences)
             if index < LAYER_CONDITIONS:
                 kept_calls += spread(reference.arguments, LAYER_CALLS)
             bar.advance_to((index + 1) * 3 * expected_steps(pipeline, settings))
@@ -192,14 +196,16 @@ def _draw(
 
 
 @torch.no_grad()
-def _teacher_forced(engine: nn.Module, reference: _Drawn, advance: Any) -> list[float]:
-    """Relative error of the engine's output on each input of the original."""
-    errors = []
+def _teacher_forced(engine: nn.Module, reference: _Drawn, advance: Any) -> tuple[list[float], dict[int, list[Tensor]]]:
+    """The engine's output on each input of the original: its relative errors, and by step what it is off by in each call."""
+    errors, differences = [], defaultdict(list)
     for number, (arguments, output) in enumerate(zip(reference.arguments, reference.outputs, strict=True)):
-        errors.append(metrics.relative_error(output, _first(engine(**_copied(arguments)))))
+        found = _first(engine(**_copied(arguments)))
+        errors.append(metrics.relative_error(output, found))
+        differences[reference.steps[number]].append(found - output)
         if number + 1 == len(reference.steps) or reference.steps[number + 1] != reference.steps[number]:
             advance()
-    return errors
+    return errors, dict(differences)
 
 
 def _first(output: Any) -> Tensor:
@@ -227,6 +233,7 @@ class _Tally:
         self._accumulated: dict[int, list[float]] = {}
         self._latents: dict[int, list[float]] = {}
         self._timesteps: dict[int, float] = {}
+        self.effects: dict[int, float] = {}
 
     def add(self, condition: str | int, seed: int, reference: _Drawn, other: _Drawn, forced: list[float]) -> None:
         if reference.steps != other.steps:
@@ -264,6 +271,7 @@ class _Tally:
                 float(np.mean(self._forced[step])),
                 float(np.mean(self._accumulated[step])),
                 float(np.mean(self._latents[step])),
+                self.effects.get(step),
             )
             for step in sorted(self._forced)
         ]

@@ -40,7 +40,8 @@ class StepResult:
     """One denoising step: relative errors ||a - b||^2 / ||a||^2, averaged over prompts and guidance branches.
 
     `forced`: the denoiser's output on the original's inputs at this step; `accumulated`: on the engine's own
-    trajectory; `latents`: the latents after the step, on the engine's own trajectory.
+    trajectory; `latents`: the latents after the step, on the engine's own trajectory; `effect`: the last latents when the
+    engine's error on the original's inputs is made at this step alone, of the first prompt; None where not measured.
     """
 
     step: int
@@ -48,6 +49,7 @@ class StepResult:
     forced: float
     accumulated: float
     latents: float
+    effect: float | None = None
 
 
 @dataclass(frozen=True)

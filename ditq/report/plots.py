@@ -95,25 +95,32 @@ def _opening(description: str) -> str:
 
 
 def step_errors(steps: Sequence[StepResult]) -> str:
-    """Relative error by denoising step: on the original's inputs, on the engine's own trajectory, of the latents."""
+    """Relative error by denoising step: on the original's inputs, on the engine's own trajectory, of the latents, and what
+    each step alone does to the last ones.
+    """
     with rc_context(STYLE):
         figure, (axes,) = _figure(3.2)
-        numbers = [result.step + 1 for result in steps]
-        series = (
-            ("denoiser, on its own trajectory", [r.accumulated for r in steps], ORANGE, "-", "o"),
-            ("denoiser, on the original's inputs", [r.forced for r in steps], BLUE, "--", "s"),
-            ("latents after the step", [r.latents for r in steps], GREEN, ":", "^"),
-        )
-        for label, values, color, line, marker in series:
+        probed = [result for result in steps if result.effect is not None]
+        series = [
+            ("denoiser, on its own trajectory", steps, [r.accumulated for r in steps], ORANGE, "-", "o"),
+            ("denoiser, on the original's inputs", steps, [r.forced for r in steps], BLUE, "--", "s"),
+            ("latents after the step", steps, [r.latents for r in steps], GREEN, ":", "^"),
+        ]
+        if probed:
+            effects = [r.effect or 0.0 for r in probed]
+            series.append(("last latents, by this step alone", probed, effects, PURPLE, "-.", "D"))
+        for label, results, values, color, line, marker in series:
             shown = [value if math.isfinite(value) else math.nan for value in values]
+            numbers = [result.step + 1 for result in results]
             axes.plot(numbers, shown, line, color=color, marker=marker, markersize=3.5, linewidth=1.6, label=label)
-        if any(0 < value < math.inf for _, values, *_ in series for value in values):
+        if any(0 < value < math.inf for _, _, values, *_ in series for value in values):
             axes.set_yscale("log")
         axes.set_xlabel("denoising step")
         axes.set_ylabel("relative error")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y")
-        figure.legend(loc="outside upper left", ncols=3, handlelength=2.6, columnspacing=1.4, fontsize=10.5)
+        columns = 2 if probed else 3
+        figure.legend(loc="outside upper left", ncols=columns, handlelength=2.6, columnspacing=1.4, fontsize=10.5)
         return _svg(figure, "steps", "Relative error by denoising step")
 
 

@@ -139,12 +139,13 @@ def quality(evaluation: Evaluation, rows: int) -> str:
 
 
 def steps(evaluation: Evaluation) -> str:
-    """The three error curves over the denoising steps."""
+    """The error curves over the denoising steps."""
     if not evaluation.steps:
         return ""
     return (
         "<p>Relative error ‖a − b‖² / ‖a‖². On the original's inputs a step shows what the engine itself does wrong; "
-        "on its own trajectory, what it does after its earlier errors have moved the latents.</p>"
+        "on its own trajectory, what it does after its earlier errors have moved the latents. The effect of a step is "
+        "the error of the last latents when the original makes the engine's error at this step alone.</p>"
         f'<div class="wide">{plots.step_errors(evaluation.steps)}</div>'
     )
 
