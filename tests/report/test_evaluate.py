@@ -188,3 +188,12 @@ def test_at_most_the_asked_number_is_drawn(checkpoint: Checkpoint, tmp_path: Pat
 def test_settings_that_the_pipeline_does_not_take_are_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(DitqError, match="num_inference_steps"):
         evaluate(nn.Identity(), checkpoint, conditions=PROMPTS, steps=0)
+
+
+def test_the_error_of_each_step_alone_moves_the_last_latents(by_noise: dict[float, Evaluation]) -> None:
+    assert all(step.effect == pytest.approx(0, abs=1e-9) for step in by_noise[0.0].steps)
+    found = by_noise[0.2]
+    assert all(step.effect is not None and step.effect > 0 for step in found.steps)
+    # What all steps do together is of the order of what they do one by one: errors may help or hinder each other.
+    alone = sum(step.effect or 0.0 for step in found.steps)
+    assert 0.1 * alone < found.steps[-1].latents < 10 * alone
