@@ -102,7 +102,8 @@ def model_agreement(
         engine_inputs(engine, arguments)
     )  # of the engine as it is: to give out values might change how the runtime fuses
     places = _integers(engine)
-    names = list(dict.fromkeys((place.graph, place.value) for queue in places.values() for place in queue))
+    read = ((place.graph, value) for queue in places.values() for place in queue for value in place.values)
+    names = list(dict.fromkeys(read))
     comparison = _Comparison(model, places, _values(engine, names, arguments), tolerance)
     with rounded_by(model, comparison.rounding):
         given = model(**arguments, return_dict=False)[0]
@@ -149,10 +150,10 @@ def site_agreement(engine: Engine, inputs: Mapping[str, Any]) -> dict[str, float
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a graph of the engine holds the integers of a layer's input: value - zero point."""
+    """Where a graph of the engine holds the integers of a layer's input: value - zero point, values by channels."""
 
     graph: str
-    value: str
+    values: tuple[str, ...]
     zero_point: int
 
 
@@ -176,7 +177,8 @@ class _Comparison:
     def rounding(self, site: str, steps: Tensor) -> Tensor:
         """The engine's integer where it is a rounding of `steps` up to the tolerance, else the nearest."""
         place, own = self._left[site].pop(0), steps.round()
-        carriers = (self._values[place.graph, place.value].to(steps.dtype) - place.zero_point).view(steps.shape)
+        found = torch.cat([self._values[place.graph, value] for value in place.values], dim=-1)
+        carriers = (found.to(steps.dtype) - place.zero_point).view(steps.shape)
         engine = self._formats[site].rounded_from(carriers)
         excess = (steps - engine).abs() - 0.5
         valid = (excess <= self._tolerance) & (engine == engine.round())
@@ -196,21 +198,30 @@ class _Comparison:
 
 
 def _integers(engine: Engine) -> dict[str, list[_Place]]:
-    """Of each layer with quantized activations, what its integer product reads: MatMul <- DequantizeLinear <- integers."""
+    """Of each layer with quantized activations, what its integer products read: MatMul <- DequantizeLinear <- integers."""
     graphs = {name: onnx.load(str(engine.folder / name), load_external_data=False).graph for name in engine.graphs}
     made = {name: {output: node for node in graph.node for output in node.output} for name, graph in graphs.items()}
     fixed = {name: {constant.name: constant for constant in graph.initializer} for name, graph in graphs.items()}
     places: dict[str, list[_Place]] = {site: [] for site in engine.sites}
     for entry in engine.planned:
         if entry.kind == "integer":
-            makers, constants = made[entry.graph], fixed[entry.graph]
-            product = makers.get(entry.product)
-            dequantize = None if product is None else makers.get(product.input[0])
-            read = [] if dequantize is None or dequantize.op_type != "DequantizeLinear" else dequantize.input
-            if len(read) < 3 or read[2] not in constants:
+            read = [_dequantized_by(made[entry.graph], product) for product in entry.coded]
+            zero_points = {names[1] for names in read}
+            zero_point = fixed[entry.graph].get(zero_points.pop()) if len(zero_points) == 1 else None
+            if zero_point is None:
                 raise DitqError(f"{engine.folder}: {entry.site}: its activations are not quantized in a known form")
-            places[entry.site].append(_Place(entry.graph, read[0], int(numpy_helper.to_array(constants[read[2]]))))
+            values = tuple(names[0] for names in read)
+            places[entry.site].append(_Place(entry.graph, values, int(numpy_helper.to_array(zero_point))))
     return places
+
+
+def _dequantized_by(makers: Mapping[str, onnx.NodeProto], product: str) -> tuple[str, str]:
+    """(values, zero point) that a DequantizeLinear in front of a product reads, by name; empty where there is none."""
+    node = makers.get(product)
+    dequantize = None if node is None else makers.get(node.input[0])
+    if dequantize is None or dequantize.op_type != "DequantizeLinear" or len(dequantize.input) < 3:
+        return "", ""
+    return dequantize.input[0], dequantize.input[2]
 
 
 def _values(

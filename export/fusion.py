@@ -18,7 +18,10 @@ INTEGER_KERNELS = frozenset(
 
 @dataclass(frozen=True)
 class FusionReport:
-    """fused: sites whose product an integer kernel makes, with its name; not_fused: the others, with what makes it."""
+    """fused: sites whose products integer kernels make, with the kernel's name; not_fused: the others, with what makes one.
+
+    A site counts once, however many products it has: a second one for a branch, one for each group of channels.
+    """
 
     planned: int
     fused: dict[str, str]
@@ -48,7 +51,7 @@ def prove_fusion(engine: Engine | str | Path) -> FusionReport:
     fused: dict[str, str] = {}
     not_fused: dict[str, str] = {}
     for entry in integer:
-        products = [entry.product] if entry.inner is None else [entry.product, entry.inner]
+        products = entry.coded if entry.inner is None else (*entry.coded, entry.inner)
         kernels = [makers[entry.graph].get(product, "vanished from the graph") for product in products]
         slow = next((kernel for kernel in kernels if kernel not in INTEGER_KERNELS), None)
         (fused if slow is None else not_fused)[entry.site] = slow or kernels[0]

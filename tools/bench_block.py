@@ -1,15 +1,18 @@
 """One DiT-XL/2 block (width 1152, 16 heads) quantized as w4a8 against its float32 export, in ONNX Runtime on the CPU.
 
     python tools/bench_block.py --rotation none --rotation recipe --rotation full
+    python tools/bench_block.py --rotation none --scale token --scale 192 --scale 64
 
 `recipe` rotates as the shipped w4a8 recipe does: inputs online, the input of the attention's output through its values,
-which costs nothing here. A block size or `full` rotates every input online.
+which costs nothing here. A block size or `full` rotates every input online. The scale of an input is one a token, one a
+tensor, or with a number one for each group of so many channels of a token.
 
 Calls of all variants take turns, so a busy machine slows them alike; what counts is the ratio of the medians.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from pathlib import Path
@@ -77,6 +80,12 @@ def quantized(rotation: str, bits: int, codebook: str, activation: ActivationFor
     return model
 
 
+def _format(scale: str) -> ActivationFormat:
+    if scale.isdigit():
+        return ActivationFormat(8, "group", group_size=int(scale))
+    return ActivationFormat(8, "tensor" if scale == "tensor" else "token")
+
+
 def _rotation(kind: str, site: str, width: int) -> Rotation | None:
     """The online rotation of a linear's input."""
     if kind == "none":
@@ -120,7 +129,7 @@ def milliseconds(sessions: dict[str, Any], feed: dict[str, Any], runs: int) -> d
 )
 @click.option("--bits", default=4, show_default=True, help="Bits of the weights.")
 @click.option("--codebook", default="twin_log_shared", show_default=True)
-@click.option("--granularity", type=click.Choice(["token", "tensor"]), default="token", show_default=True)
+@click.option("--scale", "scales", multiple=True, default=("token",), help="token, tensor, channels of a group.")
 @click.option("--batch", default=2, show_default=True)
 @click.option("--tokens", default=256, show_default=True)
 @click.option("--runs", default=15, show_default=True)
@@ -129,7 +138,7 @@ def main(
     rotation: tuple[str, ...],
     bits: int,
     codebook: str,
-    granularity: Any,
+    scales: tuple[str, ...],
     batch: int,
     tokens: int,
     runs: int,
@@ -148,20 +157,19 @@ def main(
         graph = float_onnx(Block(), inputs, AXES, Path(place) / "float.onnx")
         sessions["float32"] = open_session(graph, session_options(threads))
         sizes["float32"] = (graph.parent / f"{graph.name}.data").stat().st_size
-        for kind in rotation:
-            model = quantized(kind, bits, codebook, ActivationFormat(8, granularity))
-            engine = _engine(model, Path(place) / kind, inputs)
-            name = f"w{bits}a8, rotation {kind}"
+        for kind, scale in itertools.product(rotation, scales):
+            engine = _engine(quantized(kind, bits, codebook, _format(scale)), Path(place) / f"{kind}-{scale}", inputs)
+            name = f"w{bits}a8, rotation {kind}, scale {scale}"
             proof = prove_fusion(engine)
             fused[name] = f"{len(proof.fused)}/{proof.planned}"
             sizes[name] = engine.files["weights.safetensors"]["bytes"]
             sessions[name] = open_session(engine.folder / "model.onnx", session_options(threads))
         feed = {name: tensor.numpy() for name, tensor in inputs.items()}
         found = milliseconds(sessions, feed, runs)
-    click.echo(f"{'block ' + str(batch) + 'x' + str(tokens):26} {'ms':>8} {'speed':>7} {'MB':>7}  fused")
+    click.echo(f"{'block ' + str(batch) + 'x' + str(tokens):38} {'ms':>8} {'speed':>7} {'MB':>7}  fused")
     for name, median in found.items():
         speed = f"{found['float32'] / median:.2f}x"
-        click.echo(f"{name:26} {median:8.1f} {speed:>7} {sizes[name] / 1e6:7.1f}  {fused[name]}")
+        click.echo(f"{name:38} {median:8.1f} {speed:>7} {sizes[name] / 1e6:7.1f}  {fused[name]}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "symmetric, clipped": {"activation_grid": "symmetric", "activation_clip": True},
     "mid-rise": {"activation_grid": "midrise", "activation_clip": False},
     "mid-rise, clipped": {"activation_grid": "midrise", "activation_clip": True},
+    "symmetric, groups of 64": {"activation": "group"},
+    "mid-rise, groups of 64": {"activation": "group", "activation_grid": "midrise"},
+    "mid-rise, clipped, groups of 64": {"activation": "group", "activation_grid": "midrise", "activation_clip": True},
 }
 
 
@@ -50,7 +53,7 @@ def layer_sqnr(graph: DiTGraph, context: Context, bits: list[int]) -> list[list[
         expected = judged @ weight.T
         for variant, settings in VARIANTS.items():
             for number in bits:
-                if number > 7 and settings["activation_grid"] == "midrise":
+                if number > 7 and settings.get("activation_grid") == "midrise":
                     continue
                 plan = {site: ActivationSettings(f"w4a{number}", **settings) for site in sites}
                 chosen = InputFormats(graph, plan).of(name, _every_other(statistics, 0))

@@ -1,12 +1,13 @@
 """QuantLinear: a linear with coded weights and, where wanted, quantized activations; its exact meaning in plain torch.
 
     x' = transform(x)                         online scale, centring, rotation (absent where folded)
-    q  = round(x' / s_x), |q| <= 2^(b-1)-1    s_x per token (dynamic), per tensor or per
-                                              timestep bin (static); or the odd integers of a
-                                              mid-rise grid, or those of inputs with a shift, which
-                                              the bias takes up (numerics/activation_format.py)
+    q  = round(x' / s_x), |q| <= 2^(b-1)-1    s_x per token or group of channels (dynamic), per
+                                              tensor or timestep bin (static); or the odd integers
+                                              of a mid-rise grid, or those of inputs with a shift,
+                                              which the bias takes up (numerics/activation_format.py)
     c  = table[code]                          int8 carrier; with group multipliers round(table[code] * m / 255)
-    y  = (q c^T) * s_x * s_w + bias
+    y  = (q c^T) * s_x * s_w + bias           sum_g (q_g c_g^T) * s_xg * s_w + bias, with groups g of
+                                              channels that have scales of their own
 
 A low-rank branch (numerics/low_rank.py) adds (z A^T) B^T, A int8 rows with scales s_a and B int8. `branch` says what z is:
 'integer' z = q s_x, so that the rows of A are further rows of the same integer product; 'float' z = x', which the rounding
@@ -87,6 +88,8 @@ class QuantLinear(nn.Module):
         self.register_buffer("branch_scale", None if low_rank is None else low_rank.scale)
         if activation.granularity in ("tensor", "timestep") and activation_scale is None:
             raise ValueError(f"{site}: static activations need a calibrated scale")
+        if activation.granularity == "group" and self.in_features % activation.group_size:
+            raise ValueError(f"{site}: {self.in_features} inputs do not divide into groups of {activation.group_size}")
         if activation.granularity != "none" and self.scale.dim() == 2 and self.scale.shape[1] > 1:
             raise ValueError(f"{site}: an integer matmul takes one scale a row; give group multipliers instead")
         self._carrier: Tensor | None = None
@@ -159,13 +162,16 @@ class QuantLinear(nn.Module):
         if self.activation.granularity == "none":
             return F.linear(x, self._carrier, self.bias).to(dtype)
         q, step = self.quantized(x)
-        y = F.linear(q, self._carrier) * self.scale.view(-1) * step
+        y = self._product(q, step, self._carrier, self.scale.view(-1))
         if self.up is not None:
             y = y + F.linear(self._inner(x, q, step), self.up.float())
         return (y if self.bias is None else y + self.bias).to(dtype)
 
     def in_steps(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(the transformed input in steps of its grid, within the grid's range but not rounded yet; the step)."""
+        """(the transformed input in steps of its grid, within the grid's range but not rounded yet; the step).
+
+        The step is as `ActivationFormat.scale_of` gives it: one a token or for all, or one a channel where groups have theirs.
+        """
         step = self.activation.scale_of(x, self._calibrated())
         return self.activation.steps(x, step), step
 
@@ -196,7 +202,13 @@ class QuantLinear(nn.Module):
         assert self.down is not None and self.branch_scale is not None
         if self.branch == "float":
             return F.linear(x, self.down * self.branch_scale[:, None])
-        return F.linear(q, self.down.float()) * self.branch_scale * step
+        return self._product(q, step, self.down.float(), self.branch_scale)
+
+    def _product(self, q: Tensor, step: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+        """(q s_x) (scale rows)^T for rows of integers; s_x leaves the sum where it is the same for all of a token's."""
+        if self.activation.granularity == "group":
+            return F.linear(q * step, rows) * scale
+        return F.linear(q, rows) * scale * step
 
     def spec(self) -> dict[str, Any]:
         """Everything but the tensors, as JSON."""

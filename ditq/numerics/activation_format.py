@@ -10,6 +10,8 @@ and Signal Compression, 1992, 5.3); `symmetric` leaves one code unused, which is
 factor c <= 1 trades the error of the few values beyond c max|x| for a finer step of all others. `unsigned` is for inputs
 that hardly go below zero, such as those behind a GELU, which is never below -0.17: t is a calibrated shift of that size,
 and no code is spent on what does not occur. What -t adds to the products does not depend on the token.
+
+With a scale a group (Q-DiT, Chen 2024, arXiv 2406.17343) max|x| is that of each run of channels of a token.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from ditq.numerics.uniform import SMALLEST_SCALE, largest_integer, steps_per_tensor, wide
 
-Granularity = Literal["token", "tensor", "timestep", "none"]
+Granularity = Literal["token", "group", "tensor", "timestep", "none"]
 Grid = Literal["symmetric", "midrise", "unsigned"]
 MIDRISE_BITS = 7  # the most whose odd integers fit int8
 
@@ -30,11 +32,12 @@ MIDRISE_BITS = 7  # the most whose odd integers fit int8
 class ActivationFormat:
     """How the input is quantized.
 
-    granularity: 'token' scales each token by its own maximum, 'tensor' uses one calibrated scale, 'timestep' one for each
-    bin of timesteps, between `edges`, which fall. shift: t of an unsigned grid.
+    granularity: 'token' scales each token by its own maximum, 'group' each run of `group_size` channels of a token by its
+    own, 'tensor' uses one calibrated scale, 'timestep' one for each bin of timesteps, between `edges`, which fall. shift: t
+    of an unsigned grid.
 
     Raises:
-        ValueError: bits, grid or clip out of range.
+        ValueError: bits, grid, clip or group size out of range.
     """
 
     bits: int = 16
@@ -43,6 +46,7 @@ class ActivationFormat:
     clip: float = 1.0
     edges: tuple[float, ...] = ()
     shift: float = 0.0
+    group_size: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "edges", tuple(self.edges))  # a list, where it comes from JSON
@@ -53,6 +57,8 @@ class ActivationFormat:
             raise ValueError(f"a mid-rise grid has at most {MIDRISE_BITS} bits on an int8 carrier, not {self.bits}")
         if self.grid == "unsigned" and self.granularity != "token":
             raise ValueError(f"unsigned activations have a scale a token, not a {self.granularity}")
+        if self.granularity == "group" and self.group_size < 1:
+            raise ValueError(f"activations with a scale a group need groups of 1 or more, not {self.group_size}")
         if not 0 < self.clip <= 1:
             raise ValueError(f"the clip factor is {self.clip}, must be above 0 and at most 1")
 
@@ -73,7 +79,8 @@ class ActivationFormat:
         return (wide(absmax) / self.divisor).clamp_min(SMALLEST_SCALE)
 
     def scale_of(self, x: Tensor, calibrated: Tensor | None = None) -> Tensor:
-        """s for x [..., C]: each token's own [..., 1], or the calibrated one (of the bin that holds, with bins).
+        """s for x [..., C]: each token's own [..., 1]; each group's own, at each of its channels [..., C]; or the calibrated
+        one (of the bin that holds, with bins).
 
         Raises:
             ValueError: a format that needs a calibrated scale, but none given.
@@ -82,6 +89,9 @@ class ActivationFormat:
             return self.scale((wide(x) + self.shift).amax(dim=-1, keepdim=True))
         if self.granularity == "token":
             return self.scale(x.abs().amax(dim=-1, keepdim=True))
+        if self.granularity == "group":
+            groups = x.unflatten(-1, (-1, self.group_size))
+            return self.scale(groups.abs().amax(dim=-1)).repeat_interleave(self.group_size, dim=-1)
         if calibrated is None:
             raise ValueError(f"activations with one scale a {self.granularity} need a calibrated scale")
         return calibrated

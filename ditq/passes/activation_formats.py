@@ -23,7 +23,9 @@ from ditq.numerics.timestep_bins import bin_edges
 from ditq.passes.folding import plain_linear
 from ditq.suggest import unknown_key
 
-GRANULARITIES = ("token", "tensor", "timestep")
+GRANULARITIES = ("token", "group", "tensor", "timestep")
+DYNAMIC = ("token", "group")  # scales that are found at run time
+GROUP_SIZE = 64
 GRIDS = ("symmetric", "midrise")
 UNSIGNED = ("never", "auto", "always")
 UNSIGNED_GAIN = 0.05  # share of the error that `auto` wants to win: below it, another sample might say the opposite
@@ -35,6 +37,7 @@ class ActivationSettings:
 
     format: str = "w4a8"
     activation: str = "token"
+    activation_group: int = GROUP_SIZE
     activation_grid: str = "symmetric"
     activation_clip: bool = False
     activation_unsigned: str = "never"
@@ -58,7 +61,7 @@ class ActivationSettings:
 
     def needs_statistics(self) -> bool:
         return self.bits < 16 and (
-            self.activation != "token" or self.activation_clip or self.activation_unsigned != "never"
+            self.activation not in DYNAMIC or self.activation_clip or self.activation_unsigned != "never"
         )
 
     def activation_words(self) -> list[str]:
@@ -68,7 +71,16 @@ class ActivationSettings:
         changed = [key for key in keys if getattr(self, key) != getattr(usual, key)]
         clipped = ["clipped"] if self.activation_clip else []
         named = {"activation_unsigned": f"unsigned {self.activation_unsigned}"}
+        if self.activation == "group":
+            named["activation"] = f"a scale for {self.activation_group} channels"
         return [] if self.bits == 16 else [named.get(key, getattr(self, key)) for key in changed] + clipped
+
+    def check_width(self, site: str, width: int) -> None:
+        """Raise DitqError where the groups of channels do not divide the width of a site's input."""
+        if self.activation == "group" and self.bits < 16 and width % self.activation_group:
+            raise DitqError(
+                f"pass 'quantize': {site}: activation_group {self.activation_group} does not divide its {width} inputs"
+            )
 
     def check(self) -> None:
         """Raise DitqError for settings that are unknown or do not fit each other."""
@@ -79,6 +91,8 @@ class ActivationSettings:
         ):
             if getattr(self, key) not in known:
                 raise DitqError(unknown_key(f"pass 'quantize': {key}", getattr(self, key), list(known)))
+        if self.activation_group < 1:
+            raise DitqError(f"pass 'quantize': activation_group is {self.activation_group}, must be 1 or more")
         if self.activation_unsigned != "never" and self.activation != "token":
             raise DitqError(
                 f"pass 'quantize': activation_unsigned {self.activation_unsigned} needs a scale a token; "
@@ -156,7 +170,10 @@ class InputFormats:
         self, settings: ActivationSettings, sites: list[str], statistics: InputStatistics | None
     ) -> ChosenFormat:
         form = ActivationFormat(
-            settings.bits, cast(Granularity, settings.activation), cast(Grid, settings.activation_grid)
+            settings.bits,
+            cast(Granularity, settings.activation),
+            cast(Grid, settings.activation_grid),
+            group_size=settings.activation_group if settings.activation == "group" else 0,
         )
         if statistics is None:
             return ChosenFormat(form)
@@ -167,7 +184,7 @@ class InputFormats:
         if edges:
             form, largest = replace(form, edges=edges), statistics.absmax[bins].amax(1)
             absmax = largest[torch.searchsorted(torch.tensor(bins), statistics.sample_bin)][:, None]
-        elif settings.activation != "token":  # also where all steps are in one bin
+        elif settings.activation not in DYNAMIC:  # also where all steps are in one bin
             form, largest = replace(form, granularity="tensor"), statistics.absmax_all.max()
             absmax = largest
         if settings.activation_unsigned != "never":

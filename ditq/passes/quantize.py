@@ -26,6 +26,7 @@ from ditq.numerics.scale_search import gptq_with_scale_search
 from ditq.passes.activation_formats import (
     GRANULARITIES,
     GRIDS,
+    GROUP_SIZE,
     UNSIGNED,
     ActivationSettings,
     ChosenFormat,
@@ -89,8 +90,11 @@ class Quantize(Pass):
     rounding: str = setting("gptq", "how weights are rounded to levels", ROUNDINGS)
     group_size: int = setting(0, "columns that share a scale; 0 is the whole row")
     activation: str = setting(
-        "token", "one scale a token found at run time, one calibrated, or one a timestep bin", GRANULARITIES
+        "token",
+        "one scale a token found at run time, or for each group of its channels; one calibrated, or one a timestep bin",
+        GRANULARITIES,
     )
+    activation_group: int = setting(GROUP_SIZE, "activation group: channels that share a scale")
     activation_grid: str = setting("symmetric", "levels of the activations: symmetric about 0, or all 2^b codes", GRIDS)
     activation_clip: bool = setting(False, "search for each input how far its range reaches, 1 to 0.5 of the maximum")
     activation_unsigned: str = setting("never", "no codes for what an input does not reach below 0", UNSIGNED)
@@ -126,6 +130,8 @@ class Quantize(Pass):
         _check_site_settings(self._base())
         if list(self.codebooks) != list(TRIED) and all(item.codebook != AUTO for item in self._asked()):
             raise DitqError("pass 'quantize': codebooks is what codebook: auto chooses from; set that or leave it out")
+        if self.activation_group != GROUP_SIZE and all(item.activation != "group" for item in self._asked()):
+            raise DitqError("pass 'quantize': activation_group is for activation: group; set that or leave it out")
         if self.activation_noise:
             for item in self._asked():
                 if item.rank and item.branch == "float":
@@ -175,6 +181,7 @@ class Quantize(Pass):
             if settings.group_size and width % settings.group_size:
                 size = settings.group_size
                 raise DitqError(f"pass 'quantize': {site}: group_size {size} does not divide its {width} inputs")
+            settings.check_width(site, width)
             settings.check_model(graph.example_inputs)
             smaller = min(width, graph.sites[site].out_features)
             if settings.rank > smaller:

@@ -5,6 +5,8 @@ by a division, the rest is quantized with scale 1, and the scale returns after t
 
     s = max(max|x| / divisor, 1e-8)    x/s -> QuantizeLinear(1, 128) -> DequantizeLinear(1, 128) -> MatMul -> * s
 
+With a scale a group of channels, each group is quantized so, and is an operand of its own.
+
 Levels beyond a clipped range are cut off after rounding, on bytes, which is the same as before it and a quarter of the
 memory. A mid-rise grid makes n the odd integer 2n + 1 on bytes as well: with n + 64 in [0, 127], a shift
 to the left and a one in the last bit give 2n + 1 + 128.
@@ -34,15 +36,43 @@ FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
 def per_token(writer: Writer, x: ir.Value, form: ActivationFormat) -> tuple[ir.Value, ir.Value]:
     """x [..., I] -> (integers as the output of a DequantizeLinear [..., I], what one of them stands for [..., 1])."""
+    steps, scale = _own_steps(writer, x, form)
+    return _unit_scale(writer, steps, scale, form, saturates=form.clip < 1)
+
+
+def per_group(
+    writer: Writer, x: ir.Value, rank: int, width: int, form: ActivationFormat
+) -> list[tuple[ir.Value, ir.Value]]:
+    """x [..., width] of that rank -> for each group of channels, as `per_token` of it alone."""
+    size, leading = form.group_size, [0] * (rank - 1)  # in a Reshape, 0 keeps the dimension
+    count = width // size
+
+    def shaped(value: ir.Value, *last: int, name: str) -> ir.Value:
+        return writer.op("Reshape", value, writer.constant([*leading, *last], np.int64, name="shape"), name=name)
+
+    steps, scale = _own_steps(writer, shaped(x, count, size, name="groups"), form)
+    q = shaped(_integers(writer, steps, form, saturates=form.clip < 1), width, name="integers")
+    unit = shaped(_unit(writer, scale, form), count, name="units")
+    integers = writer.ops("Split", count, q, name="integers.group", axis=-1, num_outputs=count)
+    units = writer.ops("Split", count, unit, name="unit.group", axis=-1, num_outputs=count)
+    return [(_dequantized(writer, part, np.float32(1)), one) for part, one in zip(integers, units, strict=True)]
+
+
+def _own_steps(writer: Writer, x: ir.Value, form: ActivationFormat) -> tuple[ir.Value, ir.Value]:
+    """x [..., n] -> (x / s, or (x + t) / s, s [..., 1]) with the scale of its own along the last axis."""
     axis = writer.constant([-1], np.int64, name="last_axis")
     if form.grid == "unsigned":
         x = writer.op("Add", x, writer.constant(form.shift, np.float32, name="shift"), name="shifted")
         largest = writer.op("ReduceMax", x, axis, name="maximum", keepdims=1)
-        return _unit_scale(writer, x, _step(writer, largest, form), form, saturates=form.clip < 1)
+        return _in_steps(writer, x, _step(writer, largest, form))
     # max|x| by two reductions: Abs would write the whole tensor once more
     lowest = writer.op("Neg", writer.op("ReduceMin", x, axis, name="minimum", keepdims=1), name="negated_minimum")
     largest = writer.op("Max", writer.op("ReduceMax", x, axis, name="maximum", keepdims=1), lowest, name="absmax")
-    return _unit_scale(writer, x, _step(writer, largest, form), form, saturates=form.clip < 1)
+    return _in_steps(writer, x, _step(writer, largest, form))
+
+
+def _in_steps(writer: Writer, x: ir.Value, scale: ir.Value) -> tuple[ir.Value, ir.Value]:
+    return writer.op("Div", x, scale, name="in_steps"), scale
 
 
 def _step(writer: Writer, largest: ir.Value, form: ActivationFormat) -> ir.Value:
@@ -61,16 +91,23 @@ def per_timestep(writer: Writer, x: ir.Value, scale: ir.Value, form: ActivationF
     one = writer.op("Cast", writer.op("Gather", flat, first, name="timestep"), name="timestep.float", to=FLOAT)
     below = writer.op("Less", one, writer.constant(form.edges, np.float32, name="edges"), name="below_edges")
     number = writer.op("ReduceSum", writer.op("Cast", below, name="passed", to=INT64), first, name="bin", keepdims=1)
-    return _unit_scale(writer, x, writer.op("Gather", scale, number, name="bin_scale"), form, saturates=True)
+    steps, step = _in_steps(writer, x, writer.op("Gather", scale, number, name="bin_scale"))
+    return _unit_scale(writer, steps, step, form, saturates=True)
 
 
 def _unit_scale(
-    writer: Writer, x: ir.Value, scale: ir.Value, form: ActivationFormat, saturates: bool
+    writer: Writer, steps: ir.Value, scale: ir.Value, form: ActivationFormat, saturates: bool
 ) -> tuple[ir.Value, ir.Value]:
-    q = _integers(writer, writer.op("Div", x, scale, name="in_steps"), form, saturates)
-    if form.grid == "midrise":
-        scale = writer.op("Mul", scale, writer.constant(0.5, np.float32, name="half"), name="half_step")
-    return _dequantized(writer, q, np.float32(1), 0 if form.grid == "unsigned" else ZERO_POINT), scale
+    q = _integers(writer, steps, form, saturates)
+    zero_point = 0 if form.grid == "unsigned" else ZERO_POINT
+    return _dequantized(writer, q, np.float32(1), zero_point), _unit(writer, scale, form)
+
+
+def _unit(writer: Writer, scale: ir.Value, form: ActivationFormat) -> ir.Value:
+    """s -> what one integer stands for."""
+    if form.grid != "midrise":
+        return scale
+    return writer.op("Mul", scale, writer.constant(0.5, np.float32, name="half"), name="half_step")
 
 
 def per_tensor(writer: Writer, x: ir.Value, scale: Tensor, form: ActivationFormat) -> ir.Value:

@@ -25,7 +25,9 @@ def reads_float(layer: QuantLinear) -> bool:
 
 def integer_inner(writer: Writer, integers: ir.Value, layer: QuantLinear) -> ir.Value:
     """q (s_a A)^T [..., r], which runs as an integer kernel; `integers` as of `lowering/activations.py`."""
-    down = writer.op("DequantizeLinear", _down(writer, layer), _scale(writer, layer), name="down.dequantized", axis=1)
+    down = writer.op(
+        "DequantizeLinear", transposed_down(writer, layer), down_scale(writer, layer), name="down.dequantized", axis=1
+    )
     return writer.op("MatMul", integers, down, name="inner")
 
 
@@ -56,12 +58,13 @@ def add_to_weight(writer: Writer, weight: ir.Value, layer: QuantLinear) -> ir.Va
     return writer.op("Add", weight, branch, name="weight.with_branch")
 
 
-def _scale(writer: Writer, layer: QuantLinear) -> ir.Value:
+def down_scale(writer: Writer, layer: QuantLinear) -> ir.Value:
+    """s_a [r]."""
     assert layer.branch_scale is not None
     return writer.state(f"{layer.site}.branch_scale", layer.branch_scale)
 
 
-def _down(writer: Writer, layer: QuantLinear) -> ir.Value:
+def transposed_down(writer: Writer, layer: QuantLinear) -> ir.Value:
     """A^T int8 [I, r]."""
     assert layer.down is not None
     return writer.op("Transpose", writer.state(f"{layer.site}.down", layer.down), name="down.transposed", perm=[1, 0])
@@ -69,8 +72,8 @@ def _down(writer: Writer, layer: QuantLinear) -> ir.Value:
 
 def _float_down(writer: Writer, layer: QuantLinear) -> ir.Value:
     """(s_a A)^T [I, r] in float, folded at load."""
-    floats = writer.op("Cast", _down(writer, layer), name="down.float", to=ir.DataType.FLOAT)
-    return writer.op("Mul", floats, _scale(writer, layer), name="down.scaled")
+    floats = writer.op("Cast", transposed_down(writer, layer), name="down.float", to=ir.DataType.FLOAT)
+    return writer.op("Mul", floats, down_scale(writer, layer), name="down.scaled")
 
 
 def _float_up(writer: Writer, layer: QuantLinear) -> ir.Value:

@@ -26,10 +26,16 @@ def transposed_carrier(writer: Writer, layer: QuantLinear) -> ir.Value:
 
 def integer_weight(writer: Writer, layer: QuantLinear) -> ir.Value:
     """W^T [I, O] as DequantizeLinear(carrier, row scale), which fuses with a quantized input into an integer matmul."""
+    carrier, scale = transposed_carrier(writer, layer), row_scale(writer, layer)
+    return writer.op("DequantizeLinear", carrier, scale, name="weight.dequantized", axis=1)
+
+
+def row_scale(writer: Writer, layer: QuantLinear) -> ir.Value:
+    """The one scale that each row has, [O]."""
     scale = writer.state(f"{layer.site}.scale", layer.scale)
-    if layer.scale.dim() == 2:
-        scale = writer.op("Reshape", scale, writer.constant([-1], np.int64, name="shape"), name="weight.scale")
-    return writer.op("DequantizeLinear", transposed_carrier(writer, layer), scale, name="weight.dequantized", axis=1)
+    if layer.scale.dim() == 1:
+        return scale
+    return writer.op("Reshape", scale, writer.constant([-1], np.int64, name="shape"), name="weight.scale")
 
 
 def float_weight(writer: Writer, layer: QuantLinear) -> ir.Value:
@@ -42,13 +48,11 @@ def float_weight(writer: Writer, layer: QuantLinear) -> ir.Value:
 
 
 def _float_codes(writer: Writer, layer: QuantLinear) -> ir.Value:
-    scale = writer.state(f"{layer.site}.scale", layer.scale)
     if layer.scale.dim() == 1 or layer.scale.shape[1] == 1:
-        flat = scale
-        if layer.scale.dim() == 2:
-            flat = writer.op("Reshape", scale, writer.constant([-1], np.int64, name="shape"), name="weight.scale")
+        flat = row_scale(writer, layer)
         carrier = writer.op("Cast", transposed_carrier(writer, layer), name="weight.float", to=ir.DataType.FLOAT)
         return writer.op("Mul", carrier, flat, name="weight.scaled")
+    scale = writer.state(f"{layer.site}.scale", layer.scale)
     groups = layer.scale.shape[1]
     carrier = writer.op("Cast", _carrier(writer, layer), name="weight.float", to=ir.DataType.FLOAT)
     shape = writer.constant([layer.out_features, groups, layer.in_features // groups], np.int64, name="shape")

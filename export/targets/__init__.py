@@ -29,7 +29,9 @@ class PlannedMatMul:
     """What a target means a quantized linear to run as, and where it stands in the graph (names of values).
 
     input: what the layer reads; product: what its matmul makes; output: what the layer makes, bias included; inner: what
-    the second integer matmul makes of a layer that has one for its low-rank branch; graph: the engine's file it stands in.
+    the second integer matmul makes of a layer that has one for its low-rank branch; graph: the engine's file it stands in;
+    groups: what the matmul of each group of channels makes, in their order, where there is one for each; product is then
+    the sum.
     """
 
     site: str
@@ -39,6 +41,15 @@ class PlannedMatMul:
     output: str
     inner: str | None = None
     graph: str = "model.onnx"
+    groups: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", tuple(self.groups))  # a list, where it comes from JSON
+
+    @property
+    def coded(self) -> tuple[str, ...]:
+        """What the matmuls with the codes make: of each group, or the one there is."""
+        return self.groups or (self.product,)
 
 
 @dataclass(frozen=True)

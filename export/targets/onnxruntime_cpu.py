@@ -5,7 +5,7 @@ The forms are those that were measured to fuse (docs/engine.md); `export/fusion.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from ditq.errors import DitqError
 from ditq.export.lowering import activations, low_rank, weights
 from ditq.export.lowering.attention import lower_attention
+from ditq.export.lowering.groups import Group, summed_products
 from ditq.export.lowering.transforms import apply_transform, fingerprint
 from ditq.export.lowering.writer import Writer
 from ditq.export.onnx_graph import DOMAIN
@@ -44,12 +45,14 @@ def lower(model: ir.Model, layers: Mapping[str, QuantLinear]) -> list[PlannedMat
 
 @dataclass(frozen=True, eq=False)
 class _Made:
-    """What a layer became. product: its matmul's own output; inner: that of a branch which reads integers."""
+    """What a layer became. product: its matmul's own output, or the sum of its `groups`'; inner: that of a branch which
+    reads integers and has a matmul of its own."""
 
     kind: Kind
     product: ir.Value
     output: ir.Value
     inner: ir.Value | None = None
+    groups: Sequence[ir.Value] = ()
 
 
 @dataclass
@@ -60,6 +63,7 @@ class _Lowering:
     quantized: dict[tuple[ir.Value, ActivationFormat, tuple[float, ...]], tuple[ir.Value, ir.Value]] = field(
         default_factory=dict
     )
+    grouped: dict[tuple[ir.Value, ActivationFormat], list[Group]] = field(default_factory=dict)
     static: dict[tuple[ir.Value, float, ActivationFormat], ir.Value] = field(default_factory=dict)
 
     def replace(self, node: ir.Node, layer: QuantLinear) -> None:
@@ -81,7 +85,9 @@ class _Lowering:
         writer.graph.remove(node, safe=True)
         inner = None if made.inner is None else made.inner.name
         assert x.name is not None and made.product.name is not None and y.name is not None
-        self.planned.append(PlannedMatMul(layer.site, made.kind, x.name, made.product.name, y.name, inner))
+        groups = tuple(product.name or "" for product in made.groups)
+        planned = PlannedMatMul(layer.site, made.kind, x.name, made.product.name, y.name, inner, groups=groups)
+        self.planned.append(planned)
 
     def _product(self, x: ir.Value, rank: int, layer: QuantLinear) -> _Made:
         """All that the layer makes of the transformed input."""
@@ -92,6 +98,13 @@ class _Lowering:
             y = writer.op("Mul", product, scale, name="rescaled")
             scaled = None if inner is None else writer.op("Mul", inner, scale, name="inner.rescaled")
             return _Made("integer", product, self._finished(y, scaled, x, rank, layer), inner)
+        if layer.activation.granularity == "group":
+            key = (x, layer.activation)
+            if key not in self.grouped:
+                self.grouped[key] = activations.per_group(writer, x, rank, layer.in_features, layer.activation)
+            made = summed_products(writer, self.grouped[key], layer)
+            y = self._finished(made.total, made.inner, x, rank, layer)
+            return _Made("integer", made.total, y, groups=made.products)
         if layer.activation.granularity == "tensor":
             return self._static_product(x, rank, layer)
         if weights.has_block_kernel(layer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import ditq
 from ditq.calibration.record import Trajectories
 from ditq.compiler import CompileOptions
 from ditq.errors import DitqError
-from ditq.export import Engine, model_agreement
+from ditq.export import Engine, model_agreement, prove_fusion, site_agreement
 from ditq.export.agreement import TIE_TOLERANCE
 from ditq.export.engine import GRAPH
 from ditq.export.engine_files import hash_file
@@ -26,7 +26,7 @@ from ditq.nn import ActivationFormat, InputTransform
 from ditq.nn.quant_linear import Branch
 from ditq.recipe import Recipe, load_recipe
 from tests.command_line import run
-from tests.export.quantized import engine_of, quantized, rotations
+from tests.export.quantized import engine_of, quantized, rotations, shallow_model
 from tests.families_small import small_inputs, small_model
 
 # by the part of the name that tells a linear of FLUX: activations, rank and branch
@@ -39,12 +39,14 @@ FORMATS: dict[str, tuple[ActivationFormat, int, Branch]] = {
 }  # fmt: skip
 
 
-def quantize_in_every_way(model: nn.Module) -> nn.Module:
+def quantize_in_every_way(
+    model: nn.Module, formats: Mapping[str, tuple[ActivationFormat, int, Branch]] = FORMATS
+) -> nn.Module:
     """The linears of a small FLUX's blocks, each kind in a format of its own; those of attention rotated."""
     for name, linear in list(model.named_modules()):
-        kind = next((part for part in name.split(".") if part in FORMATS), None)
+        kind = next((part for part in name.split(".") if part in formats), None)
         if isinstance(linear, nn.Linear) and "blocks" in name and kind is not None:
-            activation, rank, branch = FORMATS[kind]
+            activation, rank, branch = formats[kind]
             rotated = [(0, linear.in_features, rotations(linear.in_features))] if kind == "attn" else []
             transform = InputTransform(rotations=rotated)
             settings: dict[str, Any] = {"activation": activation, "rank": rank, "branch": branch}
@@ -55,6 +57,16 @@ def quantize_in_every_way(model: nn.Module) -> nn.Module:
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return engine_of(quantize_in_every_way(small_model("flux")), tmp_path_factory.mktemp("agreement") / "engine")
+
+
+# the same where each group of channels has a scale
+GROUPED: dict[str, tuple[ActivationFormat, int, Branch]] = {
+    "attn": (ActivationFormat(8, "group", group_size=16), 0, "integer"),
+    "ff": (ActivationFormat(4, "group", "midrise", 0.8, group_size=32), 4, "integer"),
+    "ff_context": (ActivationFormat(6, "group", clip=0.7, group_size=64), 4, "float"),
+    "proj_mlp": (ActivationFormat(8, "group", group_size=64), 4, "integer"),
+    "proj_out": (ActivationFormat(4, "group", "midrise", group_size=32), 0, "integer"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +82,38 @@ def test_every_format_of_activations_agrees_up_to_ties(engine: Engine, inputs: d
     double = image * (3 * 64 + 64 + 64 + 256) + text * (3 * 64 + 64 + 64 + 256)  # q, k, v, out, two of the feed-forward
     single = (image + text) * (3 * 64 + 64 + 320)  # q, k, v, proj_mlp, proj_out
     assert found.integers == 2 * 2 * (double + single)  # samples, blocks of a kind
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    model = quantize_in_every_way(shallow_model("flux"), GROUPED)
+    return engine_of(model, tmp_path_factory.mktemp("grouped") / "engine")
+
+
+def test_a_scale_a_group_agrees_up_to_ties(grouped: Engine, inputs: dict[str, Any]) -> None:
+    # float32 sums of up to 320 products in another order
+    assert max(site_agreement(grouped, inputs).values()) < 5e-6
+    found = model_agreement(grouped, inputs)
+    assert found.holds and found.error < 1e-5, str(found)
+
+
+def test_each_group_has_an_integer_kernel_and_a_layer_that_lacks_one_is_named(grouped: Engine, tmp_path: Path) -> None:
+    proof = prove_fusion(grouped)
+    assert proof.complete and proof.planned == len(grouped.sites) == 8 + 4 + 5  # attention, feed-forwards, single block
+    for entry in grouped.planned:
+        spec = grouped.sites[entry.site]
+        assert len(entry.groups) == spec["in_features"] // spec["activation"]["group_size"]
+    site = "transformer_blocks.0.attn.to_k"
+
+    def negate_a_group(graph: onnx.GraphProto) -> None:
+        """Something between a weight and its product keeps the runtime from seeing the pattern."""
+        product = _maker(graph, next(entry.groups[2] for entry in grouped.planned if entry.site == site))
+        place = list(graph.node).index(product)
+        graph.node.insert(place, helper.make_node("Neg", [product.input[1]], ["negated"]))
+        graph.node[place + 1].input[1] = "negated"
+
+    found = prove_fusion(_forged(grouped, tmp_path / "forged", negate_a_group))
+    assert list(found.not_fused) == [site] and len(found.fused) == proof.planned - 1
 
 
 def test_a_recorded_call_is_taken_as_it_is(engine: Engine, inputs: dict[str, Any]) -> None:

@@ -81,12 +81,13 @@ def check(layer: QuantLinear, folder: Path, kernel: str | None, rank: int = 3, t
     assert relative(y, layer(x)) < tolerance
     ir.save(model, folder / "model.onnx")
     kernels = kernels_of(folder / "model.onnx")
-    made_by = kernels.get(planned.product) or kernels[planned.output]  # the block kernel takes the bias in
     if planned.kind == "integer":
-        assert made_by in INTEGER_KERNELS
-        assert (planned.inner is not None) == (layer.rank > 0 and layer.branch == "integer")
+        assert all(kernels[product] in INTEGER_KERNELS for product in planned.coded)
+        joined = layer.activation.granularity == "group"  # a branch that reads integers has no product of its own there
+        assert (planned.inner is not None) == (layer.rank > 0 and layer.branch == "integer" and not joined)
         assert planned.inner is None or kernels[planned.inner] in INTEGER_KERNELS
     else:
+        made_by = kernels.get(planned.product) or kernels[planned.output]  # the block kernel takes the bias in
         assert made_by == kernel
 
 
@@ -141,6 +142,24 @@ def test_unsigned_activations_run_as_an_integer_kernel(bits: int, clip: float, d
     layer = layer_of(activation=ActivationFormat(bits, "token", "unsigned", clip, shift=0.3))
     layer.fold_shift()
     check(layer, tmp_path, None, dimensions)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize(
+    ("bits", "grid", "clip", "size"),
+    [(8, "symmetric", 1.0, 32), (4, "symmetric", 0.7, 24), (4, "midrise", 1.0, 16), (7, "midrise", 0.7, 96)],
+)
+def test_a_scale_a_group_runs_as_an_integer_kernel_for_each_group(
+    bits: int, grid: Any, clip: float, size: int, rank: int, dimensions: int, tmp_path: Path
+) -> None:
+    form = ActivationFormat(bits, "group", grid, clip, group_size=size)
+    for branch in ("integer", "float") if rank else ("integer",):
+        settings: dict[str, Any] = {"group_size": 32, "rank": rank, "branch": branch, "bias": dimensions == 3}
+        layer = layer_of(activation=form, **settings)
+        check(layer, tmp_path, None, dimensions, tolerance=3e-6)  # float32 sums of 96 products in another order
+        integer = [kind for kind in kernels_of(tmp_path / "model.onnx").values() if kind in INTEGER_KERNELS]
+        assert len(integer) == 96 // size
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])

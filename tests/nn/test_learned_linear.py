@@ -46,9 +46,10 @@ def test_it_starts_as_the_layer_that_it_stands_for(name: str) -> None:
     assert torch.equal(learned.code().decode(), layer.code().decode())
 
 
+@pytest.mark.parametrize("activation", [ActivationFormat(4, "token"), ActivationFormat(4, "group", group_size=16)])
 @pytest.mark.parametrize("branch", ["integer", "float"])
-def test_a_low_rank_branch_stays_as_it_is(branch: str) -> None:
-    layer, weight = _layer("one table", ActivationFormat(4, "token"), rank=4, branch=branch)
+def test_a_low_rank_branch_stays_as_it_is(branch: str, activation: ActivationFormat) -> None:
+    layer, weight = _layer("one table", activation, rank=4, branch=branch)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(LearnedLinear(layer, weight)(x), layer(x), rtol=1e-5, atol=1e-5)
 

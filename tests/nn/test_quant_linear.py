@@ -51,6 +51,13 @@ FORMS = {
     "w4a4 unsigned, rank 3 in float": Form(
         activation=ActivationFormat(4, "token", "unsigned", shift=0.5), rank=3, branch="float"
     ),
+    "w4a8 scale a group": Form(activation=ActivationFormat(8, "group", group_size=16)),
+    "w4a4 scale a group, mid-rise": Form(
+        group=16, activation=ActivationFormat(4, "group", "midrise", 0.8, group_size=8), rank=3, transform=True
+    ),
+    "w4a4 scale a group, rank 3 in float": Form(
+        activation=ActivationFormat(4, "group", group_size=24), rank=3, branch="float", bias=False
+    ),
     "w4a8 static": Form(activation=STATIC),
     "w4a5 static, mid-rise": Form(activation=ActivationFormat(5, "tensor", "midrise")),
     "w4a8 transformed": Form(activation=DYNAMIC, transform=True),
@@ -107,8 +114,10 @@ def _expected(layer: QuantLinear, code: WeightCode, x: Tensor, bias: Tensor | No
         top = 2 ** (
             form.bits - 1
         )  # cells on each side of zero, each with its level in the middle; else levels at 0, 1, ..
-        if form.granularity == "token":
-            step = form.clip * x.abs().amax(-1, keepdim=True) / (top if form.grid == "midrise" else top - 1)
+        if form.granularity in ("token", "group"):
+            size = form.group_size or x.shape[-1]
+            largest = torch.stack([part.abs().amax(-1) for part in x.split(size, -1)], -1)
+            step = form.clip * largest.repeat_interleave(size, -1) / (top if form.grid == "midrise" else top - 1)
         else:
             assert layer.activation_scale is not None
             step = layer.activation_scale.double()
@@ -185,6 +194,8 @@ def test_integer_products_with_a_scale_a_group_are_refused() -> None:
     code = round_nearest(weight, CODEBOOKS["uniform"](weight, 4, group_size=16, float_group_scales=True))
     with pytest.raises(ValueError, match="group multipliers"):
         QuantLinear("site", code, None, DYNAMIC)
+    with pytest.raises(ValueError, match="do not divide into groups of 20"):
+        QuantLinear("site", code, None, ActivationFormat(8, "group", group_size=20))
     with pytest.raises(ValueError, match="calibrated scale"):
         QuantLinear("site", round_nearest(weight, CODEBOOKS["uniform"](weight, 4)), None, STATIC)
 
@@ -197,7 +208,15 @@ def test_exporting_is_over_when_its_block_is_even_after_an_error() -> None:
     assert torch.equal(layer(x), before)
 
 
-@pytest.mark.parametrize("activation", [DYNAMIC, STATIC, ActivationFormat(4, "token", "midrise", 0.8)])
+@pytest.mark.parametrize(
+    "activation",
+    [
+        DYNAMIC,
+        STATIC,
+        ActivationFormat(4, "token", "midrise", 0.8),
+        ActivationFormat(4, "group", "midrise", group_size=16),
+    ],
+)
 def test_given_integers_take_the_place_of_the_nearest_ones(activation: ActivationFormat) -> None:
     layer, _, x = _made(Form(activation=activation, transform=True, rank=3))
     before = layer(x)

@@ -64,7 +64,24 @@ def test_an_unsigned_token_goes_to_the_nearest_of_its_levels(bits: int, clip: fl
     assert form.quantize(x)[0].min() >= 0
 
 
+@pytest.mark.parametrize("grid", ["symmetric", "midrise"])
+@pytest.mark.parametrize(("bits", "clip"), [(4, 1.0), (4, 0.7), (7, 1.0)])
+def test_with_a_scale_a_group_each_group_is_a_token_of_its_own(bits: int, clip: float, grid: str) -> None:
+    x = rows() * torch.logspace(-2, 2, 64, dtype=torch.float64)  # groups of very different sizes
+    form = ActivationFormat(bits, "group", grid, clip, group_size=16)  # type: ignore[arg-type]
+    alone = ActivationFormat(bits, "token", grid, clip)  # type: ignore[arg-type]
+    found, unit = form.quantize(x)
+    for group in range(4):
+        part = slice(16 * group, 16 * (group + 1))
+        expected, scale = alone.quantize(x[:, part])
+        assert torch.equal(found[:, part], expected) and torch.equal(unit[:, part], scale.expand(-1, 16))
+
+
 def test_impossible_formats_are_refused() -> None:
+    with pytest.raises(ValueError, match="groups of 1 or more"):
+        ActivationFormat(8, "group")
+    with pytest.raises(ValueError, match="not a group"):
+        ActivationFormat(8, "group", "unsigned", group_size=16)
     with pytest.raises(ValueError, match="at most 7 bits"):
         ActivationFormat(8, "token", "midrise")
     with pytest.raises(ValueError, match="clip factor"):

@@ -79,11 +79,50 @@ def test_few_bits_lose_less_with_all_levels_and_a_searched_range() -> None:
     assert errors["symmetric", True] < errors["symmetric", False]
 
 
+def test_a_scale_a_group_is_searched_for_by_group_and_loses_less() -> None:
+    sites = ["kind:query", "kind:feed_forward_out"]
+    errors = {}
+    for activation in ("token", "group"):
+        for clip in (False, True):
+            settings = {"activation": activation, "activation_clip": clip, "select": sites}
+            if activation == "group":
+                settings["activation_group"] = 16
+            graph, rows = _quantized(format="w4a4", activation_grid="midrise", **settings)
+            for site, layer in quantized_layers(graph.model).items():
+                assert layer.activation.granularity == activation and layer.activation.clip in CLIPS
+                found = _statistics().groups[graph.sites[site].group].sample
+                lost = (layer.activation.rounded(found) - found).double().square()
+                energy = small_graph("dit").linear(site).weight.double().square().sum(0)
+                expected = (lost * energy).sum() / (found.double().square() * energy).sum()
+                if clip:
+                    assert rows[site]["input error"] == pytest.approx(float(expected), rel=1e-4)
+                errors[activation, clip, site] = float(expected)
+    for (activation, clip, site), error in errors.items():
+        if activation == "group":
+            assert (
+                error < errors["token", clip, site] and errors[activation, True, site] <= errors["group", False, site]
+            )
+
+
+def test_groups_of_channels_must_divide_the_inputs_that_are_quantized() -> None:
+    graph, wide = small_graph("dit"), "transformer_blocks.0.ff.net.2"
+    inputs = graph.sites[wide].in_features
+    step = Quantize(activation="group", activation_group=graph.sites[wide].in_features, select=[wide])
+    assert step.plan(graph)[wide].activation_group == inputs
+    step = replace(step, select=["kind:query"])
+    with pytest.raises(DitqError, match=f"activation_group {inputs} does not divide its 64 inputs"):
+        step.plan(graph)
+    float_inputs = {"select": "kind:query", "format": "w4a16"}
+    assert replace(step, rules=[float_inputs]).plan(graph)  # inputs that are not quantized have no groups
+
+
 def test_inspect_tells_what_is_not_as_usual() -> None:
     graph = small_graph("dit")
     site = "transformer_blocks.0.attn1.to_q"
     found = Quantize(format="w4a4", activation_grid="midrise", activation_clip=True).preview(graph)[site]
     assert found == "w4a4 twin_log_shared gptq midrise clipped"
+    grouped = Quantize(format="w4a8", activation="group", activation_group=16).preview(graph)[site]
+    assert grouped == "w4a8 twin_log_shared gptq a scale for 16 channels"
     assert Quantize(rank=8).preview(graph)[site] == "w4a8 twin_log_shared gptq rank 8"
 
 
@@ -93,6 +132,10 @@ def test_inspect_tells_what_is_not_as_usual() -> None:
         ({"activation_grid": "midrize"}, "did you mean 'midrise'"),
         ({"activation_grid": "midrise"}, "at most 7 bits"),
         ({"activation": "tensor", "activation_unsigned": "auto"}, "set activation: token"),
+        ({"activation": "group", "activation_unsigned": "auto"}, "set activation: token"),
+        ({"activation_group": 32}, "activation_group is for activation: group"),
+        ({"activation": "group", "activation_group": 0}, "must be 1 or more"),
+        ({"activation": "groups"}, "did you mean 'group'"),
         ({"activation_unsigned": "yes"}, "activation_unsigned"),
         ({"format": "w4a4", "rules": [{"select": "*", "activation_clip": 1}]}, "must be true or false"),
         ({"format": "w4a4", "activation_grid": "midrise", "rules": [{"select": "*", "format": "w8a8"}]}, "w8a8 has 8"),
