@@ -1,4 +1,4 @@
-"""Mixed precision against the recipe with one format everywhere: size, error of the denoiser, pictures.
+"""Mixed precision against the recipe with one format everywhere: size, error of the last latents, pictures.
 
     python -m tools.measure_budget mini --stats stats --limit 16
 
@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from ditq.budget.choices import make_choices
-from ditq.budget.knapsack import solve
+from ditq.budget.cost import find_cost
+from ditq.budget.front import agreement
+from ditq.budget.knapsack import smallest, solve
 from ditq.budget.request import CANDIDATES, parse_candidates
-from ditq.budget.sensitivity import agreement, chosen_calls, denoised, measured, sensitivities, weights_of_steps
 from ditq.calibration.calibrate import TRAJECTORIES
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
@@ -82,15 +83,18 @@ def main(name: str, stats: Path, recipe: str, candidates: str, shares: str, limi
         for item in earlier:
             item.run(graph, context)
         choices = make_choices(graph, step, context, names)
-    calls = chosen_calls(trajectories, weights_of_steps(statistics, trajectories))
-    errors = sensitivities(graph, choices, calls)
+    cost = find_cost(graph.model, trajectories, statistics)
+    errors = cost.candidates(graph, choices)
     click.echo(f"candidates and sensitivities: {time.process_time() - began:.0f} s of processor time", err=True)
-    rows, clean = np.arange(len(choices.sites)), denoised(graph, calls)
+    click.echo(f"errors are of {cost.unit}", err=True)
+    rows = np.arange(len(choices.sites))
     plan = step.plan(graph)
     uniform = np.array([names.index(plan[site].format.partition("a")[0]) for site in choices.sites])
     cases = {recipe: uniform}
     for share in shares.split(","):
         limit_bytes = int(float(share) * choices.size(uniform)) - choices.fixed
+        if smallest(choices.bytes) > limit_bytes:
+            raise click.UsageError(f"no assignment has {share} of the recipe's size; give candidates of fewer bits")
         cases[f"mixed, {share} of its size"] = solve(errors, choices.bytes, limit_bytes)
     drawing = Drawing(checkpoint, limit, seed)
     pairs = []
@@ -98,7 +102,7 @@ def main(name: str, stats: Path, recipe: str, candidates: str, shares: str, limi
     click.echo("|---|---|---|---|---|---|---|---|")
     for label, choice in cases.items():
         predicted = float(errors[rows, choice].sum())
-        found = measured(graph, choices, choice, calls, clean)
+        found = cost.assignment(graph, choices, choice)
         pairs.append((predicted, found))
         with choices.placed(graph, choice):
             mean, worst = drawing.quality(graph.model)

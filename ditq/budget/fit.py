@@ -1,7 +1,7 @@
 """A recipe and a budget -> the same recipe with a rule for each linear, so that the budget holds and least is lost.
 
 the passes before `quantize` run once; every linear is coded in every candidate format as `quantize` would do it
--> what each costs in the denoiser's output on recorded calls -> the knapsack -> rules {select: linears, format: w3a8}
+-> what each costs in the end on recorded trajectories -> the knapsack -> rules {select: linears, format: w3a8}
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from ditq.budget.choices import Choices, candidate_settings, make_choices
-from ditq.budget.front import Point, front, point
+from ditq.budget.cost import Cost, find_cost
+from ditq.budget.front import Point, agreement, front, point
 from ditq.budget.knapsack import smallest, solve
 from ditq.budget.pictures import Pictures
 from ditq.budget.request import KEEP, Budget
 from ditq.budget.search import smallest_good
-from ditq.budget.sensitivity import Call, agreement, chosen_calls, denoised, measured, sensitivities, weights_of_steps
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
@@ -112,21 +112,21 @@ def fit_budget(
             earlier.run(graph, context)
         choices = make_choices(graph, step, context, budget.candidates, caches.get)
     _check_possible(budget, choices)
-    calls = chosen_calls(trajectories, weights_of_steps(statistics, trajectories), seed=seed)
-    errors = sensitivities(graph, choices, calls, seed=seed, progress=progress)
+    cost = find_cost(graph.model, trajectories, statistics, seed)
+    errors = cost.candidates(graph, choices, seed=seed, progress=progress)
     points = front(choices, errors)
     if original is not None:
         pictures = Pictures(checkpoint, original, trajectories, progress=progress)
         points = _search_pictures(graph, choices, points, pictures, budget)
     else:
         points = _with_chosen(points, point(choices, errors, _within(budget, choices, errors)))
-    points, held = _measure_jointly(graph, choices, points, calls)
+    points, held = _measure_jointly(graph, choices, points, cost)
     chosen = next(item for item in points if item.chosen)
     formats = choices.labels(chosen.choice)
     fitted = replace(step, rules=[*step.rules, *_rules(graph, step, formats)])
     passes = (*recipe.passes[:place], fitted, *recipe.passes[place + 1 :])
     named = Recipe(f"{recipe.name} {budget}", f"{recipe.name}, formats chosen for {budget}.", passes)
-    return BudgetFit(named, _report(budget, choices, errors, points, held), formats, caches)
+    return BudgetFit(named, _report(budget, choices, cost, errors, points, held), formats, caches)
 
 
 def _caches(
@@ -199,15 +199,12 @@ def _search_pictures(
 
 
 def _measure_jointly(
-    graph: DiTGraph, choices: Choices, points: list[Point], calls: Sequence[Call]
+    graph: DiTGraph, choices: Choices, points: list[Point], cost: Cost
 ) -> tuple[list[Point], tuple[float | None, float | None]]:
     """The points, some with their error measured as a whole; (correlation, mean difference in dB) of both."""
-    clean = denoised(graph, calls)
     wanted = {int(index) for index in np.linspace(0, len(points) - 1, JOINT).round()}
     done = [
-        replace(item, measured=measured(graph, choices, item.choice, calls, clean))
-        if item.chosen or index in wanted
-        else item
+        replace(item, measured=cost.assignment(graph, choices, item.choice)) if item.chosen or index in wanted else item
         for index, item in enumerate(points)
     ]
     pairs = [(item.predicted, item.measured) for item in done if item.measured and item.predicted]
@@ -230,6 +227,7 @@ def _rules(graph: DiTGraph, step: Quantize, formats: dict[str, str]) -> list[dic
 def _report(
     budget: Budget,
     choices: Choices,
+    cost: Cost,
     errors: NDArray[np.float64],
     points: Sequence[Point],
     held: tuple[float | None, float | None],
@@ -248,6 +246,7 @@ def _report(
     summary = {
         "weights, MB": chosen.bytes / 1e6,
         "bits a weight": chosen.bits,
+        "errors are of": cost.unit,
         **{key: told[key] for key in ("linears", "predicted error, dB", "measured error, dB")},
         "correlation": held[0],
         "measured over predicted, dB": held[1],

@@ -19,7 +19,7 @@ GAP = 1e-3  # a share of the error; the one that a budget of size takes is solve
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """One assignment: choice [N], what it takes, the denoiser's relative squared error as predicted and as measured, and
+    """One assignment: choice [N], what it takes, the relative squared error (cost.py) as predicted and as measured, and
     the mean PSNR of pictures in dB where they were drawn.
     """
 
@@ -67,3 +67,12 @@ def front(choices: Choices, errors: NDArray[np.float64], count: int = POINTS) ->
 def _level(error: float | None) -> float | None:
     """In dB; None for no error at all, which has no logarithm and no JSON."""
     return -decibels(error) if error else None
+
+
+def agreement(predicted: Sequence[float], found: Sequence[float]) -> tuple[float | None, float | None]:
+    """(correlation of the logarithms, mean ratio found / predicted in dB) of errors above 0; None where too few can tell."""
+    if not predicted:
+        return None, None
+    a, b = np.log10(predicted), np.log10(found)
+    correlation = float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() > 0 and b.std() > 0 else None
+    return correlation, float(10 * (b - a).mean())

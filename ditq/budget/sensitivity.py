@@ -7,15 +7,15 @@ dY of one linear's output changes the denoiser's output f by J dY, with J the de
 
 so one backward pass gives g for all linears at once, and each candidate costs one evaluation of its layer alone. dY is what
 the quantized layer really gives less what the linear gives, so rounded inputs and corrected biases count too. Errors of
-different linears are taken to add up in the square; `measured` says how far they do.
+different linears are taken to add up in the square; `assignment` says how far they do.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ditq.budget.choices import Choices
+from ditq.budget.taps import Tap, answer, tapped
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
 from ditq.graph import DiTGraph
@@ -72,104 +73,73 @@ def chosen_calls(trajectories: Trajectories, weights: Sequence[float], count: in
     return [Call(call.arguments, counts[number]) for number, call in enumerate(trajectories.calls()) if counts[number]]
 
 
-def sensitivities(
-    graph: DiTGraph,
-    choices: Choices,
-    calls: Sequence[Call],
-    probes: int = PROBES,
-    seed: int = 0,
-    progress: ProgressSetting = None,
-) -> NDArray[np.float64]:
-    """[N, F]: relative squared error of the denoiser's output that each candidate of each linear causes alone.
+@dataclass(frozen=True, eq=False)
+class SingleCalls:
+    """Costs in the denoiser's output on recorded calls, each for itself.
 
-    Args:
-        graph: the model in full precision, after the passes before `quantize`.
-        probes: random directions v a call. The estimate of one entry has a relative standard error of about
-            sqrt(2 / (calls * probes)); the same directions serve all candidates of a linear, whose order it hardly blurs.
+    clean: the output of the model in full precision for each call.
     """
-    errors = torch.zeros(len(choices.sites), len(choices.names), dtype=torch.float64)
-    signal = 0.0
-    generator = torch.Generator().manual_seed(seed)
-    modules = [graph.linear(site) for site in choices.sites]
-    with progress_bar("sensitivity", len(calls), progress) as bar:
-        for call in calls:
-            with _tapped(modules) as taps, torch.enable_grad():
-                output = _first(graph.model(**{**call.arguments, "return_dict": False}))
-            choices.tell_timestep(call.arguments)
-            signal += call.times * float(output.detach().double().square().sum())
-            reached = [row for row, tap in enumerate(taps) if tap.zero is not None]
-            zeros = [zero for row in reached if (zero := taps[row].zero) is not None]
-            slopes = []
-            for probe in range(probes):
-                signs = torch.randint(0, 2, output.shape, generator=generator).to(output.dtype) * 2 - 1
-                more = probe + 1 < probes
-                slopes.append(torch.autograd.grad(output, zeros, signs, retain_graph=more, allow_unused=True))
-            with torch.no_grad():
-                for place, row in enumerate(reached):
-                    given = [slope[place] for slope in slopes]
-                    if given[0] is not None:
-                        errors[row] += call.times * _caused(taps[row], choices.layers[row], torch.stack(given))
-            bar.advance()
-    return (errors / probes / max(signal, 1e-300)).numpy()
+
+    calls: Sequence[Call]
+    clean: Sequence[Tensor]
+    unit: ClassVar[str] = "the denoiser's output"
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: nn.Module, trajectories: Trajectories, statistics: Statistics, seed: int = 0) -> SingleCalls:
+        """On `CALLS` of the recorded calls. model: in full precision."""
+        calls = chosen_calls(trajectories, weights_of_steps(statistics, trajectories), seed=seed)
+        return cls(calls, [answer(model, call.arguments) for call in calls])
+
+    def candidates(
+        self, graph: DiTGraph, choices: Choices, probes: int = PROBES, seed: int = 0, progress: ProgressSetting = None
+    ) -> NDArray[np.float64]:
+        """[N, F]: relative squared error of the denoiser's output that each candidate of each linear causes alone.
+
+        Args:
+            graph: the model in full precision, after the passes before `quantize`.
+            probes: random directions v a call. The estimate of one entry has a relative standard error of about
+                sqrt(2 / (calls * probes)); the same directions serve all candidates of a linear, whose order it hardly blurs.
+        """
+        errors = torch.zeros(len(choices.sites), len(choices.names), dtype=torch.float64)
+        generator = torch.Generator().manual_seed(seed)
+        modules = [graph.linear(site) for site in choices.sites]
+        with progress_bar("sensitivity", len(self.calls), progress) as bar:
+            for call in self.calls:
+                with tapped(modules) as taps, torch.enable_grad():
+                    output = answer(graph.model, call.arguments)
+                choices.tell_timestep(call.arguments)
+                reached = [row for row, tap in enumerate(taps) if tap.zero is not None]
+                zeros = [zero for row in reached if (zero := taps[row].zero) is not None]
+                slopes = []
+                for probe in range(probes):
+                    signs = torch.randint(0, 2, output.shape, generator=generator).to(output.dtype) * 2 - 1
+                    more = probe + 1 < probes
+                    slopes.append(torch.autograd.grad(output, zeros, signs, retain_graph=more, allow_unused=True))
+                with torch.no_grad():
+                    for place, row in enumerate(reached):
+                        given = [slope[place] for slope in slopes]
+                        if given[0] is not None:
+                            errors[row] += call.times * _caused(taps[row], choices.layers[row], torch.stack(given))
+                bar.advance()
+        return (errors / probes / max(self._energy(), 1e-300)).numpy()
+
+    @torch.no_grad()
+    def assignment(self, graph: DiTGraph, choices: Choices, choice: NDArray[np.int64]) -> float:
+        """Relative squared error of the denoiser's output with that choice [N] in place."""
+        with choices.placed(graph, choice):
+            outputs = [answer(graph.model, call.arguments) for call in self.calls]
+        lost = zip(self.calls, outputs, self.clean, strict=True)
+        error = sum(call.times * float((a - b).double().square().sum()) for call, a, b in lost)
+        return error / max(self._energy(), 1e-300)
+
+    def _energy(self) -> float:
+        pairs = zip(self.calls, self.clean, strict=True)
+        return sum(call.times * float(wanted.double().square().sum()) for call, wanted in pairs)
 
 
-def measured(
-    graph: DiTGraph, choices: Choices, choice: NDArray[np.int64], calls: Sequence[Call], clean: Sequence[Tensor]
-) -> float:
-    """Relative squared error of the denoiser's output with that choice [N] in place; `clean` are its outputs without."""
-    with choices.placed(graph, choice):
-        outputs = denoised(graph, calls)
-    counts = [call.times for call in calls]
-    error = sum(n * float((a - b).double().square().sum()) for n, a, b in zip(counts, outputs, clean, strict=True))
-    return error / max(sum(n * float(b.double().square().sum()) for n, b in zip(counts, clean, strict=True)), 1e-300)
-
-
-@torch.no_grad()
-def denoised(graph: DiTGraph, calls: Sequence[Call]) -> list[Tensor]:
-    """The model's output on each call."""
-    return [_first(graph.model(**{**call.arguments, "return_dict": False})) for call in calls]
-
-
-def agreement(predicted: Sequence[float], found: Sequence[float]) -> tuple[float | None, float | None]:
-    """(correlation of the logarithms, mean ratio found / predicted in dB) of errors above 0; None where too few can tell."""
-    if not predicted:
-        return None, None
-    a, b = np.log10(predicted), np.log10(found)
-    correlation = float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and a.std() > 0 and b.std() > 0 else None
-    return correlation, float(10 * (b - a).mean())
-
-
-class _Tap:
-    """Input and output of one linear in one call, and a zero added to the output whose derivative is g."""
-
-    def __init__(self) -> None:
-        self.given: Tensor | None = None
-        self.made: Tensor | None = None
-        self.zero: Tensor | None = None
-
-    def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        self.given, self.made = inputs[0].detach(), output.detach()
-        self.zero = torch.zeros_like(output).requires_grad_()
-        return output + self.zero
-
-
-@contextmanager
-def _tapped(modules: Sequence[nn.Module]) -> Iterator[list[_Tap]]:
-    taps = [_Tap() for _ in modules]
-    handles = [module.register_forward_hook(tap) for module, tap in zip(modules, taps, strict=True)]
-    try:
-        yield taps
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _caused(tap: _Tap, layers: Sequence[nn.Module], slopes: Tensor) -> Tensor:
+def _caused(tap: Tap, layers: Sequence[nn.Module], slopes: Tensor) -> Tensor:
     """float64 [F]: sum over the probes of <g, dY>^2 for each candidate; slopes [probes, ...] are the g."""
     assert tap.given is not None and tap.made is not None
     flat = slopes.flatten(1).double()
     return torch.stack([(flat @ (layer(tap.given) - tap.made).flatten().double()).square().sum() for layer in layers])
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

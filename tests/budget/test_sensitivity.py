@@ -10,15 +10,9 @@ import pytest
 import torch
 
 from ditq.budget.choices import Choices, make_choices
-from ditq.budget.sensitivity import (
-    Call,
-    agreement,
-    chosen_calls,
-    denoised,
-    measured,
-    sensitivities,
-    step_lengths,
-)
+from ditq.budget.front import agreement
+from ditq.budget.sensitivity import Call, SingleCalls, chosen_calls, step_lengths
+from ditq.budget.taps import answer
 from ditq.calibration.record import RecordedCall
 from ditq.graph import DiTGraph
 from ditq.passes import Context
@@ -33,7 +27,7 @@ CALLS, PROBES = 4, 48
 class Case:
     graph: DiTGraph
     choices: Choices
-    calls: list[Call]
+    cost: SingleCalls
     errors: np.ndarray
 
 
@@ -64,20 +58,20 @@ def case() -> Case:
                     select=["role:token", "role:modulation"])  # fmt: skip
     with torch.no_grad():
         choices = make_choices(graph, step, Context(), NAMES)
-    return Case(graph, choices, calls, sensitivities(graph, choices, calls, PROBES))
+        cost = SingleCalls(calls, [answer(graph.model, call.arguments) for call in calls])
+    return Case(graph, choices, cost, cost.candidates(graph, choices, PROBES))
 
 
 def test_predictions_are_what_quantizing_one_linear_really_costs(case: Case) -> None:
     """The mean of n squares of a normal variable has a relative standard error of sqrt(2 / n). Where one call makes up nearly
     all of an error, n is the number of probes, and that is 0.8 dB: 3 dB for one entry and 1 dB for the mean over eleven.
     """
-    clean = denoised(case.graph, case.calls)
     keep, six = NAMES.index("keep"), NAMES.index("w6")
     differences = []
     for row in range(0, len(case.choices.sites), 2):
         alone = np.full(len(case.choices.sites), keep)
         alone[row] = six
-        found = measured(case.graph, case.choices, alone, case.calls, clean)
+        found = case.cost.assignment(case.graph, case.choices, alone)
         differences.append(10 * np.log10(found / case.errors[row, six]))
     assert np.abs(differences).max() < 3.0 and abs(np.mean(differences)) < 1.0
 
@@ -89,21 +83,21 @@ def test_more_bits_cost_less_and_kept_linears_nothing(case: Case) -> None:
 
 
 def test_errors_of_many_linears_add_up(case: Case) -> None:
-    clean = denoised(case.graph, case.calls)
     rows = np.arange(len(case.choices.sites))
     predicted, found = [], []
     for index in (1, 2):
         choice = np.full(len(rows), index)
         predicted.append(float(case.errors[rows, choice].sum()))
-        found.append(measured(case.graph, case.choices, choice, case.calls, clean))
+        found.append(case.cost.assignment(case.graph, case.choices, choice))
     _, difference = agreement(predicted, found)
     assert difference is not None and abs(difference) < 1.5
 
 
 def test_measuring_leaves_the_model_as_it_was(case: Case) -> None:
-    before = denoised(case.graph, case.calls)
-    measured(case.graph, case.choices, np.zeros(len(case.choices.sites), dtype=np.int64), case.calls, before)
-    assert all(torch.equal(a, b) for a, b in zip(before, denoised(case.graph, case.calls), strict=True))
+    case.cost.assignment(case.graph, case.choices, np.zeros(len(case.choices.sites), dtype=np.int64))
+    with torch.no_grad():
+        after = [answer(case.graph.model, call.arguments) for call in case.cost.calls]
+    assert all(torch.equal(a, b) for a, b in zip(case.cost.clean, after, strict=True))
 
 
 def test_calls_are_drawn_in_proportion_to_the_weight_of_their_step() -> None:

@@ -1,0 +1,138 @@
+"""What a sampler makes of the denoiser's answers, found from recorded trajectories: a linear step, whatever the scheduler.
+
+With x_s the latents that step s gets, f_sb the denoiser's answer in guidance branch b,
+
+    x_{s+1} = alpha x_s + sum_b a_b f_sb  [ + beta x_{s-1} + sum_b c_b f_{s-1,b} ]
+
+Euler and DDIM steps need the first terms, multistep solvers of second order (DPM-Solver++ 2M) those in brackets too;
+guidance is in the a_b: u + g (c - u) has the weights g and 1 - g. Latents are as the denoiser gets them, so that a scheduler
+may scale them. The coefficients are those of least squares over the entries of some trajectories, for each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditq.calibration.batches import joined
+from ditq.calibration.record import Trajectories
+
+LATENTS = "hidden_states"
+LINEAR = 1e-3  # relative distance from the linear form at which a step counts as linear: rounding of half precision
+
+
+@dataclass(frozen=True)
+class Step:
+    """The coefficients of one step: of x_s, of x_{s-1}, of each branch's answer [B] at s and at s - 1."""
+
+    latents: float
+    latents_before: float
+    answers: tuple[float, ...]
+    answers_before: tuple[float, ...]
+
+    def next(self, latents: Tensor, before: Tensor | None, answers: Tensor, answers_before: Tensor | None) -> Tensor:
+        """x_{s+1} [k, ...] from x_s and x_{s-1} [k, ...] and the answers [k, B, ...] of both steps."""
+        found = self.latents * latents + _combined(answers, self.answers)
+        if before is not None and answers_before is not None:
+            found = found + self.latents_before * before + _combined(answers_before, self.answers_before)
+        return found
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """All steps but the last, whose result is not recorded; residual: how far the worst is from linear, relative."""
+
+    steps: tuple[Step, ...]
+    residual: float
+
+    @property
+    def branches(self) -> int:
+        return len(self.steps[0].answers)
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """Recorded calls of some conditions, those of each step joined into one; rows of a condition are its branches."""
+
+    calls: tuple[dict[str, Any], ...]
+    conditions: int
+
+    @property
+    def branches(self) -> int:
+        return self.calls[0][LATENTS].shape[0] // self.conditions
+
+    def latents(self, step: int) -> Tensor:
+        """x_s: [k, ...], the same in all branches."""
+        return self.split(self.calls[step][LATENTS])[:, 0]
+
+    def split(self, rows: Tensor) -> Tensor:
+        """[k * B, ...] -> [k, B, ...]."""
+        return rows.unflatten(0, (self.conditions, self.branches))
+
+    def answers(self, output: Tensor) -> Tensor:
+        """What the sampler takes of the denoiser's output [k * B, ...]: [k, B, ...], without a learned variance."""
+        rows = self.split(output)
+        channels = self.calls[0][LATENTS].shape[1]
+        return rows[:, :, :channels] if rows.shape[2] == 2 * channels else rows
+
+
+def read_path(trajectories: Trajectories, conditions: Sequence[int]) -> Path | None:
+    """The calls of these conditions, step after step; None where the calls of a step cannot be joined into one."""
+    found: dict[int, dict[int, list[Mapping[str, Any]]]] = {}
+    for call in trajectories.calls():
+        if call.condition in conditions:
+            found.setdefault(call.step, {}).setdefault(call.condition, []).append(call.arguments)
+    steps = []
+    for step in range(trajectories.steps):
+        calls = [arguments for condition in conditions for arguments in found.get(step, {}).get(condition, [])]
+        shapes = [_shapes(arguments) for arguments in calls]
+        if not calls or any(shape != shapes[0] for shape in shapes) or LATENTS not in calls[0]:
+            return None
+        steps.append(joined(calls))
+    rows = {step[LATENTS].shape for step in steps}
+    return Path(tuple(steps), len(conditions)) if len(rows) == 1 else None
+
+
+def fit_sampler(path: Path, outputs: Sequence[Tensor]) -> Sampler | None:
+    """The sampler that made the path; None where the latents are no linear function of the answers.
+
+    outputs: the denoiser's output on each of the path's calls.
+    """
+    answers = [path.answers(output) for output in outputs]
+    if any(given[:, 0].shape != path.latents(0).shape for given in answers):
+        return None
+    steps, worst = [], 0.0
+    for number in range(len(path.calls) - 1):
+        wanted = path.latents(number + 1)
+        terms = [path.latents(number), *answers[number].unbind(1)]
+        found, residual = _least_squares(terms, wanted)
+        if residual > LINEAR and number:
+            terms += [path.latents(number - 1), *answers[number - 1].unbind(1)]
+            found, residual = _least_squares(terms, wanted)
+        found += [0.0] * (2 + 2 * path.branches - len(found))
+        half = 1 + path.branches
+        steps.append(Step(found[0], found[half], tuple(found[1:half]), tuple(found[half + 1 :])))
+        worst = max(worst, residual)
+    return Sampler(tuple(steps), worst) if steps and worst <= LINEAR else None
+
+
+def _least_squares(terms: Sequence[Tensor], wanted: Tensor) -> tuple[list[float], float]:
+    """(coefficients, relative distance): wanted ~ sum of coefficient * term."""
+    columns = torch.stack([term.double().flatten() for term in terms], dim=1)
+    target = wanted.double().flatten()
+    found = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution[:, 0]
+    return found.tolist(), float((columns @ found - target).norm() / target.norm().clamp_min(1e-30))
+
+
+def _combined(answers: Tensor, weights: Sequence[float]) -> Tensor:
+    return torch.einsum("kb...,b->k...", answers, torch.tensor(weights, dtype=answers.dtype, device=answers.device))
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple((name, _shapes(item)) for name, item in value.items())
+    return (tuple(value.shape), str(value.dtype)) if isinstance(value, Tensor) else repr(value)

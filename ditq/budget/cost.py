@@ -1,0 +1,42 @@
+"""What quantizing costs, by what is counted: the last latents of trajectories where that can be found, else single calls."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from ditq.budget.along_trajectory import AlongTrajectories
+from ditq.budget.choices import Choices
+from ditq.budget.sensitivity import SingleCalls
+from ditq.calibration.record import Trajectories
+from ditq.calibration.statistics import Statistics
+from ditq.graph import DiTGraph
+from ditq.progress import ProgressSetting
+
+
+class Cost(Protocol):
+    """A relative squared error, of what `unit` says."""
+
+    @property
+    def unit(self) -> str: ...
+
+    def candidates(
+        self, graph: DiTGraph, choices: Choices, *, seed: int = 0, progress: ProgressSetting = None
+    ) -> NDArray[np.float64]:
+        """[N, F]: of each candidate of each linear alone."""
+        ...
+
+    def assignment(self, graph: DiTGraph, choices: Choices, choice: NDArray[np.int64]) -> float:
+        """Of all linears together, with that choice [N]."""
+        ...
+
+
+def find_cost(model: nn.Module, trajectories: Trajectories, statistics: Statistics, seed: int = 0) -> Cost:
+    """Along trajectories where the sampler is linear in the denoiser's answers, as deterministic ones are, else of calls.
+
+    model: in full precision, after the passes before `quantize`.
+    """
+    return AlongTrajectories.of(model, trajectories) or SingleCalls.of(model, trajectories, statistics, seed)
