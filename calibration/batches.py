@@ -14,35 +14,53 @@ from ditq.calibration.record import RecordedCall, Trajectories
 
 @dataclass(frozen=True, eq=False)
 class CallBatch:
-    """Calls run as one: the denoiser's arguments, and the scheduler step int64 [B] that each sample belongs to."""
+    """Calls run as one: the denoiser's arguments, and the scheduler step int64 [B] that each sample belongs to.
+
+    Samples that one step of one trajectory needs, its guidance branches, stand one after the other: `branches` of them.
+    """
 
     arguments: dict[str, Any]
     steps: Tensor
+    branches: int = 1
 
 
 def sampled_batches(trajectories: Trajectories, samples: int, batch: int, seed: int = 0) -> list[CallBatch]:
     """About `samples` samples in batches of at most `batch`: evenly from all steps, mixed in every batch.
 
-    A call counts for as many samples as it has rows: a pipeline may run both guidance branches in one call. Only calls
-    whose arguments have the same shapes are joined. The same seed gives the same batches.
+    All guidance branches of a step are taken together, in one call or in several, where their arguments have the same shapes;
+    only such calls are joined. The same seed gives the same batches.
     """
     generator = torch.Generator().manual_seed(seed)
-    steps = trajectories.steps_of_calls()
-    mixed = torch.randperm(len(steps), generator=generator).tolist()
-    by_step = sorted(mixed, key=steps.__getitem__)  # the calls of a step stay mixed
-    size = batch_size(next(trajectories.calls(chosen={0})).arguments)
-    wanted = min(len(steps), max(1, samples // size))
-    chosen = [by_step[index * len(steps) // wanted] for index in range(wanted)]
-    found = dict(zip(sorted(chosen), trajectories.calls(chosen=frozenset(chosen)), strict=True))
+    units = _units(trajectories)
+    steps = [trajectories.steps_of_calls()[unit[0]] for unit in units]
+    mixed = torch.randperm(len(units), generator=generator).tolist()
+    by_step = sorted(mixed, key=steps.__getitem__)  # the units of a step stay mixed
+    first = trajectories.calls(chosen=frozenset(units[0]))
+    size = sum(batch_size(call.arguments) for call in first)
+    wanted = min(len(units), max(1, samples // size))
+    chosen = {by_step[index * len(units) // wanted] for index in range(wanted)}
+    numbers = sorted(number for place in chosen for number in units[place])
+    found = dict(zip(numbers, trajectories.calls(chosen=frozenset(numbers)), strict=True))
     waiting: dict[Any, list[RecordedCall]] = {}
     batches = []
-    for number in [number for number in mixed if number in found]:
-        key = _shapes(found[number].arguments)
+    for place in [place for place in mixed if place in chosen]:
+        key = shapes_of(found[units[place][0]].arguments)
         calls = waiting.setdefault(key, [])
-        calls.append(found[number])
-        if (len(calls) + 1) * size > batch:
-            batches.append(_batch(waiting.pop(key)))
-    return batches + [_batch(rest) for rest in waiting.values()]
+        calls += [found[number] for number in units[place]]
+        if batch_size(calls[0].arguments) * len(calls) + size > batch:
+            batches.append(_batch(waiting.pop(key), size))
+    return batches + [_batch(rest, size) for rest in waiting.values()]
+
+
+def _units(trajectories: Trajectories) -> list[list[int]]:
+    """Numbers of the calls that are taken together: those of a condition's step, or each alone where shapes differ."""
+    together: dict[tuple[int, int], list[int]] = {}
+    for number, place in enumerate(trajectories.places_of_calls()):
+        together.setdefault(place, []).append(number)
+    first = next(iter(together.values()))
+    shapes = {repr(shapes_of(call.arguments)) for call in trajectories.calls(chosen=frozenset(first))}
+    same = len(shapes) == 1 and {len(unit) for unit in together.values()} == {len(first)}
+    return list(together.values()) if same else [[number] for unit in together.values() for number in unit]
 
 
 def batch_size(arguments: Mapping[str, Any]) -> int:
@@ -59,9 +77,9 @@ def joined(calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {name: _joined([call[name] for call in calls], size) for name in calls[0]}
 
 
-def _batch(calls: Sequence[RecordedCall]) -> CallBatch:
+def _batch(calls: Sequence[RecordedCall], branches: int) -> CallBatch:
     steps = [torch.full((batch_size(call.arguments),), call.step) for call in calls]
-    return CallBatch(joined([call.arguments for call in calls]), torch.cat(steps))
+    return CallBatch(joined([call.arguments for call in calls]), torch.cat(steps), branches)
 
 
 def _joined(values: Sequence[Any], size: int) -> Any:
@@ -73,8 +91,8 @@ def _joined(values: Sequence[Any], size: int) -> Any:
     return first
 
 
-def _shapes(value: Any) -> Any:
+def shapes_of(value: Any) -> Any:
     """What calls must have in common to be joined."""
     if isinstance(value, Mapping):
-        return tuple((name, _shapes(item)) for name, item in value.items())
+        return tuple((name, shapes_of(item)) for name, item in value.items())
     return (tuple(value.shape), str(value.dtype)) if isinstance(value, Tensor) else repr(value)

@@ -120,6 +120,10 @@ class Trajectories:
         """The scheduler step of every call, in the order of the recording."""
         return [call["step"] for record in self._records for call in record["calls"]]
 
+    def places_of_calls(self) -> list[tuple[int, int]]:
+        """(condition, scheduler step) of every call, in the order of the recording."""
+        return [(number, call["step"]) for number, record in enumerate(self._records) for call in record["calls"]]
+
     def calls(self, stride: int = 1, chosen: Collection[int] | None = None) -> Iterator[RecordedCall]:
         """Every call in the order of the recording, of each `stride`-th step only; all its guidance branches.
 

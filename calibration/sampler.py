@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ditq.calibration.batches import joined
+from ditq.calibration.batches import joined, shapes_of
 from ditq.calibration.record import Trajectories
 
 LATENTS = "hidden_states"
@@ -53,6 +53,12 @@ class Sampler:
     def branches(self) -> int:
         return len(self.steps[0].answers)
 
+    def guidance(self) -> Tensor:
+        """[T, B]: what guidance makes of the branches at each step, with a sum of 1; the last step as that before it."""
+        weights = torch.tensor([step.answers for step in self.steps])
+        weights = weights / weights.sum(1, keepdim=True)
+        return torch.cat((weights, weights[-1:]))
+
 
 @dataclass(frozen=True, eq=False)
 class Path:
@@ -75,9 +81,7 @@ class Path:
 
     def answers(self, output: Tensor) -> Tensor:
         """What the sampler takes of the denoiser's output [k * B, ...]: [k, B, ...], without a learned variance."""
-        rows = self.split(output)
-        channels = self.calls[0][LATENTS].shape[1]
-        return rows[:, :, :channels] if rows.shape[2] == 2 * channels else rows
+        return self.split(without_variance(output, self.calls[0][LATENTS]))
 
 
 def read_path(trajectories: Trajectories, conditions: Sequence[int]) -> Path | None:
@@ -89,12 +93,33 @@ def read_path(trajectories: Trajectories, conditions: Sequence[int]) -> Path | N
     steps = []
     for step in range(trajectories.steps):
         calls = [arguments for condition in conditions for arguments in found.get(step, {}).get(condition, [])]
-        shapes = [_shapes(arguments) for arguments in calls]
+        shapes = [shapes_of(arguments) for arguments in calls]
         if not calls or any(shape != shapes[0] for shape in shapes) or LATENTS not in calls[0]:
             return None
         steps.append(joined(calls))
     rows = {step[LATENTS].shape for step in steps}
     return Path(tuple(steps), len(conditions)) if len(rows) == 1 else None
+
+
+def find_sampler(model: nn.Module, trajectories: Trajectories) -> Sampler | None:
+    """The sampler of these trajectories, from two of them; None where its steps are not linear in the answers of `model`."""
+    path = read_path(trajectories, range(min(2, len(trajectories.conditions))))
+    if path is None:
+        return None
+    with torch.no_grad():
+        return fit_sampler(path, [answer(model, arguments) for arguments in path.calls])
+
+
+def answer(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
+    """The denoiser's output for a call with these arguments."""
+    output = model(**{**arguments, "return_dict": False})
+    return output[0] if isinstance(output, tuple) else output
+
+
+def without_variance(output: Tensor, latents: Tensor) -> Tensor:
+    """The output less the half of its channels that is a learned variance, where it has twice as many as the latents."""
+    channels = latents.shape[1]
+    return output[:, :channels] if output.shape[1] == 2 * channels else output
 
 
 def fit_sampler(path: Path, outputs: Sequence[Tensor]) -> Sampler | None:
@@ -130,9 +155,3 @@ def _least_squares(terms: Sequence[Tensor], wanted: Tensor) -> tuple[list[float]
 
 def _combined(answers: Tensor, weights: Sequence[float]) -> Tensor:
     return torch.einsum("kb...,b->k...", answers, torch.tensor(weights, dtype=answers.dtype, device=answers.device))
-
-
-def _shapes(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return tuple((name, _shapes(item)) for name, item in value.items())
-    return (tuple(value.shape), str(value.dtype)) if isinstance(value, Tensor) else repr(value)

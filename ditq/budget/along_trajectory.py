@@ -34,10 +34,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ditq.budget.choices import Choices
-from ditq.calibration.sampler import LATENTS, Path, Sampler, fit_sampler, read_path
-from ditq.budget.taps import Tap, answer, tapped
+from ditq.budget.taps import Tap, tapped
 from ditq.calibration.prompts import spread
 from ditq.calibration.record import Trajectories
+from ditq.calibration.sampler import LATENTS, Path, Sampler, answer, find_sampler, read_path
 from ditq.graph import DiTGraph
 from ditq.progress import ProgressSetting, progress_bar
 
@@ -72,9 +72,7 @@ class AlongTrajectories:
         found = tuple(path for path in paths if path is not None)
         if len(found) < len(paths):
             return None
-        with torch.no_grad():
-            outputs = [answer(model, arguments) for arguments in found[0].calls]
-        sampler = fit_sampler(found[0], outputs)
+        sampler = find_sampler(model, trajectories)
         return None if sampler is None else cls(found, sampler)
 
     def candidates(

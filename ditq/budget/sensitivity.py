@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ditq.budget.choices import Choices
-from ditq.budget.taps import Tap, answer, tapped
+from ditq.budget.taps import Tap, tapped
 from ditq.calibration.record import Trajectories
+from ditq.calibration.sampler import answer
 from ditq.calibration.statistics import Statistics
 from ditq.graph import DiTGraph
 from ditq.progress import ProgressSetting, progress_bar

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +33,3 @@ def tapped(modules: Sequence[nn.Module]) -> Iterator[list[Tap]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def answer(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
-    """The denoiser's output for a call with these arguments."""
-    output = model(**{**arguments, "return_dict": False})
-    return output[0] if isinstance(output, tuple) else output

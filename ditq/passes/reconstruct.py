@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ditq.calibration.batches import CallBatch, sampled_batches
+from ditq.calibration.sampler import LATENTS, Sampler, find_sampler, without_variance
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn.learned_linear import LearnedLinear
@@ -21,16 +22,23 @@ from ditq.passes.block_records import BlockOutputs, Call, block_inputs, record_o
 
 SCOPES = ("auto", "model", "block")
 BYTES_A_WEIGHT = 16  # a latent value, its gradient and Adam's two moments in float32
+ALONE = (
+    0.25  # what an answer's own error counts beside that of the guided answer: few steps say much of their difference
+)
 HELD_OUT = 8  # every eighth batch judges what was learned on the others
 
 
 @dataclass(frozen=True, eq=False)
 class _Example:
-    """One batch of a block: what it gets, what the original block gave, and how much each sample counts [B]."""
+    """One batch of a block: what it gets, what the original block gave, and how much each sample counts [B].
+
+    guidance: for each step in the batch what guidance makes of its branches, [S, B / S]; None where errors count alone.
+    """
 
     inputs: Call
     wanted: list[Tensor]
     weights: Tensor
+    guidance: Tensor | None = None
 
 
 @register
@@ -42,6 +50,9 @@ class Reconstruct(Pass):
     `scope: block`, for models whose gradients do not fit in memory, a block gets what the compressed blocks before it give
     and learns what the original gave in its place, so that it also makes up for what went wrong before it. Held-out calls
     decide whether what was learned is kept; it is never worse on them than before.
+
+    Where the model is learned as a whole and the sampler joins guidance branches, u + g (c - u), the error that counts is the
+    one of what they are joined to: an error that is alike in both branches costs little, one of their difference g^2.
 
     Source: block reconstruction, BRECQ (Li et al., arXiv 2102.05426), with all parameters learned as in EfficientQAT
     (Chen et al., arXiv 2407.11062).
@@ -64,6 +75,7 @@ class Reconstruct(Pass):
     samples: int = setting(256, "recorded denoiser calls that are learned from and judged by")
     batch: int = setting(8, "samples a step")
     rate: float = setting(0.008, "learning rate at the start, in steps between two levels of the weights")
+    guided: bool = setting(True, "`scope: model`: the error that counts is that of the branches as guidance joins them")
     step_weights: str = setting("none", "samples count by their step's effect on the last latents", ("none", "effect"))
     select: list[str] = setting(["*"], "which blocks, as patterns of their names, where blocks are learned")
 
@@ -99,15 +111,17 @@ class Reconstruct(Pass):
 
     def prepare(self, graph: DiTGraph, context: Context) -> None:
         """What the original model gives on the sampled calls, before any pass changes it."""
-        batches = sampled_batches(context.trajectories(), self.samples, self.batch, context.seed)
+        trajectories = context.trajectories()
+        batches = sampled_batches(trajectories, self.samples, self.batch, context.seed)
         outputs = BlockOutputs()
         for number, batch in context.track("original blocks", list(enumerate(batches))):
             record_outputs(graph.model, self._units(graph), number, batch, outputs)
-        context.prepared[self.name] = (batches, outputs)
+        sampler = find_sampler(graph.model, trajectories) if self.guided and self._units(graph) == [""] else None
+        context.prepared[self.name] = (batches, outputs, sampler)
 
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
-        batches, outputs = context.prepared.pop(self.name)
+        batches, outputs, sampler = context.prepared.pop(self.name)
         for unit in context.track(self.name, self._units(graph)):
             layers = _layers(graph.model, unit, context)
             if not layers:
@@ -118,14 +132,17 @@ class Reconstruct(Pass):
             def learn(
                 unit: str = unit, layers: dict[str, QuantLinear] = layers, row: dict[str, Any] = row
             ) -> dict[str, Tensor]:
-                row |= self._learn(graph, unit, layers, batches, outputs, context)
+                row |= self._learn(graph, unit, layers, batches, outputs, sampler, context)
                 return _state(layers)
 
             _restore(layers, context.cached_tensors(f"{self.name}.{unit or 'model'}", learn))
             report.rows.append({"block": unit or "the model", "linears": len(layers), "first": first.site, **row})
         kept = [row["error after"] / row["error before"] for row in report.rows if "error after" in row]
         if kept:
-            report.summary = {"blocks": len(report.rows), "mean share of the error left": sum(kept) / len(kept)}
+            if sampler is not None and sampler.branches > 1:
+                joined = ", ".join(f"{weight:.3g}" for weight in sampler.guidance()[0].tolist())
+                report.summary["branches joined as"] = joined
+            report.summary |= {"blocks": len(report.rows), "mean share of the error left": sum(kept) / len(kept)}
         return report
 
     def _learn(
@@ -135,12 +152,18 @@ class Reconstruct(Pass):
         layers: dict[str, QuantLinear],
         batches: Sequence[CallBatch],
         outputs: BlockOutputs,
+        sampler: Sampler | None,
         context: Context,
     ) -> dict[str, Any]:
         """Change the layers of one unit; the relative errors before and after, on held-out calls."""
         inputs = block_inputs(graph.model, unit, batches)
         examples = [
-            _Example(given, outputs.get(unit, number), context.step_weights(batch.steps, self.step_weights))
+            _Example(
+                given,
+                outputs.get(unit, number),
+                context.step_weights(batch.steps, self.step_weights),
+                _guidance(batch, sampler),
+            )
             for number, (batch, given) in enumerate(zip(batches, inputs, strict=True))
         ]
         judges, lessons = examples[::HELD_OUT], [e for i, e in enumerate(examples) if i % HELD_OUT]
@@ -197,25 +220,40 @@ def _layers(model: nn.Module, unit: str, context: Context) -> dict[str, QuantLin
     return found
 
 
+def _guidance(batch: CallBatch, sampler: Sampler | None) -> Tensor | None:
+    if sampler is None or sampler.branches == 1 or batch.branches != sampler.branches:
+        return None
+    return sampler.guidance()[batch.steps[:: batch.branches]]
+
+
 def _loss(module: nn.Module, example: _Example) -> Tensor:
     """Sum over the outputs of the weighted squared distance to what the original gave."""
     arguments, keywords = example.inputs
     given = tensors_of(module(*arguments, **keywords))
-    return torch.stack(
-        [_weighted((a - b).float(), example.weights) for a, b in zip(given, example.wanted, strict=True)]
-    ).sum()
+    return _weighted([a - b for a, b in zip(given, example.wanted, strict=True)], example)
 
 
 def _energy(example: _Example) -> Tensor:
-    return torch.stack([_weighted(wanted.float(), example.weights) for wanted in example.wanted]).sum()
+    return _weighted(example.wanted, example)
 
 
-def _weighted(values: Tensor, weights: Tensor) -> Tensor:
-    """sum_b w_b ||values_b||^2; a tensor that is not by sample counts with the mean weight."""
-    squares = values.square()
-    if values.shape[0] == len(weights):
-        return (squares.flatten(1).sum(1) * weights).sum()
-    return squares.sum() * weights.mean()
+def _weighted(tensors: Sequence[Tensor], example: _Example) -> Tensor:
+    """sum_b w_b ||values_b||^2, or of the branches as guidance joins them and a little of each alone; a tensor that is not by
+    sample counts with the mean weight.
+    """
+    weights, total = example.weights, torch.zeros(())
+    for values in tensors:
+        if values.shape[0] != len(weights):
+            total = total + values.float().square().sum() * weights.mean()
+            continue
+        rows, share = values.float().flatten(1), 1.0
+        if example.guidance is not None:
+            rows, share = without_variance(values, example.inputs[1][LATENTS]).float().flatten(1), ALONE
+            branches = rows.unflatten(0, example.guidance.shape)
+            joined = torch.einsum("sbe,sb->se", branches, example.guidance)
+            total = total + joined.square().sum(1) @ weights[:: branches.shape[1]]
+        total = total + share * (rows.square().sum(1) @ weights)
+    return total
 
 
 @torch.no_grad()

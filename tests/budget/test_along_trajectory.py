@@ -14,9 +14,8 @@ import ditq
 from ditq.budget.along_trajectory import AlongTrajectories
 from ditq.budget.choices import make_choices
 from ditq.budget.cost import find_cost
-from ditq.calibration.sampler import LATENTS, Path, Sampler, Step, fit_sampler, read_path
 from ditq.budget.sensitivity import SingleCalls
-from ditq.budget.taps import answer
+from ditq.calibration.sampler import LATENTS, Path, Sampler, Step, answer, fit_sampler, read_path
 from ditq.calibration.statistics import Statistics
 from ditq.graph import DiTGraph
 from ditq.passes import Context

@@ -12,8 +12,8 @@ import torch
 from ditq.budget.choices import Choices, make_choices
 from ditq.budget.front import agreement
 from ditq.budget.sensitivity import Call, SingleCalls, chosen_calls, step_lengths
-from ditq.budget.taps import answer
 from ditq.calibration.record import RecordedCall
+from ditq.calibration.sampler import answer
 from ditq.graph import DiTGraph
 from ditq.passes import Context
 from ditq.passes.quantize import Quantize

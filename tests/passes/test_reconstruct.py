@@ -10,6 +10,7 @@ import torch
 from ditq.calibration.batches import batch_size, joined, sampled_batches
 from ditq.calibration.calibrate import calibrate
 from ditq.calibration.record import Trajectories
+from ditq.calibration.sampler import find_sampler
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.compiler import run_passes
@@ -18,7 +19,7 @@ from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.nn import QuantLinear
 from ditq.passes import Context
-from ditq.passes.reconstruct import Reconstruct
+from ditq.passes.reconstruct import Reconstruct, _energy, _Example, _guidance
 from ditq.recipe import Recipe
 from ditq.site_cache import FolderSiteCache
 from tests.small_checkpoint import write_pipeline
@@ -184,3 +185,29 @@ def test_a_model_is_learned_by_block_where_it_does_not_fit_as_a_whole(checkpoint
 def test_a_recipe_with_nothing_to_learn_is_refused() -> None:
     with pytest.raises(DitqError, match="works on what quantize made; put quantize before it"):
         Recipe.from_dict({"passes": [{"smooth": {}}, {"reconstruct": {}}]}, "test")
+
+
+def test_branches_of_a_step_are_learned_together_as_guidance_joins_them(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is that of the guided answers, plus a quarter of what each answer loses alone, computed here by hand."""
+    guided = calibrate(
+        checkpoint, tmp_path / "guided", PROMPTS[:2], 3,
+        arguments={"true_cfg_scale": 4.0, "negative_prompt": ""}, progress=False,
+    )  # fmt: skip
+    assert guided.folder is not None
+    trajectories = Trajectories.open(guided.folder / "trajectories")
+    (batch,) = sampled_batches(trajectories, 1000, 1000)
+    assert batch.branches == 2 and len(batch.steps) == 12
+    assert torch.equal(batch.steps[0::2], batch.steps[1::2])
+    assert torch.equal(batch.arguments["hidden_states"][0::2], batch.arguments["hidden_states"][1::2])
+    sampler = find_sampler(checkpoint.load_model(), trajectories)
+    assert sampler is not None
+    torch.testing.assert_close(sampler.guidance(), torch.tensor([[4.0, -3.0]] * 3), rtol=1e-3, atol=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    lost = torch.randn(batch.arguments["hidden_states"].shape, generator=generator)
+    example = _Example(((), batch.arguments), [lost], torch.ones(12), _guidance(batch, sampler))
+    joined_loss = (4 * lost[0::2] - 3 * lost[1::2]).square().sum()
+    torch.testing.assert_close(_energy(example), joined_loss + 0.25 * lost.square().sum(), rtol=1e-3, atol=0)
+    report = _run(_graph(checkpoint), guided, {"steps": 2, "samples": 12, "batch": 4})
+    assert report.summary["branches joined as"] == "4, -3"
