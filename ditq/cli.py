@@ -47,7 +47,7 @@ def cli() -> None:
 @click.option("-r", "--recipe", default="w4a8", show_default=True, help="A shipped recipe's name or a YAML file.")
 @click.option("--budget", metavar="BUDGET", help="Choose formats so that size=4.2MB, bits=3.5 or psnr>=24 holds.")
 @click.option(
-    "--candidates", metavar="LIST", help="What --budget chooses from: w2 .. w8, keep.  [default: w3 .. w6, w8]"
+    "--candidates", metavar="LIST", help="What --budget chooses from: w2 .. w8, keep.  [default: w2 .. w6, w8]"
 )
 @click.option("-t", "--target", default="onnxruntime-cpu", show_default=True, help="See `ditq targets`.")
 @click.option("--prompts", type=click.Path(path_type=Path), help="Prompts to calibrate on: .txt, .csv or .jsonl.")

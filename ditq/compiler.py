@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from ditq.budget import Budget, BudgetFit, fit_budget
-from ditq.budget.fit import quantize_step
+from ditq.budget import Budget
+from ditq.budget.fit import BudgetFit, fit_budget, quantize_step
 from ditq.calibration.calibrate import TRAJECTORIES, calibrate, pipeline_class
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
@@ -45,7 +45,7 @@ class CompileOptions:
         limit: how many of them to use at most; None is the default of `calibrate`.
         steps: denoising steps of calibration; None is the checkpoint's own.
         statistics: a folder that `ditq calibrate` wrote, instead of calibrating now.
-        budget: formats of single linears are chosen so that this holds: `size=4.2MB`, `bits=3.5`, `psnr>=24`.
+        budget: formats of single linears are chosen so that this holds: `size=4.2MB`, `bits=3.5`, `psnr>=24`; over a recipe's.
         seed: seed of every random choice.
         resume: go on where an interrupted compile of the same output stopped.
         force: replace the output folder if it exists.
@@ -96,7 +96,7 @@ def compile(
     check_output(out, options.force)
     check_replaceable(out)
     target(options.target)
-    budget = Budget.parse(options.budget) if isinstance(options.budget, str) else options.budget
+    budget = Budget.parse(options.budget) if isinstance(options.budget, str) else options.budget or recipe.budget
     if budget is not None:
         quantize_step(recipe)
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
@@ -184,6 +184,8 @@ def run_passes(
 
     `fitted`: the budget that the recipe was fitted to; its report comes first, and its codes are not made again.
     """
+    if recipe.budget is not None:
+        raise ValueError(f"{recipe.name} has a budget; run what `fit_budget` makes of it")
     cache = None
     if work is not None and checkpoint is not None:
         key = {

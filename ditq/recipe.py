@@ -5,6 +5,7 @@ description: one line
 passes:
   - smooth: {alpha: 0.5}
   - quantize: {format: w4a8}
+budget: bits=4.25   # optional: choose the bits of each linear, as `--budget` does (ditq/budget)
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ditq.budget.request import Budget
 from ditq.errors import DitqError
 from ditq.passes import Pass, passes
 from ditq.suggest import unknown_key
@@ -26,20 +28,23 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parent / "recipes"
 DEFAULT = "w4a8"
+KEYS = ("name", "description", "passes", "budget", "candidates")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Ordered passes under a name."""
+    """Ordered passes under a name; budget: what the formats of its `quantize` are chosen within, where they are."""
 
     name: str
     description: str
     passes: tuple[Pass, ...]
+    budget: Budget | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The resolved recipe, every setting written out; `Recipe.from_dict` reads it back."""
         steps = [{step.name: step.settings()} for step in self.passes]
-        return {"name": self.name, "description": self.description, "passes": steps}
+        asked = {} if self.budget is None else {"budget": str(self.budget), "candidates": list(self.budget.candidates)}
+        return {"name": self.name, "description": self.description, "passes": steps, **asked}
 
     def preview(self, graph: DiTGraph) -> dict[str, list[str]]:
         """What each pass would do to each site, in order; nothing is changed. Finds in a second what would fail in an hour.
@@ -71,8 +76,8 @@ class Recipe:
         if not isinstance(values, Mapping):
             raise DitqError(f"{where}: a recipe is a mapping with name and passes")
         for key in values:
-            if key not in ("name", "description", "passes"):
-                raise DitqError(unknown_key(where, key, ["name", "description", "passes"]))
+            if key not in KEYS:
+                raise DitqError(unknown_key(where, key, list(KEYS)))
         steps = values.get("passes")
         if not isinstance(steps, list) or not steps:
             raise DitqError(f"{where}: passes is empty; list at least one pass (see `ditq passes`)")
@@ -81,7 +86,8 @@ class Recipe:
             if step.only_after and not any(earlier.name in step.only_after for earlier in made[:number]):
                 first = " or ".join(step.only_after)
                 raise DitqError(f"{where}: pass {step.name!r} works on what {first} made; put {first} before it")
-        return cls(str(values.get("name", Path(where).stem)), str(values.get("description", "")), made)
+        name, description = str(values.get("name", Path(where).stem)), str(values.get("description", ""))
+        return cls(name, description, made, _budget(values, where))
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
@@ -106,6 +112,20 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with ditq."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def _budget(values: Mapping[str, Any], where: str) -> Budget | None:
+    asked, candidates = values.get("budget"), values.get("candidates")
+    if asked is None:
+        if candidates is not None:
+            raise DitqError(f"{where}: candidates are what a budget chooses from; give a budget too, such as bits=4.25")
+        return None
+    if not isinstance(asked, str) or not (candidates is None or isinstance(candidates, (str, list))):
+        raise DitqError(f"{where}: budget is {asked!r}; write it as on the command line, such as bits=4.25")
+    try:
+        return Budget.parse(asked, candidates)
+    except DitqError as error:
+        raise DitqError(f"{where}: {error}") from error
 
 
 def _make_pass(step: Any, where: str) -> Pass:

@@ -21,7 +21,7 @@ from ditq.export.targets import targets
 from ditq.export.targets.torch import rebuild
 from ditq.inspection import Inspection, inspect_checkpoint, made_up_inputs
 from ditq.passes import passes
-from ditq.recipe import load_recipe
+from ditq.recipe import Recipe, load_recipe
 from ditq.suggest import unknown_key
 
 Table = tuple[list[str], list[list[str]]]
@@ -69,8 +69,15 @@ def show(what: str, recipe: str, config: Path | None = None) -> tuple[Lines, dic
         (["role", "linears", "M parameters", "M multiply-adds", "share"], roles),
         "",
         _online_cost(found.recipe.name, found.online, total),
+        *_budget(found.recipe),
         _text_share(found, total),
     ], values
+
+
+def _budget(recipe: Recipe) -> list[str]:
+    if recipe.budget is None:
+        return []
+    return [f"recipe {recipe.name} has the budget {recipe.budget}: `ditq compile` chooses the bits of each linear"]
 
 
 def _online_cost(recipe: str, online: tuple[int, int], total: int) -> str:

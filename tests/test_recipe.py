@@ -198,3 +198,17 @@ def test_every_setting_says_what_it_means_and_has_a_default_that_passes_its_own_
 def test_a_pass_without_settings_may_be_a_bare_name() -> None:
     bare = Recipe.from_dict({"passes": ["smooth"]}, "x")
     assert bare.passes == Recipe.from_dict({"passes": [{"smooth": None}]}, "x").passes
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"budget": "bits=lots"}, r"test: budget 'bits=lots': not understood"),
+        ({"budget": 4.5}, "test: budget is 4.5; write it as on the command line"),
+        ({"budget": "bits=4", "candidates": "w1,w4"}, "test: budget: unknown candidate 'w1'"),
+        ({"candidates": ["w3", "w4"]}, "test: candidates are what a budget chooses from"),
+    ],
+)
+def test_a_budget_in_a_recipe_is_checked_like_one_on_the_command_line(entries: dict[str, object], said: str) -> None:
+    with pytest.raises(DitqError, match=said):
+        Recipe.from_dict({"passes": ["quantize"], **entries}, "test")

@@ -8,7 +8,8 @@ A recipe is a shipped one's name or a file, and after commas what is changed in 
 Pictures of a few prompts differ by several dB from one to the next, and a trajectory that has left the original's may be
 far off in the picture for a small cause. Here both models get the same inputs, the original's: the ratio of signal to
 error is that of all steps, of each quarter of them, and with every step counted by its effect on the last latents, where
-the statistics hold step weights.
+the statistics hold step weights. Beside it stands the ratio in the last latents when each model draws for itself (the mean in
+dB; what the last step gets), where errors of all steps and guidance branches add up or cancel.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from ditq.budget.along_trajectory import AlongTrajectories
+from ditq.budget.fit import fit_budget
 from ditq.calibration.batches import CallBatch, sampled_batches
 from ditq.calibration.record import Trajectories, record_trajectories
 from ditq.calibration.sampling import SamplingSettings
-from ditq.calibration.statistics import Statistics
+from ditq.calibration.statistics import TRAJECTORIES, Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.compiler import run_passes
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.recipe import Recipe, load_recipe
 from ditq.report.evaluate import heldout_conditions
+from ditq.report.metrics import decibels
 from tools.measure_recipes import bits_a_weight, table
 
 QUARTERS = 4
@@ -40,8 +44,15 @@ QUARTERS = 4
 class Denoiser:
     """The original's answers to recorded calls, and how far another model's are from them."""
 
-    def __init__(self, model: nn.Module, batches: list[CallBatch], steps: int, weights: Tensor | None) -> None:
-        self.batches, self.steps, self.weights = batches, steps, weights
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: list[CallBatch],
+        steps: int,
+        weights: Tensor | None,
+        along: AlongTrajectories | None,
+    ) -> None:
+        self.batches, self.steps, self.weights, self.along = batches, steps, weights, along
         with torch.no_grad():
             self.wanted = [model(**batch.arguments)[0] for batch in batches]
         self.energy = self._by_step(self.wanted)
@@ -55,10 +66,11 @@ class Denoiser:
 
     @torch.no_grad()
     def figures(self, model: nn.Module) -> list[str]:
-        """In dB: over all steps, weighted by effect (or -), and each quarter of the steps."""
+        """In dB: of the last latents, over all steps, weighted by effect (or -), and each quarter of the steps."""
         lost = [model(**batch.arguments)[0] - wanted for batch, wanted in zip(self.batches, self.wanted, strict=True)]
         error = self._by_step(lost)
-        found = [_db(self.energy.sum(), error.sum())]
+        found = ["-" if self.along is None else f"{decibels(self.along.drawn(model)):.2f}"]
+        found.append(_db(self.energy.sum(), error.sum()))
         found.append("-" if self.weights is None else _db(self.energy @ self.weights, error @ self.weights))
         quarters = [torch.arange(self.steps) * QUARTERS // self.steps == number for number in range(QUARTERS)]
         return found + [_db(self.energy[part].sum(), error[part].sum()) for part in quarters]
@@ -106,16 +118,33 @@ def main(checkpoint: str, recipes: tuple[str, ...], stats: Path, limit: int, see
         batches = sampled_batches(trajectories, 1 << 30, 16)
         measured = statistics.step_weights
         weights = None if measured is None else measured.by_step("effect")
-        judge = Denoiser(opened.load_model(), batches, trajectories.steps, weights)
+        original = opened.load_model()
+        along = AlongTrajectories.of(original, trajectories)
+        judge = Denoiser(original, batches, trajectories.steps, weights, along)
     rows = []
     for name, recipe in wanted.items():
         graph = DiTGraph(opened.load_model(), example_inputs(opened))
         began = time.process_time()
+        if recipe.budget is not None:
+            chosen_on = Trajectories.open(stats / TRAJECTORIES, opened.fingerprint())
+            beside = DiTGraph(opened.load_model(), example_inputs(opened))
+            recipe = fit_budget(opened, beside, recipe, recipe.budget, statistics, chosen_on).recipe
         reports = run_passes(graph, recipe, statistics)
         minutes = (time.process_time() - began) / 60
         rows.append([name, f"{bits_a_weight(reports):.2f}", *judge.figures(graph.model), f"{minutes:.1f}"])
     quarters = [f"quarter {number + 1}" for number in range(QUARTERS)]
-    table(["recipe", "bits a weight", "all steps, dB", "weighted by effect", *quarters, "processor minutes"], rows)
+    table(
+        [
+            "recipe",
+            "bits a weight",
+            "last latents, dB",
+            "all steps, dB",
+            "weighted by effect",
+            *quarters,
+            "processor minutes",
+        ],
+        rows,
+    )
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 request.py      what is asked for: `size=4.2MB`, `bits=3.5`, `psnr>=24`
 choices.py      every linear in every candidate format, with what it takes on disk
-sensitivity.py  what each of these costs in the denoiser's output on recorded calls
+cost.py         what each of these costs in the end: along_trajectory.py in the last latents, all steps together,
+                sensitivity.py in the answers of single calls, where the sampler is none of linear steps
 knapsack.py     the assignment of least error within a size, solved exactly
 front.py        such assignments over all sizes
 search.py       the smallest of them whose pictures are good enough; pictures.py draws them
 fit.py          all of it: a recipe and a budget -> a plain recipe with rules
 """
 
-from ditq.budget.fit import BudgetFit, fit_budget
 from ditq.budget.request import Budget
 
-__all__ = ["Budget", "BudgetFit", "fit_budget"]
+__all__ = ["Budget"]

@@ -59,6 +59,7 @@ class AlongTrajectories:
     paths: tuple[Path, ...]
     sampler: Sampler
     unit: ClassVar[str] = "the last latents"
+    adds_up: ClassVar[bool] = True
 
     @classmethod
     def of(cls, model: nn.Module, trajectories: Trajectories) -> AlongTrajectories | None:
@@ -100,15 +101,20 @@ class AlongTrajectories:
                 found.append(walk.changes.square().mean(2) / _energies(last))
         return _typical(torch.cat(found, dim=2)).numpy()
 
-    @torch.no_grad()
     def assignment(self, graph: DiTGraph, choices: Choices, choice: NDArray[np.int64]) -> float:
-        """Relative squared error of the last latents when the model draws with that choice [N] from the same noise: the
-        geometric mean over at least `JUDGES` trajectories."""
-        errors = []
+        """Relative squared error of the last latents with that choice [N], see `drawn`."""
         with choices.placed(graph, choice):
-            for path in self.paths[: -(-JUDGES // TOGETHER)]:
-                wanted = path.latents(len(path.calls) - 1)
-                errors.append(_energies(self._drawn(graph.model, path) - wanted) / _energies(wanted))
+            return self.drawn(graph.model)
+
+    @torch.no_grad()
+    def drawn(self, model: nn.Module) -> float:
+        """Relative squared error of the last latents when `model` draws from the same noise: the geometric mean over at
+        least `JUDGES` trajectories.
+        """
+        errors = []
+        for path in self.paths[: -(-JUDGES // TOGETHER)]:
+            wanted = path.latents(len(path.calls) - 1)
+            errors.append(_energies(self._drawn(model, path) - wanted) / _energies(wanted))
         return float(torch.cat(errors).clamp_min(1e-300).log().mean().exp())
 
     def _drawn(self, model: nn.Module, path: Path) -> Tensor:

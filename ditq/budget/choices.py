@@ -1,13 +1,8 @@
-"""Every linear of the choice in every candidate format, and what each takes on disk.
-
-Linears whose format a rule of the recipe gives keep it: all their candidates are that one. So it is for the modulation in the
-shipped recipes. Its errors are small but alike at every step, and what adds up along the trajectory the error of
-single calls does not tell.
-"""
+"""Every linear of the choice in every candidate format, and what each takes on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -48,7 +43,7 @@ class Choices:
         bits: int64 [N, F], bits of each coded weight: codes, table, scales, multipliers, branch.
         bytes: int64 [N, F], what each layer takes in the file of weights, with its bias and its entry in the header.
         fixed: bytes of all else in that file.
-        ruled: sites that have no choice, since a rule of the recipe gives their format.
+        held: sites that have no choice and keep the format of the recipe: all their candidates are that one.
     """
 
     sites: tuple[str, ...]
@@ -58,7 +53,7 @@ class Choices:
     bits: NDArray[np.int64]
     bytes: NDArray[np.int64]
     fixed: int
-    ruled: frozenset[str] = frozenset()
+    held: frozenset[str] = frozenset()
 
     def size(self, choice: NDArray[np.int64]) -> int:
         """Bytes of the file of weights with that choice [N]."""
@@ -71,7 +66,7 @@ class Choices:
     def labels(self, choice: NDArray[np.int64]) -> dict[str, str]:
         """The candidate's name of each site that has a choice."""
         pairs = zip(self.sites, choice, strict=True)
-        return {site: self.names[index] for site, index in pairs if site not in self.ruled}
+        return {site: self.names[index] for site, index in pairs if site not in self.held}
 
     def tell_timestep(self, arguments: Mapping[str, Any]) -> None:
         """Let all candidates take the scales of that call's timestep, where they have one for each timestep bin."""
@@ -106,20 +101,22 @@ def make_choices(
     context: Context,
     names: tuple[str, ...],
     cache: Callable[[str], SiteCache | None] = lambda _: None,
+    held: Collection[str] = (),
 ) -> Choices:
     """Code every linear that the pass quantizes in every candidate format; the graph stays as it is.
 
     Args:
         graph: after the passes that stand before `step`.
         cache: for each candidate, where its finished codes are kept.
+        held: sites that keep the format which the recipe gives them.
     """
     plan = step.plan(graph)
     formats = InputFormats(graph, plan, context.calibration)
-    ruled = frozenset(step.ruled(graph) & plan.keys())
-    if not plan.keys() - ruled:
+    kept = frozenset(held) & plan.keys()
+    if not plan.keys() - kept:
         raise DitqError("budget: rules give the format of all that the recipe quantizes, so there is nothing to choose")
     for name in names:
-        for site in plan.keys() - ruled:
+        for site in plan.keys() - kept:
             wanted = candidate_settings(plan[site], name)
             check_codebook(
                 f"budget: candidate {name}", wanted.codebook, wanted.format, wanted.group_size, wanted.codebooks
@@ -127,7 +124,7 @@ def make_choices(
     work = [(site, name) for name in names for site in plan]
     layers: dict[tuple[str, str], nn.Module] = {}
     for site, name in context.track("candidates", work):
-        if site in ruled:
+        if site in kept:
             context.site_cache = cache(names[0])
             if name == names[0]:
                 layers[site, name], _ = step.layer_for(graph, context, site, plan[site], formats)
@@ -160,7 +157,7 @@ def make_choices(
         np.array([[bits(site, name) for name in names] for site in plan], dtype=np.int64),
         np.array([[_bytes(f"{site}.", layers[site, name].state_dict()) for name in names] for site in plan]),
         _bytes("", rest) + graph_constants(table),
-        ruled,
+        kept,
     )
 
 

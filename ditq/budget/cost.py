@@ -1,4 +1,9 @@
-"""What quantizing costs, by what is counted: the last latents of trajectories where that can be found, else single calls."""
+"""What quantizing costs, by what is counted: the last latents of trajectories where that can be found, else single calls.
+
+Errors of the modulation are small but alike at every step. Single calls do not see that such errors add up along the
+trajectory. So by them a linear whose format a rule of the recipe gives, as the shipped ones do for the modulation, has
+no choice.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +23,13 @@ from ditq.progress import ProgressSetting
 
 
 class Cost(Protocol):
-    """A relative squared error, of what `unit` says."""
+    """A relative squared error, of what `unit` says; `adds_up` where all steps of a trajectory count together."""
 
     @property
     def unit(self) -> str: ...
+
+    @property
+    def adds_up(self) -> bool: ...
 
     def candidates(
         self, graph: DiTGraph, choices: Choices, *, seed: int = 0, progress: ProgressSetting = None

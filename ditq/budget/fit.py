@@ -110,9 +110,10 @@ def fit_budget(
     with torch.no_grad():
         for earlier in recipe.passes[:place]:
             earlier.run(graph, context)
-        choices = make_choices(graph, step, context, budget.candidates, caches.get)
+        cost = find_cost(graph.model, trajectories, statistics, seed)
+        held = set() if cost.adds_up else step.ruled(graph)
+        choices = make_choices(graph, step, context, budget.candidates, caches.get, held)
     _check_possible(budget, choices)
-    cost = find_cost(graph.model, trajectories, statistics, seed)
     errors = cost.candidates(graph, choices, seed=seed, progress=progress)
     points = front(choices, errors)
     if original is not None:
@@ -120,13 +121,13 @@ def fit_budget(
         points = _search_pictures(graph, choices, points, pictures, budget)
     else:
         points = _with_chosen(points, point(choices, errors, _within(budget, choices, errors)))
-    points, held = _measure_jointly(graph, choices, points, cost)
+    points, agreed = _measure_jointly(graph, choices, points, cost)
     chosen = next(item for item in points if item.chosen)
     formats = choices.labels(chosen.choice)
     fitted = replace(step, rules=[*step.rules, *_rules(graph, step, formats)])
     passes = (*recipe.passes[:place], fitted, *recipe.passes[place + 1 :])
     named = Recipe(f"{recipe.name} {budget}", f"{recipe.name}, formats chosen for {budget}.", passes)
-    return BudgetFit(named, _report(budget, choices, cost, errors, points, held), formats, caches)
+    return BudgetFit(named, _report(budget, choices, cost, errors, points, agreed), formats, caches)
 
 
 def _caches(
@@ -230,7 +231,7 @@ def _report(
     cost: Cost,
     errors: NDArray[np.float64],
     points: Sequence[Point],
-    held: tuple[float | None, float | None],
+    agreed: tuple[float | None, float | None],
 ) -> BudgetReport:
     chosen = next(item for item in points if item.chosen)
     rows = [
@@ -240,7 +241,7 @@ def _report(
             **{f"error as {name}": float(errors[row, index]) for index, name in enumerate(choices.names)},
         }
         for row, site in enumerate(choices.sites)
-        if site not in choices.ruled
+        if site not in choices.held
     ]
     told = chosen.row(choices.names)
     summary = {
@@ -248,8 +249,8 @@ def _report(
         "bits a weight": chosen.bits,
         "errors are of": cost.unit,
         **{key: told[key] for key in ("linears", "predicted error, dB", "measured error, dB")},
-        "correlation": held[0],
-        "measured over predicted, dB": held[1],
+        "correlation": agreed[0],
+        "measured over predicted, dB": agreed[1],
     }
     if chosen.psnr is not None:
         summary["PSNR, dB"] = chosen.psnr

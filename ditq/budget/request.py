@@ -12,7 +12,7 @@ from ditq.errors import DitqError
 
 Kind = Literal["size", "bits", "psnr"]
 
-CANDIDATES = ("w3", "w4", "w5", "w6", "w8")
+CANDIDATES = ("w2", "w3", "w4", "w5", "w6", "w8")
 KEEP = "keep"
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -84,6 +84,7 @@ class SingleCalls:
     calls: Sequence[Call]
     clean: Sequence[Tensor]
     unit: ClassVar[str] = "the denoiser's output"
+    adds_up: ClassVar[bool] = False
 
     @classmethod
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import yaml
 
 import ditq
 from ditq.budget import Budget
-from ditq.compiler import CompileOptions
+from ditq.compiler import CompileOptions, run_passes
 from ditq.errors import DitqError
+from ditq.recipe import load_recipe
 from tests.command_line import assert_refused, run
 from tests.small_checkpoint import files_below, write_pipeline, write_transformer
 
@@ -53,9 +55,7 @@ def test_a_size_is_kept_and_the_written_recipe_alone_gives_the_same_engine(
     formats = {row["site"]: row["chosen"] for row in report["rows"]}
     quantized = manifest["structure"]["quantized"]
     assert {site: f"w{quantized[site]['bits']}" for site in formats} == formats
-    ruled = [site for site in quantized if "norm" in site]  # the modulation, whose format a rule of the recipe gives
-    assert ruled and quantized.keys() - formats.keys() == set(ruled)
-    assert {quantized[site]["bits"] for site in ruled} == {4}
+    assert formats.keys() == quantized.keys() and report["summary"]["errors are of"] == "the last latents"
     assert len(set(formats.values())) > 1
     recipe = tmp_path / "fitted.yaml"
     recipe.write_text(yaml.safe_dump(manifest["recipe"]))
@@ -67,10 +67,19 @@ def test_a_size_is_kept_and_the_written_recipe_alone_gives_the_same_engine(
     assert files_below(tmp_path) and not list(tmp_path.glob(".*"))
 
 
-def test_bits_a_weight_are_kept(pipeline: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["options", "recipe"])
+def test_bits_a_weight_are_kept(
+    pipeline: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     monkeypatch.setattr("ditq.compiler.write_engine", lambda *_, **__: None)
-    options = CompileOptions(statistics=stats, budget="bits=5", progress=False)
-    result = ditq.compile(pipeline, tmp_path / "engine", "w4a8", options)
+    recipe = load_recipe("w4a8")
+    if where == "recipe":
+        recipe = replace(recipe, budget=Budget.parse("bits=5"))
+    options = CompileOptions(statistics=stats, budget="bits=5" if where == "options" else None, progress=False)
+    result = ditq.compile(pipeline, tmp_path / "engine", recipe, options)
+    assert result.recipe.budget is None  # what was chosen stands in its rules
+    with pytest.raises(ValueError, match="has a budget"):
+        run_passes(None, replace(recipe, budget=Budget.parse("bits=5")), None)  # type: ignore[arg-type]
     summary = {report.name: report.summary for report in result.reports}
     assert summary["quantize"]["bits a weight"] == pytest.approx(summary["budget"]["bits a weight"])
     assert 4.5 < summary["quantize"]["bits a weight"] <= 5

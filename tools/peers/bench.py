@@ -123,6 +123,10 @@ class Bench:
     @cached_property
     def graph(self) -> DiTGraph:
         """A graph around a model of its own, which rows quantize in place."""
+        return self.new_graph()
+
+    def new_graph(self) -> DiTGraph:
+        """Another such graph, to be used up."""
         return self._graph(self.model())
 
     @cached_property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from ditq.budget.fit import fit_budget
 from ditq.compiler import run_passes
 from ditq.formats import BitFormat
 from ditq.nn.input_transform import InputTransform
@@ -16,14 +17,20 @@ from tools.peers.row import Outcome, add
 
 
 def apply(bench: Bench, recipe: dict[str, Any]) -> Outcome:
-    run_passes(bench.graph, Recipe.from_dict(recipe, recipe["name"]), bench.statistics)
-    layers = {module.site: module for module in bench.graph.model.modules() if isinstance(module, QuantLinear)}
+    graph, wanted = bench.graph, Recipe.from_dict(recipe, recipe["name"])
+    if wanted.budget is not None:
+        fitted = fit_budget(
+            bench.checkpoint, bench.new_graph(), wanted, wanted.budget, bench.statistics, bench.trajectories
+        )
+        wanted = fitted.recipe
+    run_passes(graph, wanted, bench.statistics)
+    layers = {module.site: module for module in graph.model.modules() if isinstance(module, QuantLinear)}
     online = {}
-    for group in bench.graph.groups.values():  # the linears of an input share its transform
+    for group in graph.groups.values():  # the linears of an input share its transform
         first = next((layers[site] for site in group.sites if site in layers), None)
         if first is not None and first.transform is not None:
             online[first.site] = online_bits(first.transform)
-    return Outcome(bench.graph.model, {site: stored_bits(layer) for site, layer in layers.items()}, online)
+    return Outcome(graph.model, {site: stored_bits(layer) for site, layer in layers.items()}, online)
 
 
 def online_bits(transform: InputTransform) -> int:
