@@ -22,6 +22,7 @@ from ditq.budget.cost import find_cost
 from ditq.budget.front import agreement
 from ditq.budget.knapsack import smallest, solve
 from ditq.budget.request import CANDIDATES, parse_candidates
+from ditq.budget.sensitivity import SingleCalls
 from ditq.calibration.calibrate import TRAJECTORIES
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
@@ -71,7 +72,10 @@ class Drawing:
 @click.option("--shares", default="1.0,0.85,0.8", show_default=True, help="Sizes to try, over the recipe's own.")
 @click.option("--limit", default=16, show_default=True, help="Held-out prompts.")
 @click.option("--seed", default=1000, show_default=True)
-def main(name: str, stats: Path, recipe: str, candidates: str, shares: str, limit: int, seed: int) -> None:
+@click.option("--single-calls", is_flag=True, help="Choose by errors of single calls, not of the last latents.")
+def main(
+    name: str, stats: Path, recipe: str, candidates: str, shares: str, limit: int, seed: int, single_calls: bool
+) -> None:
     """Print the table of mixed precision in docs/results.md."""
     began = time.process_time()
     checkpoint, statistics = Checkpoint.open(name), Statistics.open(stats)
@@ -83,7 +87,8 @@ def main(name: str, stats: Path, recipe: str, candidates: str, shares: str, limi
         for item in earlier:
             item.run(graph, context)
         choices = make_choices(graph, step, context, names)
-    cost = find_cost(graph.model, trajectories, statistics)
+    how = SingleCalls.of if single_calls else find_cost
+    cost = how(graph.model, trajectories, statistics)
     errors = cost.candidates(graph, choices)
     click.echo(f"candidates and sensitivities: {time.process_time() - began:.0f} s of processor time", err=True)
     click.echo(f"errors are of {cost.unit}", err=True)

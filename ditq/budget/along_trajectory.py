@@ -41,7 +41,7 @@ from ditq.calibration.sampler import LATENTS, Path, Sampler, answer, find_sample
 from ditq.graph import DiTGraph
 from ditq.progress import ProgressSetting, progress_bar
 
-CONDITIONS = 16
+CONDITIONS = 8
 JUDGES = 8  # conditions that are drawn to see what an assignment really costs
 TOGETHER = 4  # conditions in one backward pass
 PROBES = 4

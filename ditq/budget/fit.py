@@ -33,7 +33,7 @@ from ditq.progress import ProgressSetting
 from ditq.recipe import Recipe
 from ditq.site_cache import FolderSiteCache
 
-JOINT = 5  # assignments of the front that are measured as a whole, to see how far single errors add up
+JOINT = 3  # assignments of the front that are measured as a whole, to see how far single errors add up
 
 
 @dataclass
