@@ -155,6 +155,7 @@ READ_OF_CALIBRATION = {
     "calibration.step_weights",
     "calibration.record",
     "calibration.batches",
+    "calibration.sampler",
 }
 ARROWS = {
     "ditq/numerics": {"numerics"},
