@@ -99,7 +99,8 @@ class Attention:
     """Softmax attention: `outputs` are the linears that read it, with the channels in which they do.
 
     `foldable`: only reshapes and concatenations of tokens lie between the value linears and the score product and between
-    it and the outputs, so an orthogonal matrix a head can be moved from one to the other.
+    it and the outputs, so an orthogonal matrix a head can be moved from one to the other. `module`: where it is called;
+    `plain`: neither causal nor with fewer heads of keys than of queries.
     """
 
     name: str
@@ -111,6 +112,8 @@ class Attention:
     outputs: tuple[ChannelRange, ...]
     foldable: bool
     macs: int
+    module: str = ""
+    plain: bool = True
 
 
 @dataclass(frozen=True)

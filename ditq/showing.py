@@ -109,6 +109,9 @@ def _show_engine(engine: Engine) -> tuple[Lines, dict[str, Any]]:
         ]
         for site, spec in engine.sites.items()
     ]
+    for name, spec in engine.attentions.items():
+        products = {entry.kind for entry in engine.planned if entry.site.rpartition("/")[0] == name}
+        sites.append([name, f"{spec['number']} {spec['parts']}", "", ", ".join(sorted(products)), "step"])
     files = [[name, f"{entry['bytes'] / 1e6:.2f} MB"] for name, entry in engine.files.items()]
     inputs = [[item["name"], item["dtype"], str(item["shape"])] for item in manifest["inputs"]]
     measured = manifest.get("measured") or {}

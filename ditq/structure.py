@@ -161,6 +161,8 @@ class Structure:
                 and same_heads
                 and self._feeds_only(call, values),
                 macs=2 * call.outputs[0].shape[1] * query.shape[-2] * key.shape[-2] * width,
+                module=call.module,
+                plain=not call.argument(5, "is_causal", False) and query.shape[:2] == key.shape[:2],
             )
         return found
 

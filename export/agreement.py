@@ -27,8 +27,9 @@ from ditq.export.session import open_session, session_options
 from ditq.export.targets import target
 from ditq.export.targets.torch import rebuild
 from ditq.export.weights_file import WEIGHTS
-from ditq.nn import QuantLinear, rounded_by
+from ditq.nn import AttentionRounding, QuantLinear, rounded_by
 from ditq.nn.call_timestep import ARGUMENT
+from ditq.numerics.attention_rounding import INTEGER, PARTS, nearest, spacing
 
 TIE_TOLERANCE = 0.01  # steps: of 127, a relative error of 1e-4, a thousand times float32's own; seen are 1e-6 to 1e-4
 OUTPUT_TOLERANCE = 1e-3
@@ -133,11 +134,12 @@ def site_agreement(engine: Engine, inputs: Mapping[str, Any]) -> dict[str, float
     Args:
         inputs: keyword arguments of the transformer.
     """
-    names = [(entry.graph, name) for entry in engine.planned for name in (entry.input, entry.output)]
+    linears = [entry for entry in engine.planned if entry.numbers is None]
+    names = [(entry.graph, name) for entry in linears for name in (entry.input, entry.output)]
     values = _values(engine, list(dict.fromkeys(names)), inputs)
     stored = load_file(engine.folder / WEIGHTS)
     errors = {}
-    for entry in engine.planned:
+    for entry in linears:
         prefix = f"{entry.site}."
         state = {name: tensor for name, tensor in stored.items() if name.startswith(prefix)}
         layer = QuantLinear.from_spec(engine.sites[entry.site], state)
@@ -150,7 +152,9 @@ def site_agreement(engine: Engine, inputs: Mapping[str, Any]) -> dict[str, float
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a graph of the engine holds the integers of a layer's input: value - zero point, values by channels."""
+    """Where a graph of the engine holds what a layer's input, or a part of an attention, was rounded to: value - zero point,
+    values by channels.
+    """
 
     graph: str
     values: tuple[str, ...]
@@ -168,6 +172,8 @@ class _Comparison:
         tolerance: float,
     ) -> None:
         self._formats = {layer.site: layer.activation for layer in model.modules() if isinstance(layer, QuantLinear)}
+        roundings = [module for module in model.modules() if isinstance(module, AttentionRounding)]
+        self._numbers = {f"{found.site}/{part}": found.form.number for found in roundings for part in PARTS}
         self._left = {site: list(queue) for site, queue in places.items()}  # a layer that is called twice has two
         self._values, self._tolerance = values, tolerance
         self.integers = self.flipped = 0
@@ -175,13 +181,14 @@ class _Comparison:
         self.invalid: dict[str, int] = defaultdict(int)
 
     def rounding(self, site: str, steps: Tensor) -> Tensor:
-        """The engine's integer where it is a rounding of `steps` up to the tolerance, else the nearest."""
-        place, own = self._left[site].pop(0), steps.round()
+        """The engine's number where it is a rounding of `steps` up to the tolerance, else the nearest."""
+        place, number = self._left[site].pop(0), self._numbers.get(site, INTEGER)
         found = torch.cat([self._values[place.graph, value] for value in place.values], dim=-1)
         carriers = (found.to(steps.dtype) - place.zero_point).view(steps.shape)
-        engine = self._formats[site].rounded_from(carriers)
-        excess = (steps - engine).abs() - 0.5
-        valid = (excess <= self._tolerance) & (engine == engine.round())
+        engine = self._formats[site].rounded_from(carriers) if site in self._formats else carriers
+        own = nearest(steps, number)
+        excess = (steps - engine).abs() / spacing(steps, number) - 0.5
+        valid = (excess <= self._tolerance) & (engine == nearest(engine, number))
         self.integers += steps.numel()
         self.flipped += int((engine != own).sum())
         largest = float(excess.max())
@@ -198,16 +205,25 @@ class _Comparison:
 
 
 def _integers(engine: Engine) -> dict[str, list[_Place]]:
-    """Of each layer with quantized activations, what its integer products read: MatMul <- DequantizeLinear <- integers."""
+    """What the integer products of each layer with quantized activations read, MatMul <- DequantizeLinear <- integers, and
+    the numbers of each part of a rounded attention, by `<attention>/<part>`.
+    """
     graphs = {name: onnx.load(str(engine.folder / name), load_external_data=False).graph for name in engine.graphs}
     made = {name: {output: node for node in graph.node for output in node.output} for name, graph in graphs.items()}
     fixed = {name: {constant.name: constant for constant in graph.initializer} for name, graph in graphs.items()}
     places: dict[str, list[_Place]] = {site: [] for site in engine.sites}
     for entry in engine.planned:
-        if entry.kind == "integer":
-            read = [_dequantized_by(made[entry.graph], product) for product in entry.coded]
+        makers, constants = made[entry.graph], fixed[entry.graph]
+        for part, value in (entry.numbers or {}).items():
+            maker = makers.get(value)
+            if maker is None or (maker.op_type, len(maker.input)) not in (("QuantizeLinear", 3), ("Cast", 1)):
+                raise DitqError(f"{engine.folder}: {part}: its numbers are not made in a known form")
+            zero = int(numpy_helper.to_array(constants[maker.input[2]])) if len(maker.input) == 3 else 0
+            places.setdefault(part, []).append(_Place(entry.graph, (value,), zero))
+        if entry.kind == "integer" and entry.numbers is None:
+            read = [_dequantized_by(makers, product) for product in entry.coded]
             zero_points = {names[1] for names in read}
-            zero_point = fixed[entry.graph].get(zero_points.pop()) if len(zero_points) == 1 else None
+            zero_point = constants.get(zero_points.pop()) if len(zero_points) == 1 else None
             if zero_point is None:
                 raise DitqError(f"{engine.folder}: {entry.site}: its activations are not quantized in a known form")
             values = tuple(names[0] for names in read)

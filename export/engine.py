@@ -24,7 +24,7 @@ from torch import nn
 from ditq.errors import DitqError
 from ditq.export.arguments import flatten
 from ditq.export.engine_files import check_external_data, check_files, hash_file
-from ditq.export.onnx_graph import OUTPUT, export_what_varies
+from ditq.export.onnx_graph import OUTPUT, ROUNDED_ATTENTION, export_what_varies
 from ditq.export.targets import PlannedMatMul, target
 from ditq.export.text_graph import split_text
 from ditq.export.weights_file import WEIGHTS, write_weights
@@ -103,6 +103,11 @@ class Engine:
     def sites(self) -> dict[str, dict[str, Any]]:
         """`QuantLinear.spec()` by site."""
         return dict(self.manifest["structure"]["quantized"])
+
+    @property
+    def attentions(self) -> dict[str, dict[str, Any]]:
+        """`AttentionRounding.spec()` by the attention's module."""
+        return dict(self.manifest["structure"].get("attentions", {}))  # absent in engines from before there were such
 
     @cached_property
     def planned(self) -> list[PlannedMatMul]:
@@ -220,6 +225,7 @@ def write_engine(
         planned = []
         for file_name, part in graphs.items():
             planned += [dataclasses.replace(entry, graph=file_name) for entry in lower(part, layers)]
+            _check_lowered(part, target_name)
             part.producer_name, part.producer_version = "ditq", _version()
             part.graph.name = class_name
         # Metadata of more than one key would be written in no fixed order.
@@ -252,6 +258,16 @@ def write_engine(
         }
         (partial / MANIFEST).write_text(_as_json(manifest), encoding="utf-8")
     return Engine(folder, json.loads(_as_json(manifest)))
+
+
+def _check_lowered(graph: ir.Model, target_name: str) -> None:
+    """Raises DitqError if a rounded attention is left in the graph, which a target of an older form does not know."""
+    left = next((node for node in graph.graph if node.op_type == ROUNDED_ATTENTION), None)
+    if left is not None:
+        site = left.attributes["site"].as_string()
+        raise DitqError(
+            f"target '{target_name}' cannot run the rounded attention of {site}; leave the pass quantize_attention out"
+        )
 
 
 def check_replaceable(folder: Path) -> None:

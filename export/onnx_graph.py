@@ -1,4 +1,5 @@
-"""A transformer -> an ONNX graph in which every QuantLinear is one node `ditq::QuantLinear`, to be lowered by a target.
+"""A transformer -> an ONNX graph in which every QuantLinear is one node `ditq::QuantLinear`, to be lowered by a target, and
+every attention with rounded parts one node `ditq::RoundedAttention`.
 
 The graph comes from torch.export with named dynamic dimensions; parameters that stay in float are its initializers,
 under the names that they have in the model's state dict.
@@ -27,8 +28,10 @@ from ditq.quiet import quiet_libraries
 
 OPSET = 23  # the first with Attention and RMSNormalization
 DOMAIN = "ditq"
+ROUNDED_ATTENTION = "RoundedAttention"
 OUTPUT = "sample"
 _PREFIX = "model."
+_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 
 _CLEANUPS = (
     cleanups.RemoveUnusedNodesPass(),
@@ -51,17 +54,55 @@ _quant_linear_schema = OpSchema(
     1,
     inputs=[OpSchema.FormalParameter("x", "T")],
     outputs=[OpSchema.FormalParameter("y", "T")],
-    type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
+    type_constraints=[("T", _FLOATS, "")],
     attributes=[
         OpSchema.Attribute("site", OpSchema.AttrType.STRING),
         OpSchema.Attribute("out_features", OpSchema.AttrType.INT),
     ],
 )
+_rounded_attention_schema = OpSchema(
+    ROUNDED_ATTENTION,
+    DOMAIN,
+    1,
+    inputs=[
+        *(OpSchema.FormalParameter(name, "T") for name in ("query", "key", "value")),
+        OpSchema.FormalParameter("mask", "M", param_option=OpSchema.FormalParameterOption.Optional),
+    ],
+    outputs=[OpSchema.FormalParameter("y", "T")],
+    type_constraints=[("T", _FLOATS, ""), ("M", [*_FLOATS, "tensor(bool)"], "")],
+    attributes=[
+        OpSchema.Attribute("site", OpSchema.AttrType.STRING),
+        OpSchema.Attribute("number", OpSchema.AttrType.STRING),
+        OpSchema.Attribute("parts", OpSchema.AttrType.STRING),
+        OpSchema.Attribute("smooth_keys", OpSchema.AttrType.INT),
+        OpSchema.Attribute("scale", OpSchema.AttrType.FLOAT),
+    ],
+)
 _quant_linear_op = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), "QuantLinear", _quant_linear_schema)
+
+
+_rounded_attention_op = onnxscript.values.Op(
+    onnxscript.values.Opset(DOMAIN, 1), ROUNDED_ATTENTION, _rounded_attention_schema
+)
 
 
 def _quant_linear(x: Any, site: str, out_features: int) -> Any:
     return _quant_linear_op(x, site=site, out_features=out_features)
+
+
+def _rounded_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    site: str,
+    number: str,
+    parts: str,
+    smooth_keys: bool,
+    scale: float,
+) -> Any:
+    settings = {"site": site, "number": number, "parts": parts, "smooth_keys": int(smooth_keys), "scale": scale}
+    return _rounded_attention_op(query, key, value, mask, **settings)
 
 
 class _Flat(nn.Module):
@@ -156,7 +197,10 @@ def _translate(program: Any, names: list[str]) -> ir.Model:
             opset_version=OPSET,
             optimize=False,
             verbose=False,
-            custom_translation_table={torch.ops.ditq.quant_linear.default: _quant_linear},
+            custom_translation_table={
+                torch.ops.ditq.quant_linear.default: _quant_linear,
+                torch.ops.ditq.rounded_attention.default: _rounded_attention,
+            },
         )
     except torch.onnx.OnnxExporterError as error:
         raise DitqError(f"the model cannot be written as ONNX: {_first_line(error)}") from error

@@ -131,7 +131,9 @@ def main(checkpoint: str, recipes: tuple[str, ...], stats: Path, limit: int, see
             recipe = fit_budget(opened, beside, recipe, recipe.budget, statistics, chosen_on).recipe
         reports = run_passes(graph, recipe, statistics)
         minutes = (time.process_time() - began) / 60
-        rows.append([name, f"{bits_a_weight(reports):.2f}", *judge.figures(graph.model), f"{minutes:.1f}"])
+        coded = any(report.name == "quantize" for report in reports)
+        bits = f"{bits_a_weight(reports):.2f}" if coded else "-"
+        rows.append([name, bits, *judge.figures(graph.model), f"{minutes:.1f}"])
     quarters = [f"quarter {number + 1}" for number in range(QUARTERS)]
     table(
         [

@@ -18,8 +18,7 @@ Kernels and every export form are tested against this forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -285,29 +284,3 @@ def _quant_linear(x: Tensor, site: str, out_features: int) -> Tensor:
 @_quant_linear.register_fake
 def _(x: Tensor, site: str, out_features: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
-
-
-@contextmanager
-def exporting(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it every QuantLinear of `model` is one opaque node, which an export target lowers in its own form."""
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    try:
-        for layer in layers:
-            layer.exporting = True
-        yield model
-    finally:
-        for layer in layers:
-            layer.exporting = False
-
-
-@contextmanager
-def rounded_by(model: nn.Module, rounding: Rounding) -> Iterator[nn.Module]:
-    """Within it every QuantLinear of `model` takes its input's integers from `rounding`, not from the nearest."""
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    try:
-        for layer in layers:
-            layer.rounding = rounding
-        yield model
-    finally:
-        for layer in layers:
-            layer.rounding = None

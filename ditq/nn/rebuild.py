@@ -8,16 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditq.nn import attention_rounding
+from ditq.nn.attention_rounding import AttentionRounding
 from ditq.nn.call_timestep import tell_at_each_call
 from ditq.nn.input_transform import InputTransform
 from ditq.nn.modulation_factor import ModulationFactor, attach
 from ditq.nn.quant_linear import QuantLinear
 from ditq.nn.transformed_linear import TransformedLinear
+from ditq.numerics.attention_rounding import AttentionFormat
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """JSON: every part of `model` that a pass has put in the place of the original one, by module path."""
-    quantized, transformed, factors, biased = {}, {}, {}, []
+    quantized, transformed, factors, attentions, biased = {}, {}, {}, {}, []
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             quantized[name] = module.spec()
@@ -25,9 +28,17 @@ def describe(model: nn.Module) -> dict[str, Any]:
             transformed[name] = module.transform.spec()
         elif isinstance(module, ModulationFactor):
             factors[name.rpartition(".")[0]] = module.spec()
+        elif isinstance(module, AttentionRounding):
+            attentions[module.site] = module.spec()
         elif isinstance(module, nn.Linear) and module.bias is not None:
             biased.append(name)
-    return {"quantized": quantized, "transformed": transformed, "factors": factors, "biased": biased}
+    return {
+        "quantized": quantized,
+        "transformed": transformed,
+        "factors": factors,
+        "attentions": attentions,
+        "biased": biased,
+    }
 
 
 def rebuild(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
@@ -46,6 +57,8 @@ def rebuild(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, 
         model.set_submodule(name, QuantLinear.from_spec(spec, tensors))
     for name, spec in described["factors"].items():
         attach(model.get_submodule(name), **spec)
+    for name, spec in described.get("attentions", {}).items():  # absent in engines from before there were such
+        attention_rounding.attach(model.get_submodule(name), name, AttentionFormat(**spec))
     for name in described["biased"]:
         linear = model.get_submodule(name)
         if isinstance(linear, nn.Linear) and linear.bias is None:

@@ -147,6 +147,12 @@ class Context:
             return self._statistics.bin_weights("share").sqrt()
         return self._statistics.bin_weights(kind)
 
+    @property
+    def has_trajectories(self) -> bool:
+        """Are there recorded calls beside the statistics?"""
+        folder = None if self._statistics is None else self._statistics.folder
+        return folder is not None and (folder / TRAJECTORIES).is_dir()
+
     def trajectories(self) -> Trajectories:
         """The recorded calls of the denoiser that the statistics were gathered from.
 

@@ -60,19 +60,24 @@ def per_group(
 
 def _own_steps(writer: Writer, x: ir.Value, form: ActivationFormat) -> tuple[ir.Value, ir.Value]:
     """x [..., n] -> (x / s, or (x + t) / s, s [..., 1]) with the scale of its own along the last axis."""
-    axis = writer.constant([-1], np.int64, name="last_axis")
     if form.grid == "unsigned":
+        axis = writer.constant([-1], np.int64, name="last_axis")
         x = writer.op("Add", x, writer.constant(form.shift, np.float32, name="shift"), name="shifted")
         largest = writer.op("ReduceMax", x, axis, name="maximum", keepdims=1)
         return _in_steps(writer, x, _step(writer, largest, form))
-    # max|x| by two reductions: Abs would write the whole tensor once more
-    lowest = writer.op("Neg", writer.op("ReduceMin", x, axis, name="minimum", keepdims=1), name="negated_minimum")
-    largest = writer.op("Max", writer.op("ReduceMax", x, axis, name="maximum", keepdims=1), lowest, name="absmax")
-    return _in_steps(writer, x, _step(writer, largest, form))
+    return _in_steps(writer, x, _step(writer, largest_magnitude(writer, x, -1), form))
 
 
 def _in_steps(writer: Writer, x: ir.Value, scale: ir.Value) -> tuple[ir.Value, ir.Value]:
     return writer.op("Div", x, scale, name="in_steps"), scale
+
+
+def largest_magnitude(writer: Writer, x: ir.Value, axis: int) -> ir.Value:
+    """max|x| along one axis, which stays as 1."""
+    axes = writer.constant([axis], np.int64, name="last_axis" if axis == -1 else "axis")
+    # by two reductions: Abs would write the whole tensor once more
+    lowest = writer.op("Neg", writer.op("ReduceMin", x, axes, name="minimum", keepdims=1), name="negated_minimum")
+    return writer.op("Max", writer.op("ReduceMax", x, axes, name="maximum", keepdims=1), lowest, name="absmax")
 
 
 def _step(writer: Writer, largest: ir.Value, form: ActivationFormat) -> ir.Value:
@@ -120,7 +125,7 @@ def per_tensor(writer: Writer, x: ir.Value, scale: Tensor, form: ActivationForma
     limit = np.float32(form.maximum) * step
     low, high = writer.constant(-limit, np.float32, name="limit"), writer.constant(limit, np.float32, name="limit")
     clipped = writer.op("Clip", x, low, high, name="clipped")
-    return _dequantized(writer, _quantized(writer, clipped, step, ZERO_POINT), step)
+    return _dequantized(writer, quantized(writer, clipped, step, ZERO_POINT), step)
 
 
 def _integers(writer: Writer, steps: ir.Value, form: ActivationFormat, saturates: bool) -> ir.Value:
@@ -128,13 +133,13 @@ def _integers(writer: Writer, steps: ir.Value, form: ActivationFormat, saturates
     one, limit = np.float32(1), form.maximum
     if form.grid == "midrise":
         steps = writer.op("Sub", steps, writer.constant(0.5, np.float32, name="half"), name="from_middle")
-        n = _clipped(writer, _quantized(writer, steps, one, 64), 64 - limit, 64 + limit - 1)
+        n = _clipped(writer, quantized(writer, steps, one, 64), 64 - limit, 64 + limit - 1)
         bit = writer.constant(1, np.uint8, name="bit")
         return writer.op("BitwiseOr", writer.op("BitShift", n, bit, name="doubled", direction="LEFT"), bit, name="odd")
     if form.grid == "unsigned":
-        q = _quantized(writer, steps, one, 0)
+        q = quantized(writer, steps, one, 0)
         return _clipped(writer, q, 0, limit) if saturates and limit < 255 else q
-    q = _quantized(writer, steps, one, ZERO_POINT)
+    q = quantized(writer, steps, one, ZERO_POINT)
     return _clipped(writer, q, ZERO_POINT - limit, ZERO_POINT + limit) if saturates else q
 
 
@@ -143,7 +148,8 @@ def _clipped(writer: Writer, q: ir.Value, low: int, high: int) -> ir.Value:
     return writer.op("Clip", q, *bounds, name="clipped")
 
 
-def _quantized(writer: Writer, x: ir.Value, step: np.float32, zero_point: int) -> ir.Value:
+def quantized(writer: Writer, x: ir.Value, step: np.float32, zero_point: int) -> ir.Value:
+    """round(x / step) + zero point, uint8."""
     scale = writer.constant(step, np.float32, name="activation_scale")
     return writer.op(
         "QuantizeLinear", x, scale, writer.constant(zero_point, np.uint8, name="zero_point"), name="quantized"

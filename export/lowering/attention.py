@@ -24,9 +24,11 @@ def lower_attention(model: ir.Model) -> None:
             writer.move(node, node.name or "attention")
             mask = node.inputs[3] if len(node.inputs) > 3 else None
             y = _multi_head(writer, node) if mask is None else _masked(writer, node, mask)
-            y.shape, y.type = node.outputs[0].shape, node.outputs[0].type
-            node.outputs[0].replace_all_uses_with(y)
+            result = node.outputs[0]
+            y.shape, y.type = result.shape, result.type
+            result.replace_all_uses_with(y, replace_graph_outputs=True)
             writer.graph.remove(node, safe=True)
+            y.name, result.name = result.name, None
 
 
 def _is_plain(node: ir.Node) -> bool:
@@ -71,12 +73,16 @@ def _masked(writer: Writer, node: ir.Node, mask: ir.Value) -> ir.Value:
     keys_last = writer.op("Transpose", key, name="keys_last", perm=[0, 1, 3, 2])
     scaled = writer.op("Mul", query, writer.constant(_scale(node), np.float32, name="scale"), name="scaled")
     scores = writer.op("MatMul", scaled, keys_last, name="scores")
+    scores = with_mask(writer, scores, mask)
+    return writer.op("MatMul", writer.op("Softmax", scores, name="weights", axis=-1), value, name="attention")
+
+
+def with_mask(writer: Writer, scores: ir.Value, mask: ir.Value) -> ir.Value:
+    """Scores [batch, heads, queries, tokens] with a mask that is true where a key is seen, or is to be added."""
     if mask.dtype == ir.DataType.BOOL:
         lowest = writer.constant(np.finfo(np.float32).min, np.float32, name="lowest")
-        scores = writer.op("Where", mask, scores, lowest, name="masked")
-    else:
-        scores = writer.op("Add", scores, mask, name="masked")
-    return writer.op("MatMul", writer.op("Softmax", scores, name="weights", axis=-1), value, name="attention")
+        return writer.op("Where", mask, scores, lowest, name="masked")
+    return writer.op("Add", scores, mask, name="masked")
 
 
 def _scale(node: ir.Node) -> float:

@@ -31,7 +31,9 @@ class PlannedMatMul:
     input: what the layer reads; product: what its matmul makes; output: what the layer makes, bias included; inner: what
     the second integer matmul makes of a layer that has one for its low-rank branch; graph: the engine's file it stands in;
     groups: what the matmul of each group of channels makes, in their order, where there is one for each; product is then
-    the sum.
+    the sum;
+    numbers: of a product of an attention with rounded parts, what holds the numbers of each, by `<attention>/<part>`; its
+    site is `<attention>/scores`, `/values`, or `/attention` for both products in one.
     """
 
     site: str
@@ -42,6 +44,7 @@ class PlannedMatMul:
     inner: str | None = None
     graph: str = "model.onnx"
     groups: tuple[str, ...] = ()
+    numbers: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups))  # a list, where it comes from JSON

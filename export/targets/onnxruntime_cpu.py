@@ -18,6 +18,7 @@ from ditq.errors import DitqError
 from ditq.export.lowering import activations, low_rank, weights
 from ditq.export.lowering.attention import lower_attention
 from ditq.export.lowering.groups import Group, summed_products
+from ditq.export.lowering.rounded_attention import lower_rounded_attention
 from ditq.export.lowering.transforms import apply_transform, fingerprint
 from ditq.export.lowering.writer import Writer
 from ditq.export.onnx_graph import DOMAIN
@@ -30,17 +31,18 @@ if TYPE_CHECKING:
 
 
 def lower(model: ir.Model, layers: Mapping[str, QuantLinear]) -> list[PlannedMatMul]:
-    """Replace every ditq::QuantLinear of the graph by the operators that it stands for, in place.
+    """Replace every ditq::QuantLinear and ditq::RoundedAttention of the graph by what it stands for, in place.
 
     Layers that read the same value through the same transform share it, and share its quantized form.
     """
+    planned = lower_rounded_attention(model)
     lower_attention(model)
     lowering = _Lowering(Writer(model))
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type == "QuantLinear":
             lowering.replace(node, layers[node.attributes["site"].as_string()])
     model.graph.opset_imports.pop(DOMAIN, None)
-    return lowering.planned
+    return planned + lowering.planned
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ditq.nn import QuantLinear
 from ditq.nn.input_transform import InputTransform
-from ditq.nn.quant_linear import ActivationFormat, Branch, exporting, rounded_by
+from ditq.nn.modes import exporting, rounded_by
+from ditq.nn.quant_linear import ActivationFormat, Branch
 from ditq.numerics.codebook import CODEBOOKS
 from ditq.numerics.low_rank import fit_low_rank
 from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation, outlier_rotation
