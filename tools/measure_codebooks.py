@@ -1,6 +1,7 @@
 """What each codebook loses, judged on inputs that it was not fitted to.
 
     python -m tools.measure_codebooks mini --fit stats-a --judge stats-b --every 6 --rotation none
+    python -m tools.measure_codebooks mini --fit stats-a --judge stats-b --bits 4 --carrier int8 --carrier float8_e4m3
 
 `fit` and `judge` are two folders of `ditq calibrate` with different prompts. The figure is the output SQNR of the weights
 alone, inputs as they are, in dB, averaged over token linears: on all of judge's inputs, the bias corrected by fit's mean.
@@ -9,6 +10,7 @@ Rounding is to the nearest level, or GPTQ with four sweeps of refinement; in fro
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from pathlib import Path
@@ -22,6 +24,7 @@ from ditq.checkpoint import Checkpoint
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.nn import QuantLinear
+from ditq.numerics.carrier import CARRIERS
 from ditq.numerics.codebook import CODEBOOKS
 from ditq.passes import Context
 from ditq.passes.choose_codebook import AUTO
@@ -38,7 +41,7 @@ ROUNDINGS: dict[str, dict[str, Any]] = {
     "nearest": {"rounding": "nearest"},
     "gptq": {"rounding": "gptq", "refine": 4},
 }
-Figures = dict[tuple[str, str, str, int], float]
+Figures = dict[tuple[str, str, str, str, int], float]
 
 
 def _steps(*steps: dict[str, Any]) -> list[Any]:
@@ -52,9 +55,10 @@ def sqnr(
     codebooks: list[str],
     bits: list[int],
     rotations: list[str],
+    carriers: list[str],
     every: int,
 ) -> Figures:
-    """(rotation, rounding, codebook, bits) -> mean SQNR in dB."""
+    """(rotation, carrier, rounding, codebook, bits) -> mean SQNR in dB."""
     found: Figures = {}
     for rotation in rotations:
         graph = DiTGraph(checkpoint.load_model(), example_inputs(checkpoint))
@@ -64,14 +68,14 @@ def sqnr(
             step.run(graph, context)
         sites = [name for name, site in graph.sites.items() if site.role == "token"][::every]
         original = {name: (graph.linear(name), plain_linear(graph, name)) for name in sites}
-        for rounding, rounded in ROUNDINGS.items():
+        for carrier, rounding in itertools.product(carriers, ROUNDINGS):
             for codebook in codebooks:
                 for number in bits:
                     if codebook != AUTO and CODEBOOKS[codebook].refusal(number):
                         continue
                     began = time.process_time()
-                    settings = {"format": f"w{number}a16", "codebook": codebook, "select": sites, **rounded}
-                    (step,) = _steps({"quantize": settings})
+                    settings = {"format": f"w{number}a16", "codebook": codebook, "carrier": carrier, "select": sites}
+                    (step,) = _steps({"quantize": settings | ROUNDINGS[rounding]})
                     step.run(graph, context)
                     decibels = 0.0
                     for name, (module, linear) in original.items():
@@ -82,9 +86,11 @@ def sqnr(
                         decibels -= 10 * math.log10(weights_error(linear.weight, layer, shift.double(), seen))
                         graph.replace(name, module)
                     figure = decibels / len(sites)
-                    found[rotation, rounding, codebook, number] = figure
+                    found[rotation, carrier, rounding, codebook, number] = figure
                     seconds = time.process_time() - began
-                    click.echo(f"{rotation} {rounding} {codebook} {number} {figure:.2f} {seconds:.1f} s", err=True)
+                    click.echo(
+                        f"{rotation} {carrier} {rounding} {codebook} {number} {figure:.2f} {seconds:.1f} s", err=True
+                    )
     return found
 
 
@@ -95,6 +101,7 @@ def sqnr(
 @click.option("--bits", "bits", multiple=True, type=int, default=(3, 4), show_default=True)
 @click.option("--every", default=6, show_default=True, help="Only every n-th linear.")
 @click.option("--only", multiple=True, type=click.Choice([*CODEBOOKS, AUTO]), help="Default: all but auto.")
+@click.option("--carrier", "carriers", multiple=True, type=click.Choice(list(CARRIERS)), default=("int8",))
 @click.option("--rotation", "rotations", multiple=True, type=click.Choice(list(ROTATIONS)), help="Default: both.")
 def main(
     checkpoint: str,
@@ -103,22 +110,23 @@ def main(
     bits: tuple[int, ...],
     every: int,
     only: tuple[str, ...],
+    carriers: tuple[str, ...],
     rotations: tuple[str, ...],
 ) -> None:
     opened = Checkpoint.open(checkpoint)
     fitted, judged = (Statistics.open(folder, opened.fingerprint()) for folder in (fit, judge))
     codebooks, turned = list(only or CODEBOOKS), list(rotations or ROTATIONS)
     with torch.no_grad():
-        found = sqnr(opened, fitted, judged, codebooks, list(bits), turned, every)
+        found = sqnr(opened, fitted, judged, codebooks, list(bits), turned, list(carriers), every)
     for number in bits:
-        columns = [(rotation, rounding) for rotation in turned for rounding in ROUNDINGS]
+        columns = list(itertools.product(turned, carriers, ROUNDINGS))
         rows = [
             [codebook, *(f"{found[(*column, codebook, number)]:.2f}" for column in columns)]
             for codebook in codebooks
             if (*columns[0], codebook, number) in found
         ]
         click.echo()
-        table([f"{number} bits", *(f"{how}, {rounding}" for how, rounding in columns)], rows)
+        table([f"{number} bits", *(", ".join(column) for column in columns)], rows)
 
 
 if __name__ == "__main__":

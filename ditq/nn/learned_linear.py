@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ditq.nn.quant_linear import QuantLinear
-from ditq.numerics.row_search import largest_carrier
+from ditq.numerics.carrier import carrier_of
 from ditq.numerics.weight_code import SMALLEST_SCALE, WeightCode, midpoints
 
 # How far towards the edge of its code's cell a latent value may start: nearer to it, the noise of single steps flips codes.
@@ -40,6 +40,7 @@ class LearnedLinear(nn.Module):
         self.bits, self.scale, self.multiplier = code.bits, code.scale, code.multiplier
         groups = 1 if code.multiplier is None else code.multiplier.shape[1]
         self.groups = max(groups, code.scale.shape[1] if code.scale.dim() == 2 else 1)
+        self.carrier = carrier_of(code.table)
         self.table = nn.Parameter(code.table.float())
         self.factor = nn.Parameter(torch.ones_like(code.scale))
         self.bias = nn.Parameter(torch.zeros(layer.out_features) if layer.bias is None else layer.bias.clone())
@@ -68,7 +69,7 @@ class LearnedLinear(nn.Module):
         if self.multiplier is None:
             return table
         exact = table * self.multiplier.float()[:, :, None] / 255
-        return exact + (exact.round() - exact).detach()
+        return exact + (self.carrier.nearest(exact.detach()) - exact).detach()
 
     def _pick(self, levels: Tensor, codes: Tensor) -> Tensor:
         """levels [1 or O, 1 or G, L] at codes [O, I]: [O, I]."""
@@ -88,12 +89,15 @@ class LearnedLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """The weight that the present codes stand for, without the branch: float32 [O, I]."""
-        largest = largest_carrier(self.bits)
-        snapped = self.table.detach().clamp(-largest, largest).round().sort(dim=-1).values
-        levels = self._levels(self.table + (snapped - self.table).detach())
+        levels = self._levels(self.table + (self._snapped() - self.table).detach())
         carrier = self._pick(levels, self._nearest(levels.detach()))
         scale = self._spread(self.scale * self.factor)
         return carrier * scale + scale.detach() * (self.latent - self.latent.detach())
+
+    def _snapped(self) -> Tensor:
+        """The table on its carrier's grid, ascending."""
+        largest = self.carrier.largest(self.bits)
+        return self.carrier.nearest(self.table.detach().clamp(-largest, largest)).sort(dim=-1).values
 
     def forward(self, x: Tensor) -> Tensor:
         layer, dtype = self.layer[0], x.dtype
@@ -112,11 +116,10 @@ class LearnedLinear(nn.Module):
     @torch.no_grad()
     def code(self) -> WeightCode:
         """What was learned, as a code of the same form."""
-        largest = largest_carrier(self.bits)
-        table = self.table.clamp(-largest, largest).round().sort(dim=-1).values
+        table = self._snapped()
         codes = self._nearest(self._levels(table)).to(torch.uint8)
         scale = (self.scale * self.factor).clamp_min(SMALLEST_SCALE)
-        return replace(self.layer[0].code(), codes=codes, table=table.to(torch.int8), scale=scale)
+        return replace(self.layer[0].code(), codes=codes, table=self.carrier.stored(table), scale=scale)
 
     def parameter_groups(self, rate: float) -> Iterator[dict[str, object]]:
         """Parameters for the optimizer, each with a rate in its own unit: `rate` is in steps between two levels."""

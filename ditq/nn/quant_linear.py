@@ -5,7 +5,9 @@
                                               tensor or timestep bin (static); or the odd integers
                                               of a mid-rise grid, or those of inputs with a shift,
                                               which the bias takes up (numerics/activation_format.py)
-    c  = table[code]                          int8 carrier; with group multipliers round(table[code] * m / 255)
+    c  = table[code]                          int8 carrier, or FP8 (numerics/carrier.py), whose q are
+                                              FP8 numbers too; with group multipliers
+                                              round(table[code] * m / 255) on the carrier's grid
     y  = (q c^T) * s_x * s_w + bias           sum_g (q_g c_g^T) * s_xg * s_w + bias, with groups g of
                                               channels that have scales of their own
 
@@ -29,6 +31,7 @@ from torch.nn import functional as F
 
 from ditq.nn.input_transform import InputTransform
 from ditq.numerics.activation_format import FLOAT, ActivationFormat
+from ditq.numerics.carrier import CARRIERS, INT8, Carrier, carrier_of
 from ditq.numerics.codebook import LowRank, WeightCode
 from ditq.numerics.packing import pack, unpack
 from ditq.numerics.timestep_bins import bin_of
@@ -39,9 +42,10 @@ Rounding = Callable[[str, Tensor], Tensor]
 
 
 class QuantLinear(nn.Module):
-    """y = x W^T + b with W given by codes into an int8 table and scales.
+    """y = x W^T + b with W given by codes into a table of the carrier's numbers and scales.
 
-    Buffers: `codes` packed uint8 (numerics/packing.py; int8 [O, I] itself at 8 bits), `table` int8 [L] or [O, L],
+    Buffers: `codes` packed uint8 (numerics/packing.py; the carrier [O, I] itself at 8 bits), `table` int8 or float8_e4m3fn
+    [L] or [O, L],
     `scale` float32 [O] or [O, G], `multiplier` uint8 [O, G], `bias` float32 [O], `activation_scale` float32 [], or [B] for B
     bins of timesteps; of a branch of rank r: `down` int8 [r, I], `up` int8 [O, r], `branch_scale` float32 [r].
     """
@@ -97,8 +101,13 @@ class QuantLinear(nn.Module):
         self.timestep: Tensor | None = None  # of the call that runs (call_timestep.py)
 
     def carrier(self) -> Tensor:
-        """The weight on its integer grid, int8 [O, I]."""
+        """The weight on its carrier's grid, in that dtype [O, I]."""
         return self.codes if self.bits == 8 else self.code().carrier()
+
+    @property
+    def carrier_kind(self) -> Carrier:
+        """Which numbers the weight is made of."""
+        return carrier_of(self.codes if self.table is None else self.table)
 
     def code(self) -> WeightCode:
         """The coded weight, as codebooks and rounding make it.
@@ -188,7 +197,7 @@ class QuantLinear(nn.Module):
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(integers q of the transformed input, what one of them stands for: s_x)."""
         steps, step = self.in_steps(x)
-        rounded = steps.round() if self.rounding is None else self.rounding(self.site, steps)
+        rounded = self.activation.nearest(steps) if self.rounding is None else self.rounding(self.site, steps)
         return self.activation.carriers(rounded), self.activation.unit(step)
 
     def rounded(self, x: Tensor) -> Tensor:
@@ -221,6 +230,7 @@ class QuantLinear(nn.Module):
             "out_features": self.out_features,
             "bits": self.bits,
             "codebook": self.codebook,
+            "carrier": self.carrier_kind.name,
             "bias": self.bias is not None,
             "activation": asdict(self.activation),
             "rank": self.rank,
@@ -233,9 +243,8 @@ class QuantLinear(nn.Module):
     def from_spec(cls, spec: dict[str, Any], state: dict[str, Tensor] | None = None) -> QuantLinear:
         """An empty layer of the same structure, for `load_state_dict`; `state` is needed for data-dependent rotations."""
         out_features, in_features, bits = spec["out_features"], spec["in_features"], spec["bits"]
-        table = (
-            torch.zeros(spec["table"], dtype=torch.int8) if spec["table"] else torch.arange(-128, 128).to(torch.int8)
-        )
+        carrier = CARRIERS[spec.get("carrier", INT8.name)]  # absent in engines from before there were others
+        table = torch.zeros(spec["table"], dtype=carrier.dtype) if spec["table"] else carrier.grid()
         multiplier = torch.zeros(spec["multiplier"], dtype=torch.uint8) if spec["multiplier"] else None
         low_rank, rank = None, spec.get("rank", 0)  # absent in engines from before there were branches
         if rank:

@@ -3,6 +3,7 @@
     symmetric   n = round(x / s),        |n| <= q_max = 2^(b-1) - 1      q = n        x ~ q s      s = c max|x| / q_max
     midrise     n = round(x / s - 1/2),  -2^(b-1) <= n < 2^(b-1)         q = 2n + 1   x ~ q s/2    s = c max|x| / 2^(b-1)
     unsigned    n = round((x + t) / s),  0 <= n < 2^b                    q = n        x ~ q s - t  s = c max(x + t) / (2^b - 1)
+    float8_e4m3 n = x / s to the next FP8 number, |n| <= 448            q = n        x ~ q s      s = c max|x| / 448
 
 `midrise` has a level for each of the 2^b codes and none at zero (a mid-rise quantizer: Gersho and Gray, Vector Quantization
 and Signal Compression, 1992, 5.3); `symmetric` leaves one code unused, which is 1 of 16 at 4 bits. Its levels
@@ -21,10 +22,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from ditq.numerics.carrier import FLOAT8, LARGEST_E4M3
 from ditq.numerics.uniform import SMALLEST_SCALE, largest_integer, steps_per_tensor, wide
 
 Granularity = Literal["token", "group", "tensor", "timestep", "none"]
-Grid = Literal["symmetric", "midrise", "unsigned"]
+Grid = Literal["symmetric", "midrise", "unsigned", "float8_e4m3"]
 MIDRISE_BITS = 7  # the most whose odd integers fit int8
 
 
@@ -55,6 +57,8 @@ class ActivationFormat:
         largest_integer(self.bits)
         if self.grid == "midrise" and self.bits > MIDRISE_BITS:
             raise ValueError(f"a mid-rise grid has at most {MIDRISE_BITS} bits on an int8 carrier, not {self.bits}")
+        if self.grid == "float8_e4m3" and self.bits != 8:
+            raise ValueError(f"FP8 activations have 8 bits, not {self.bits}")
         if self.grid == "unsigned" and self.granularity != "token":
             raise ValueError(f"unsigned activations have a scale a token, not a {self.granularity}")
         if self.granularity == "group" and self.group_size < 1:
@@ -64,9 +68,11 @@ class ActivationFormat:
 
     @property
     def maximum(self) -> int:
-        """Steps s from zero (from -t, unsigned) to the largest magnitude that is not clipped."""
+        """Units s from zero (from -t, unsigned) to the largest magnitude that is not clipped."""
         if self.grid == "unsigned":
             return 2**self.bits - 1
+        if self.grid == "float8_e4m3":
+            return int(LARGEST_E4M3)
         return 2 ** (self.bits - 1) if self.grid == "midrise" else largest_integer(self.bits)
 
     @property
@@ -102,7 +108,13 @@ class ActivationFormat:
             return (wide(x) / scale - 0.5).clamp(-self.maximum, self.maximum - 1)
         if self.grid == "unsigned":
             return ((wide(x) + self.shift) / scale).clamp(0, self.maximum)
+        if self.grid == "float8_e4m3":
+            return (wide(x) / scale).clamp(-self.maximum, self.maximum)
         return steps_per_tensor(x, scale, self.bits)
+
+    def nearest(self, steps: Tensor) -> Tensor:
+        """What `steps` gives -> n."""
+        return FLOAT8.nearest(steps) if self.grid == "float8_e4m3" else steps.round()
 
     def carriers(self, rounded: Tensor) -> Tensor:
         """n -> q, in a floating dtype, which holds them exactly."""
@@ -119,7 +131,7 @@ class ActivationFormat:
     def quantize(self, x: Tensor, calibrated: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [..., C] -> (q [..., C], what one unit of q stands for)."""
         scale = self.scale_of(x, calibrated)
-        return self.carriers(self.steps(x, scale).round()), self.unit(scale)
+        return self.carriers(self.nearest(self.steps(x, scale))), self.unit(scale)
 
     def rounded(self, x: Tensor, calibrated: Tensor | None = None) -> Tensor:
         """x as it is after quantization."""

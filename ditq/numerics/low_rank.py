@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ITERATIONS = 5  # of remainder and factors in turn
 LEAST_GAIN = 0.01  # of the error: less, and the turns are over
-LARGEST_DOWN = 64  # as of carriers of few bits: integer products stay exact in 16 bits (row_search.largest_carrier)
+LARGEST_DOWN = 64  # as of carriers of few bits: integer products stay exact in 16 bits (carrier.INT8.largest)
 LARGEST_UP = 127
 _EXACT_UP_TO = 1024  # rows: beyond, leading eigenvectors come from subspace iteration
 _OVERSAMPLED, _SUBSPACE_STEPS = 8, 12

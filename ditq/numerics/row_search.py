@@ -101,32 +101,13 @@ class ShortRows:
         return error.sum(dim=1).double() * scale[:, 0].double().square()
 
 
-def rows_for(rows: torch.Tensor, importance: torch.Tensor | None, levels: int) -> SortedRows | ShortRows:
-    """The quicker of the two for tables of that many levels: rows [R, N], importance [R, N] or None."""
-    return (ShortRows if rows.shape[1] < _SHORT * levels else SortedRows)(rows, importance)
+def rows_for(rows: torch.Tensor, importance: torch.Tensor | None, tables: torch.Tensor) -> SortedRows | ShortRows:
+    """The quicker of the two for tables [T, L]: rows [R, N], importance [R, N] or None."""
+    short = rows.shape[1] < _SHORT * tables.shape[1] and bool((tables == tables.round()).all())
+    return (ShortRows if short else SortedRows)(rows, importance)
 
 
 def group_multipliers(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Group scales [O, G] -> row scale [O] (the largest) and uint8 [O, G] with scale ~ row scale * multiplier / 255."""
     row = scale.amax(dim=1)
     return row, (scale / row[:, None] * 255).round().clamp(1, 255).to(torch.uint8)
-
-
-def largest_carrier(bits: int) -> int:
-    """Where the largest level of a codebook stands on the int8 grid: 127, or 64 for codes of at most 4 bits.
-
-    Within 64, two products with uint8 activations fit 16 bits (2 * 255 * 64 < 2^15), which x86 CPUs without VNNI add them
-    in: their fast kernel is exact then. With 16 levels or fewer the coarser grid adds 2 % to the squared error at most.
-    """
-    return 64 if bits <= 4 else 127
-
-
-def int8_levels(levels: torch.Tensor, largest: int, smallest: int = 1) -> torch.Tensor:
-    """Levels [..., n], ascending, in steps of the int8 grid -> whole numbers smallest..largest, all different.
-
-    Plain rounding, except where two levels would fall together: those move up to the next free whole number, so that no
-    code is wasted.
-    """
-    order = torch.arange(levels.shape[-1], dtype=levels.dtype, device=levels.device)
-    spread = (levels.round().clamp_min(smallest) - order).cummax(dim=-1).values + order
-    return torch.minimum(spread, largest - order.flip(0))

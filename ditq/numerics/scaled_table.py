@@ -1,6 +1,7 @@
 """One table for a whole tensor, times a scale a row or a group: the search that every such codebook shares.
 
-A codebook of this kind says which int8 levels it has (or which tables to choose from); `fit_scaled_table` does the rest.
+A codebook of this kind says which levels it has on the carrier's grid (or which tables to choose from);
+`fit_scaled_table` does the rest.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def fit_scaled_table(
     group_size: int | None = None,
     float_group_scales: bool = False,
 ) -> Fit:
-    """weight [O, I], tables int8 [T, 2^bits], each ascending -> the table of least error and its scales.
+    """weight [O, I], tables [T, 2^bits] of a carrier's numbers, each ascending -> the table of least error and its scales.
 
     The table is chosen on a sample of the rows. The scale of a row (or of each run of `group_size` columns) is
     max|w| * (0.2 .. 1) over the table's largest magnitude, the one of least squared error; importance [I] weighs columns.
@@ -40,7 +41,7 @@ def fit_scaled_table(
 
 
 def scaled_fit(table: Tensor, scale: Tensor, bits: int, group_size: int | None, float_group_scales: bool) -> Fit:
-    """table int8 [L] and scale float32 [O, G] as a `Fit`: one scale a row, scales of groups, or multipliers."""
+    """table [L] and scale float32 [O, G] as a `Fit`: one scale a row, scales of groups, or multipliers."""
     if group_size is None:
         return Fit(table, scale[:, 0], None, bits)
     if float_group_scales:
@@ -70,7 +71,7 @@ def best_scales(
         weights = None if importance is None else importance.float().expand_as(values).reshape(-1, columns // groups)
         runs = values.reshape(-1, columns // groups)
         clipped = runs.abs().amax(dim=1, keepdim=True) * torch.tensor(CLIPS, device=runs.device)
-        search = rows_for(runs, weights, tables.shape[1])
+        search = rows_for(runs, weights, tables.float())
         for number, table in enumerate(tables.float()):
             candidates = (clipped / table.abs().max()).clamp_min(SMALLEST_SCALE)
             found, errors = search.best_scale(table, candidates)

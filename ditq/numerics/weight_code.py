@@ -1,7 +1,7 @@
-"""A weight's code: b-bit codes, the int8 levels that they stand for, and scales. Codebooks fit it, rounding fills it.
+"""A weight's code: b-bit codes, the levels that they stand for, and scales. Codebooks fit it, rounding fills it.
 
-    carrier = table[code]                           int8; the row's own table where there is one a row
-    carrier = round(carrier * multiplier / 255)     where groups of columns have a multiplier (half to even)
+    carrier = table[code]                           int8 or FP8; the row's own table where there is one a row
+    carrier = round(carrier * multiplier / 255)     on the carrier's grid, where groups of columns have a multiplier
     weight  = carrier * scale                       by row [O], or by row and group [O, G]
     weight += up diag(scale) down                   where there is a low-rank branch (low_rank.py)
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ditq.numerics.carrier import Carrier, carrier_of
 from ditq.numerics.low_rank import LowRank
 
 _AT_ONCE = 1 << 21  # elements of a weight that are widened at a time
@@ -40,9 +41,9 @@ def check_weight(weight: torch.Tensor, bits: int, group_size: int | None = None)
         raise ValueError("the weight holds values that are not finite")
 
 
-def multiplied(carrier: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
-    """round(carrier * multiplier / 255), float32. 255 is odd, so there are no ties to round."""
-    return (carrier.float() * multiplier.float() / 255).round()
+def multiplied(numbers: torch.Tensor, multiplier: torch.Tensor, carrier: Carrier) -> torch.Tensor:
+    """The carrier's number next to numbers * multiplier / 255, float32. 255 is odd, so int8 has no ties to round."""
+    return carrier.nearest(numbers.float() * multiplier.float() / 255)
 
 
 def midpoints(levels: torch.Tensor) -> torch.Tensor:
@@ -54,8 +55,8 @@ def midpoints(levels: torch.Tensor) -> torch.Tensor:
 class Fit:
     """The levels that were fitted to a weight [O, I], before any weight is rounded to one of them.
 
-    table: int8 [L] or, one a row, [O, L]; ascending, L = 2^bits. scale: float32 [O] or [O, G]. multiplier: uint8 [O, G]
-    or None. group_size: I / G, or None where there are no groups.
+    table: numbers of a carrier in its dtype (carrier.py), [L] or, one a row, [O, L]; ascending, L = 2^bits. scale: float32
+    [O] or [O, G]. multiplier: uint8 [O, G] or None. group_size: I / G, or None where there are no groups.
     """
 
     table: torch.Tensor
@@ -75,7 +76,7 @@ class Fit:
         """The values that the codes stand for: float32 [rows, G, L], ascending along L."""
         carrier = self.table.float() if self.table.dim() == 1 else self.table[rows, None].float()
         if self.multiplier is not None:
-            carrier = multiplied(carrier, self.multiplier[rows, groups, None])
+            carrier = multiplied(carrier, self.multiplier[rows, groups, None], carrier_of(self.table))
         scale = self.scale[rows, groups] if self.scale.dim() == 2 else self.scale[rows, None]
         return carrier * scale[:, :, None]
 
@@ -97,20 +98,22 @@ class WeightCode:
 
     def _carrier_rows(self, rows: slice) -> torch.Tensor:
         index = self.codes[rows].long()
-        carrier = self.table[index] if self.table.dim() == 1 else self.table[rows].gather(1, index)
+        row = torch.arange(len(index), device=index.device)[:, None]  # torch indexes FP8, but does not gather it
+        numbers = self.table[index] if self.table.dim() == 1 else self.table[rows][row, index]
         if self.multiplier is None:
-            return carrier
-        grouped = carrier.unflatten(1, (self.multiplier.shape[1], -1))
-        return multiplied(grouped, self.multiplier[rows, :, None]).to(torch.int8).flatten(1)
+            return numbers
+        carrier = carrier_of(self.table)
+        grouped = numbers.unflatten(1, (self.multiplier.shape[1], -1))
+        return carrier.stored(multiplied(grouped, self.multiplier[rows, :, None], carrier)).flatten(1)
 
     def carrier(self) -> torch.Tensor:
-        """int8 [O, I]: what the integer matrix product multiplies."""
+        """[O, I] in the carrier's dtype: what the matrix product multiplies."""
         return torch.cat([self._carrier_rows(rows) for rows in row_chunks(*self.codes.shape)])
 
     def decode(self) -> torch.Tensor:
         """float32 [O, I]: the weight that the codes stand for, with the branch."""
         scale = self.scale if self.scale.dim() == 2 else self.scale[:, None]
-        carrier = self.carrier().unflatten(1, (scale.shape[1], -1))
+        carrier = self.carrier().float().unflatten(1, (scale.shape[1], -1))
         decoded = (carrier * scale[:, :, None]).flatten(1)
         return decoded if self.low_rank is None else decoded + self.low_rank.product()
 

@@ -19,6 +19,7 @@ from ditq.graph import DiTGraph
 from ditq.nn.call_timestep import ARGUMENT
 from ditq.numerics.activation_clip import best_clip, column_energy, input_error
 from ditq.numerics.activation_format import FLOAT, MIDRISE_BITS, ActivationFormat, Granularity, Grid
+from ditq.numerics.carrier import CARRIERS, FLOAT8, INT8
 from ditq.numerics.timestep_bins import bin_edges
 from ditq.passes.folding import plain_linear
 from ditq.suggest import unknown_key
@@ -36,6 +37,7 @@ class ActivationSettings:
     """What a recipe says of the input of one linear; the fields of a rule override those of the pass."""
 
     format: str = "w4a8"
+    carrier: str = INT8.name
     activation: str = "token"
     activation_group: int = GROUP_SIZE
     activation_grid: str = "symmetric"
@@ -85,12 +87,15 @@ class ActivationSettings:
     def check(self) -> None:
         """Raise DitqError for settings that are unknown or do not fit each other."""
         for key, known in (
+            ("carrier", tuple(CARRIERS)),
             ("activation", GRANULARITIES),
             ("activation_grid", GRIDS),
             ("activation_unsigned", UNSIGNED),
         ):
             if getattr(self, key) not in known:
                 raise DitqError(unknown_key(f"pass 'quantize': {key}", getattr(self, key), list(known)))
+        if self.carrier == FLOAT8.name:
+            self._check_float8()
         if self.activation_group < 1:
             raise DitqError(f"pass 'quantize': activation_group is {self.activation_group}, must be 1 or more")
         if self.activation_unsigned != "never" and self.activation != "token":
@@ -103,6 +108,19 @@ class ActivationSettings:
                 f"pass 'quantize': activation_grid midrise takes at most {MIDRISE_BITS} bits of activations, "
                 f"{self.format} has {self.bits}; leave it symmetric"
             )
+
+    def _check_float8(self) -> None:
+        if self.bits not in (8, 16):
+            raise DitqError(
+                f"pass 'quantize': carrier {self.carrier} multiplies inputs of 8 bits, or of 16 as they are, "
+                f"{self.format} has {self.bits}; set carrier: {INT8.name}"
+            )
+        for key in ("activation_grid", "activation_unsigned"):
+            if self.bits == 8 and getattr(self, key) != getattr(ActivationSettings(), key):
+                raise DitqError(
+                    f"pass 'quantize': carrier {self.carrier} has one grid for inputs, FP8; leave {key} out, "
+                    f"or set carrier: {INT8.name}"
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +190,7 @@ class InputFormats:
         form = ActivationFormat(
             settings.bits,
             cast(Granularity, settings.activation),
-            cast(Grid, settings.activation_grid),
+            cast(Grid, FLOAT8.name if settings.carrier == FLOAT8.name else settings.activation_grid),
             group_size=settings.activation_group if settings.activation == "group" else 0,
         )
         if statistics is None:

@@ -18,6 +18,7 @@ from ditq.nn.call_timestep import tell_at_each_call
 from ditq.nn.quant_linear import Branch, QuantLinear
 from ditq.nn.transformed_linear import TransformedLinear
 from ditq.numerics.activation_noise import for_noisy_inputs, rounding_noise
+from ditq.numerics.carrier import CARRIERS, FLOAT8, INT8
 from ditq.numerics.codebook import CODEBOOKS, Fit, WeightCode
 from ditq.numerics.descent import refine
 from ditq.numerics.low_rank import code_with_branch
@@ -57,7 +58,8 @@ class SiteSettings(ActivationSettings):
     def words(self) -> list[str]:
         """For `ditq inspect`."""
         ranked = [f"rank {self.rank}"] if self.rank else []
-        return [self.format, self.codebook, self.rounding, *ranked, *self.activation_words()]
+        carrier = [] if self.carrier == INT8.name else [self.carrier]
+        return [self.format, self.codebook, self.rounding, *carrier, *ranked, *self.activation_words()]
 
 
 @register
@@ -85,6 +87,7 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     not_after: ClassVar[tuple[str, ...]] = ("quantize",)
     format: str = setting("w4a8", "bits of weights and activations, w<2-8>a<4-8 or 16>")
+    carrier: str = setting(INT8.name, "numbers that are multiplied: levels are snapped to them", tuple(CARRIERS))
     codebook: str = setting("twin_log_shared", "where the levels of the weights lie", (*CODEBOOKS, AUTO))
     codebooks: list[str] = setting(list(TRIED), "codebook auto: which to choose from; in doubt the first")
     rounding: str = setting("gptq", "how weights are rounded to levels", ROUNDINGS)
@@ -329,8 +332,8 @@ class Quantize(Pass):
 
 
 def _fit(weight: Tensor, importance: Tensor | None, settings: SiteSettings, form: BitFormat) -> Fit:
-    """Fit the codebook; 8 bits are uniform whatever the codebook, since the carrier is the int8 grid itself."""
-    keywords: dict[str, Any] = {"importance": importance}
+    """Fit the codebook; 8 bits are uniform whatever the codebook, since the levels are the carrier's own numbers."""
+    keywords: dict[str, Any] = {"importance": importance, "carrier": CARRIERS[settings.carrier]}
     if settings.group_size:
         keywords |= {"group_size": settings.group_size, "float_group_scales": form.activation == 16}
     codebook = "uniform" if form.weight == 8 else settings.codebook
@@ -366,6 +369,11 @@ def _check_site_settings(settings: SiteSettings) -> None:
         raise DitqError(f"pass 'quantize': rank is {settings.rank!r}, must be a whole number, 0 for none")
     if settings.branch not in BRANCHES:
         raise DitqError(unknown_key("pass 'quantize': branch", settings.branch, list(BRANCHES)))
+    if settings.carrier == FLOAT8.name and settings.rank and settings.bits < 16 and settings.branch == "integer":
+        raise DitqError(
+            f"pass 'quantize': a branch of int8 rows cannot read inputs on the carrier {settings.carrier}; "
+            "set branch: float, or rank: 0"
+        )
     check_codebooks("pass 'quantize'", settings.codebooks)
     check_codebook("pass 'quantize'", settings.codebook, settings.format, settings.group_size, settings.codebooks)
 

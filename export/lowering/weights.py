@@ -14,6 +14,7 @@ import onnx_ir as ir
 from ditq.export.lowering import low_rank
 from ditq.export.lowering.writer import Writer
 from ditq.nn import QuantLinear
+from ditq.numerics.carrier import FLOAT8
 
 _BYTES = np.arange(256)
 _SMALLEST_BLOCK = 16  # of com.microsoft.MatMulNBits, which also wants a power of two
@@ -95,7 +96,10 @@ def _even_levels(layer: QuantLinear) -> tuple[int, int] | None:
     """(spacing, code of zero) when the table is spacing * (code - zero), else None."""
     if layer.table is None or layer.table.dim() != 1:
         return None
-    table = layer.table.numpy().astype(np.int64)
+    exact = layer.table.float().numpy()
+    table = exact.astype(np.int64)
+    if (table != exact).any():
+        return None
     steps = np.diff(table)
     spacing = int(steps[0])
     if spacing <= 0 or (steps != spacing).any() or table[0] % spacing:
@@ -109,18 +113,25 @@ def _matrix_shape(writer: Writer, layer: QuantLinear) -> ir.Value:
 
 
 def _carrier(writer: Writer, layer: QuantLinear) -> ir.Value:
-    """The int8 carrier [O, I]."""
+    """The carrier [O, I]: int8; in float32 where it is FP8, which the runtime only casts."""
     codes = writer.state(f"{layer.site}.codes", layer.codes)
     if layer.bits == 8:
-        return codes
+        return _widened(writer, layer, codes)
     assert layer.table is not None
     carrier = _looked_up(writer, layer, codes) if layer.table.dim() == 1 else _looked_up_by_row(writer, layer, codes)
     return carrier if layer.multiplier is None else _multiplied(writer, layer, carrier)
 
 
+def _widened(writer: Writer, layer: QuantLinear, numbers: ir.Value) -> ir.Value:
+    """FP8 numbers in float32; others as they are."""
+    if layer.carrier_kind is not FLOAT8:
+        return numbers
+    return writer.op("Cast", numbers, name="carrier.widened", to=ir.DataType.FLOAT)
+
+
 def _looked_up(writer: Writer, layer: QuantLinear, codes: ir.Value) -> ir.Value:
     assert layer.table is not None
-    table = layer.table.numpy()
+    table = (layer.table.float() if layer.carrier_kind is FLOAT8 else layer.table).numpy()
     if layer.bits == 4:
         pairs = np.stack((table[_BYTES & 15], table[_BYTES >> 4]), axis=1)
         index = writer.op("Cast", codes, name="codes.index", to=ir.DataType.INT32)
@@ -139,7 +150,7 @@ def _looked_up_by_row(writer: Writer, layer: QuantLinear, codes: ir.Value) -> ir
         index = _flat(writer, layer, writer.op("Gather", nibbles, index, name="codes.pairs"))
     else:
         index = writer.op("Cast", _from_planes(writer, layer, codes), name="codes.index", to=ir.DataType.INT32)
-    table = writer.state(f"{layer.site}.table", layer.table)
+    table = _widened(writer, layer, writer.state(f"{layer.site}.table", layer.table))
     return writer.op("GatherElements", table, index, name="carrier", axis=1)
 
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ditq.errors import DitqError
 from ditq.export.fusion import INTEGER_KERNELS, kernels_of
 from ditq.export.onnx_graph import DOMAIN, OPSET
 from ditq.export.session import open_session, session_options
 from ditq.export.targets.onnxruntime_cpu import lower
 from ditq.nn import ActivationFormat, InputTransform, QuantLinear
+from ditq.numerics.carrier import FLOAT8
 from ditq.numerics.learned_rotation import refine
 from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation, outlier_rotation, regular_rotation
 from tests.export.quantized import quantized, relative
@@ -230,6 +232,34 @@ def test_even_levels_with_float_group_scales_run_as_the_block_kernel(group: int,
 )
 def test_other_weight_only_forms_are_dequantized_once_at_load(settings: dict[str, Any], tmp_path: Path) -> None:
     check(layer_of(activation=FLOAT, bias=False, **settings), tmp_path, "MatMul", tolerance=3e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"codebook": "twin_log_shared"},
+        {"codebook": "twin_log", "bits": 3},
+        {"codebook": "lloyd_max", "bits": 3, "group_size": 32, "float_group_scales": True},
+        {"codebook": "uniform", "bits": 8, "rank": 8},
+    ],
+    ids=["shared", "row", "groups", "eight bits"],
+)
+def test_fp8_weights_of_float_inputs_are_dequantized_once_at_load(settings: dict[str, Any], tmp_path: Path) -> None:
+    check(layer_of(activation=FLOAT, carrier=FLOAT8, bias=False, **settings), tmp_path, "MatMul", tolerance=3e-6)
+
+
+def test_even_fp8_levels_run_as_the_block_kernel(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"codebook": "uniform", "group_size": 32, "float_group_scales": True}
+    check(layer_of(activation=FLOAT, carrier=FLOAT8, **settings), tmp_path, "MatMulNBits", tolerance=3e-6)
+
+
+def test_a_product_of_fp8_numbers_is_refused_in_one_line() -> None:
+    layer = layer_of(activation=ActivationFormat(8, "token", "float8_e4m3"), carrier=FLOAT8)
+    with pytest.raises(
+        DitqError, match="site: onnxruntime-cpu has no product of FP8 numbers; set carrier: int8"
+    ) as caught:
+        lower(graph_of(layer), {layer.site: layer})
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])

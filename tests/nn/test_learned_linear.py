@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ditq.nn import ActivationFormat, QuantLinear
 from ditq.nn.learned_linear import LearnedLinear
+from ditq.numerics.carrier import FLOAT8
 from ditq.numerics.codebook import CODEBOOKS, encode
 from ditq.numerics.low_rank import code_with_branch
 
@@ -15,6 +16,7 @@ FORMS = {
     "one table": {"codebook": "twin_log_shared"},
     "a table a row": {"codebook": "twin_log"},
     "groups by multipliers": {"codebook": "twin_log_shared", "group_size": 16},
+    "groups by multipliers, fp8": {"codebook": "twin_log_shared", "group_size": 16, "carrier": FLOAT8},
     "groups in float": {"codebook": "uniform", "group_size": 16, "float_group_scales": True},
 }
 

@@ -12,6 +12,7 @@ from ditq.nn import QuantLinear
 from ditq.nn.input_transform import InputTransform
 from ditq.nn.modes import exporting, rounded_by
 from ditq.nn.quant_linear import ActivationFormat, Branch
+from ditq.numerics.carrier import FLOAT8, INT8, Carrier
 from ditq.numerics.codebook import CODEBOOKS
 from ditq.numerics.low_rank import fit_low_rank
 from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation, outlier_rotation
@@ -33,8 +34,10 @@ class Form:
     bias: bool = True
     rank: int = 0
     branch: Branch = "integer"
+    carrier: Carrier = INT8
 
 
+FP8 = ActivationFormat(8, "token", "float8_e4m3")
 DYNAMIC, STATIC = ActivationFormat(8, "token"), ActivationFormat(8, "tensor")
 FORMS = {
     **{f"w{bits}a16 {name}": Form(name, bits) for bits in (2, 3, 5, 8) for name in ("uniform", "twin_log", "twin_log_shared")
@@ -69,6 +72,14 @@ FORMS = {
     "w4a8 static rank 3": Form(group=16, activation=STATIC, rank=3),
     "w4a8 static rank 3 in float": Form(activation=STATIC, rank=3, branch="float"),
     "w4a16 groups rank 3": Form(group=16, rank=3),
+    "w4a8 fp8": Form("twin_log_shared", activation=FP8, carrier=FLOAT8),
+    "w3a8 fp8 groups": Form("lloyd_max", 3, group=16, activation=FP8, transform=True, carrier=FLOAT8),
+    "w4a8 fp8 a table a row, rank 3 in float": Form(
+        "twin_log", activation=FP8, rank=3, branch="float", carrier=FLOAT8
+    ),
+    "w8a8 fp8": Form(bits=8, activation=FP8, carrier=FLOAT8),
+    "w4a16 fp8 groups": Form("nf", group=16, carrier=FLOAT8),
+    "w8a16 fp8": Form(bits=8, bias=False, carrier=FLOAT8),
 }  # fmt: skip
 
 
@@ -90,7 +101,8 @@ def _made(form: Form, seed: int = 0) -> tuple[QuantLinear, WeightCode, Tensor]:
     grouped = {"group_size": form.group, "float_group_scales": form.activation.bits == 16} if form.group else {}
     low_rank = fit_low_rank(weight, None, form.rank) if form.rank else None
     remainder = weight if low_rank is None else weight - low_rank.product()
-    code = round_nearest(remainder, CODEBOOKS[form.codebook](remainder, form.bits, **grouped))
+    fit = CODEBOOKS[form.codebook](remainder, form.bits, carrier=form.carrier, **grouped)
+    code = round_nearest(remainder, fit)
     code = replace(code, low_rank=low_rank)
     static = None
     if form.activation.granularity == "tensor":
@@ -125,6 +137,9 @@ def _expected(layer: QuantLinear, code: WeightCode, x: Tensor, bias: Tensor | No
         if form.grid == "unsigned":
             step = form.clip * (x.amax(-1, keepdim=True) + form.shift) / (2 * top - 1)
             x = ((x + form.shift) / step).round().clamp(0, 2 * top - 1) * step - form.shift
+        elif form.grid == "float8_e4m3":
+            step = form.clip * largest.repeat_interleave(size, -1) / 448
+            x = (x / step).clamp(-448, 448).to(torch.float8_e4m3fn).double() * step
         elif form.grid == "midrise":
             x = ((x / step - 0.5).round().clamp(-top, top - 1) + 0.5) * step
         else:
@@ -158,9 +173,9 @@ def test_a_layer_made_again_from_its_description_gives_the_same_bits(name: str) 
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_the_carrier_is_int8_and_times_its_scales_the_decoded_weight(name: str) -> None:
+def test_the_carrier_is_of_its_dtype_and_times_its_scales_the_decoded_weight(name: str) -> None:
     layer, code, _ = _made(FORMS[name])
-    assert layer.carrier().dtype == torch.int8
+    assert layer.carrier().dtype == FORMS[name].carrier.dtype
     assert torch.equal(layer.weight(), code.decode())
 
 

@@ -3,12 +3,13 @@ import itertools
 import pytest
 import torch
 
+from ditq.numerics.carrier import INT8
 from ditq.numerics.codebook import CODEBOOKS, Fit, codebook, encode, fit_twin_log, fit_twin_log_shared, fit_uniform
 from ditq.numerics.codebooks.apot import fit_apot
 from ditq.numerics.codebooks.nf import fit_nf
 from ditq.numerics.codebooks.twin_log import CLIPS, OFFSETS
 from ditq.numerics.codebooks.twin_log_shared import STRENGTHS, mu_law_table
-from ditq.numerics.row_search import SortedRows, int8_levels, largest_carrier
+from ditq.numerics.row_search import SortedRows
 from tests.numerics.weights import gaussian, heavy_tailed, nearest_error, relative_error, student_t
 
 torch.set_num_threads(1)
@@ -163,7 +164,7 @@ def test_twin_log_has_exactly_two_to_the_bits_codes_and_none_for_zero(bits: int)
     for table in [row for fit in fits for row in fit.table] + [mu_law_table(bits, mu) for mu in STRENGTHS]:
         assert len(table) == 1 << bits and bool((table.int().diff() > 0).all())
         assert int((table > 0).sum()) == int((table < 0).sum()) == 1 << (bits - 1)
-        assert int(table.abs().max()) == largest_carrier(bits)
+        assert int(table.abs().max()) == INT8.largest(bits)
 
 
 def test_every_code_is_used_and_the_top_levels_are_reached() -> None:
@@ -175,7 +176,7 @@ def test_every_code_is_used_and_the_top_levels_are_reached() -> None:
 def test_the_signs_have_ranges_of_their_own() -> None:
     weight = gaussian(8).abs() * torch.where(gaussian(8, seed=1) < 0, -0.2, 1.0)
     fit = fit_twin_log(weight, 4)
-    assert bool((fit.table[:, 0] > -40).all()) and bool((fit.table[:, -1] == largest_carrier(fit.bits)).all())
+    assert bool((fit.table[:, 0] > -40).all()) and bool((fit.table[:, -1] == INT8.largest(fit.bits)).all())
     assert relative_error(weight, fit) < 0.8 * relative_error(weight, fit_twin_log_shared(weight, 4))
 
 
@@ -256,8 +257,8 @@ def test_plain_absmax_never_clips() -> None:
 
 
 def test_levels_that_would_fall_together_move_apart() -> None:
-    assert int8_levels(torch.tensor([0.1, 0.2, 0.3, 5.4, 126.8, 127.0]), 127).tolist() == [1, 2, 3, 5, 126, 127]
-    assert int8_levels(torch.tensor([0.1, 126.9, 127.0, 127.0]), 127).tolist() == [1, 125, 126, 127]
+    assert INT8.distinct(torch.tensor([0.1, 0.2, 0.3, 5.4, 126.8, 127.0]), 127).tolist() == [1, 2, 3, 5, 126, 127]
+    assert INT8.distinct(torch.tensor([0.1, 126.9, 127.0, 127.0]), 127).tolist() == [1, 125, 126, 127]
 
 
 def test_half_precision_weights_fit_like_their_float32_copies() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ditq.numerics.carrier import INT8
 from ditq.numerics.codebook import CODEBOOKS, encode
 from ditq.numerics.codebooks.lloyd_max import Histogram, lloyd
-from ditq.numerics.row_search import largest_carrier
 from tests.numerics.weights import gaussian, heavy_tailed, nearest_error, relative_error, skewed
 
 # Distortion of the optimal quantizer of a normal distribution (Max 1960, table I)
@@ -61,7 +61,7 @@ def test_normal_values_get_levels_next_to_the_best_there_are() -> None:
 @pytest.mark.parametrize("weights", [gaussian(64), heavy_tailed(), skewed()], ids=["normal", "heavy", "skewed"])
 def test_it_is_no_worse_than_the_tables_that_it_starts_from(weights: torch.Tensor, bits: int) -> None:
     fit = CODEBOOKS["lloyd_max"](weights, bits)
-    assert bool((fit.table.int().diff() > 0).all()) and int(fit.table.int().abs().max()) <= largest_carrier(bits)
+    assert bool((fit.table.int().diff() > 0).all()) and int(fit.table.int().abs().max()) <= INT8.largest(bits)
     for name in ("nf", "twin_log_shared"):
         other = CODEBOOKS[name](weights, bits)
         energy = weights.double().square()

@@ -7,12 +7,13 @@ import itertools
 import pytest
 import torch
 
+from ditq.numerics.carrier import INT8
 from ditq.numerics.codebook import CODEBOOKS, encode
 from ditq.numerics.codebooks.apot import apot_magnitudes, apot_table
 from ditq.numerics.codebooks.e2m1 import e2m1_table
 from ditq.numerics.codebooks.nf import normal_levels, normal_table
 from ditq.numerics.codebooks.twin_log_shared import mu_law_table
-from ditq.numerics.row_search import ShortRows, SortedRows, largest_carrier
+from ditq.numerics.row_search import ShortRows, SortedRows
 from ditq.numerics.scaled_table import CLIPS, best_scales
 from tests.numerics.weights import gaussian, heavy_tailed, nearest_error
 
@@ -28,7 +29,7 @@ def test_tables_are_ascending_whole_and_reach_the_carrier_they_may(name: str, bi
     table = TABLES[name](bits).int()
     assert len(table) == 1 << bits and bool((table.diff() >= 0).all())
     assert table.unique().numel() == len(table) - (name in ("apot", "e2m1"))  # these two have -0 and +0
-    assert 0.75 * largest_carrier(bits) <= int(table.max()) == -int(table.min()) <= largest_carrier(bits)
+    assert 0.75 * INT8.largest(bits) <= int(table.max()) == -int(table.min()) <= INT8.largest(bits)
 
 
 def test_normal_float_of_four_bits_has_the_levels_of_bitsandbytes() -> None:
@@ -43,7 +44,7 @@ def test_normal_float_levels_leave_equal_shares_of_a_normal_distribution_between
     half = 1 << (bits - 1)
     for side in (shares[: half - 1], shares[half - 1 :]):
         torch.testing.assert_close(side, side.mean().expand_as(side), rtol=1e-9, atol=0)
-    steps = (normal_table(bits) - normal_levels(bits) * largest_carrier(bits)).abs()
+    steps = (normal_table(bits) - normal_levels(bits) * INT8.largest(bits)).abs()
     assert float(steps.max()) <= (0.5 if bits < 7 else 1.0)  # at 7 bits some levels lie closer than the grid's steps
 
 

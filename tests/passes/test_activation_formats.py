@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ditq.calibration.statistics import Statistics
 from ditq.errors import DitqError
@@ -104,6 +105,38 @@ def test_a_scale_a_group_is_searched_for_by_group_and_loses_less() -> None:
             )
 
 
+def test_an_fp8_carrier_takes_the_levels_and_the_inputs_of_its_sites_alone() -> None:
+    rule = {"select": "*.to_q", "carrier": "float8_e4m3"}
+    graph, _ = _quantized(
+        format="w4a8", group_size=16, refine=1, rules=[rule, {**rule, "format": "w4a16", "select": "*.to_v"}]
+    )
+    layers = [graph.linear(f"transformer_blocks.0.attn1.{name}") for name in ("to_q", "to_k", "to_v")]
+    grids, dtypes = [], []
+    for layer in layers:
+        assert isinstance(layer, QuantLinear)
+        grids.append(layer.activation.grid if layer.activation.bits == 8 else "")
+        dtypes.append(layer.carrier().dtype)
+    assert grids == ["float8_e4m3", "symmetric", ""]
+    assert dtypes == [torch.float8_e4m3fn, torch.int8, torch.float8_e4m3fn]
+    assert Quantize(carrier="float8_e4m3").preview(graph)["transformer_blocks.0.ff.net.2"] == (
+        "w4a8 twin_log_shared gptq float8_e4m3"
+    )
+
+
+def test_an_engine_of_fp8_weights_holds_them_as_such(tmp_path: Path) -> None:
+    sites = ["kind:query", "kind:key"]
+    rules = [{"select": "kind:key", "format": "w8a16"}]
+    graph, _ = _quantized(format="w4a16", carrier="float8_e4m3", select=sites, rules=rules)
+    engine, inputs = engine_of(graph.model, tmp_path / "engine"), small_inputs(graph.model)
+    assert {spec["carrier"] for spec in engine.sites.values()} == {"float8_e4m3"}
+    stored = load_file(engine.folder / "weights.safetensors")
+    key, query = (f"transformer_blocks.0.attn1.{name}" for name in ("to_k.codes", "to_q.table"))
+    assert stored[key].dtype == stored[query].dtype == torch.float8_e4m3fn
+    expected = forward(graph.model, inputs)
+    assert torch.equal(load_engine(engine.folder, target="torch")(**inputs, return_dict=False)[0], expected)
+    assert relative(load_engine(engine.folder)(**inputs, return_dict=False)[0], expected) < 1e-5
+
+
 def test_groups_of_channels_must_divide_the_inputs_that_are_quantized() -> None:
     graph, wide = small_graph("dit"), "transformer_blocks.0.ff.net.2"
     inputs = graph.sites[wide].in_features
@@ -136,6 +169,10 @@ def test_inspect_tells_what_is_not_as_usual() -> None:
         ({"activation_group": 32}, "activation_group is for activation: group"),
         ({"activation": "group", "activation_group": 0}, "must be 1 or more"),
         ({"activation": "groups"}, "did you mean 'group'"),
+        ({"carrier": "float8"}, "did you mean 'float8_e4m3'"),
+        ({"carrier": "float8_e4m3", "format": "w4a4"}, "w4a4 has 4; set carrier: int8"),
+        ({"carrier": "float8_e4m3", "activation_unsigned": "auto"}, "leave activation_unsigned out"),
+        ({"carrier": "float8_e4m3", "rank": 4}, "set branch: float"),
         ({"activation_unsigned": "yes"}, "activation_unsigned"),
         ({"format": "w4a4", "rules": [{"select": "*", "activation_clip": 1}]}, "must be true or false"),
         ({"format": "w4a4", "activation_grid": "midrise", "rules": [{"select": "*", "format": "w8a8"}]}, "w8a8 has 8"),

@@ -1,7 +1,8 @@
 """The codebooks, by name. Each is one file here with a fitter: weight [O, I] -> the levels that suit it (`Fit`).
 
 To add a codebook, add a file with a function under `@codebook("name")`; nothing else lists them. Every fitter takes
-`(weight, bits, importance=None, group_size=None, float_group_scales=False)` and settings of its own by keyword.
+`(weight, bits, importance=None, group_size=None, float_group_scales=False, carrier=INT8)` and settings of its own by
+keyword.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ import itertools
 
 import torch
 
+from ditq.numerics.carrier import INT8, Carrier
 from ditq.numerics.codebooks import codebook
 from ditq.numerics.codebooks.uniform import fit_uniform
-from ditq.numerics.row_search import int8_levels, largest_carrier
 from ditq.numerics.scaled_table import fit_scaled_table
 from ditq.numerics.weight_code import Fit, check_weight
 
@@ -30,17 +30,17 @@ def apot_magnitudes(bits: int) -> torch.Tensor:
     return torch.tensor([sum(parts) for parts in itertools.product(*choices)], dtype=torch.float64).sort().values
 
 
-def apot_table(bits: int) -> torch.Tensor:
-    """Both signs, -0 and +0 among them, on the int8 grid: int8 [2^bits], ascending.
+def apot_table(bits: int, carrier: Carrier = INT8) -> torch.Tensor:
+    """Both signs, -0 and +0 among them, on the carrier's grid: [2^bits], ascending.
 
-    The levels are whole multiples of a step of the grid, in exact proportion; only those of 7 bits are finer than it.
+    On int8 the levels are whole multiples of a step, in exact proportion; only those of 7 bits are finer than it.
     """
-    largest = largest_carrier(bits)
+    largest = carrier.largest(bits)
     magnitudes = apot_magnitudes(bits)
     units = magnitudes / magnitudes[magnitudes > 0].min()
-    stretch = largest // int(units[-1])
-    above = units[1:] * stretch if stretch else int8_levels(units[1:] / units[-1] * largest, largest)
-    return torch.cat((-above.flip(0), torch.zeros(2), above)).to(torch.int8)
+    stretch = carrier.stretch(int(units[-1]), bits)
+    above = carrier.distinct(units[1:] * stretch if stretch else units[1:] / units[-1] * largest, largest)
+    return carrier.stored(torch.cat((-above.flip(0), torch.zeros(2), above)))
 
 
 @codebook("apot")
@@ -50,16 +50,17 @@ def fit_apot(
     importance: torch.Tensor | None = None,
     group_size: int | None = None,
     float_group_scales: bool = False,
+    carrier: Carrier = INT8,
 ) -> Fit:
-    """One table int8 [2^bits] for every weight, the scale of least squared error for each row or group of columns.
+    """One table [2^bits] for every weight, the scale of least squared error for each row or group of columns.
 
     weight [O, I]; importance [I]: weight of each column's squared error, e.g. the diagonal of X^T X.
-    At 8 bits the int8 grid itself has 2^8 levels, so the fit is the uniform one.
+    At 8 bits the carrier's own numbers are the levels, so the fit is the uniform one.
 
     Raises:
         ValueError: for a weight that is not finite [O, I], bits outside 2..8, or groups that do not divide I.
     """
     check_weight(weight, bits, group_size)
     if bits == 8:
-        return fit_uniform(weight, bits, importance, group_size, float_group_scales=float_group_scales)
-    return fit_scaled_table(weight, bits, apot_table(bits)[None], importance, group_size, float_group_scales)
+        return fit_uniform(weight, bits, importance, group_size, float_group_scales=float_group_scales, carrier=carrier)
+    return fit_scaled_table(weight, bits, apot_table(bits, carrier)[None], importance, group_size, float_group_scales)

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import torch
 
+from ditq.numerics.carrier import INT8, Carrier
 from ditq.numerics.codebooks import codebook
-from ditq.numerics.row_search import largest_carrier
 from ditq.numerics.scaled_table import fit_scaled_table
 from ditq.numerics.weight_code import Fit, check_weight
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
-def e2m1_table() -> torch.Tensor:
-    """-6 .. 6 in equal proportion on the int8 grid, with -0 and +0 as in the format: int8 [16], ascending."""
-    halves = (2 * torch.tensor(MAGNITUDES)).int()
-    levels = halves * (largest_carrier(4) // int(halves[-1]))
-    return torch.cat((-levels.flip(0), levels)).to(torch.int8)
+def e2m1_table(carrier: Carrier = INT8) -> torch.Tensor:
+    """-6 .. 6 in equal proportion on the carrier's grid, with -0 and +0 as in the format: [16], ascending."""
+    halves = 2 * torch.tensor(MAGNITUDES)
+    levels = halves * carrier.stretch(int(halves[-1]), 4)
+    return carrier.stored(torch.cat((-levels.flip(0), levels)))
 
 
 @codebook("e2m1", bits=(4,))
@@ -30,8 +30,9 @@ def fit_e2m1(
     importance: torch.Tensor | None = None,
     group_size: int | None = None,
     float_group_scales: bool = False,
+    carrier: Carrier = INT8,
 ) -> Fit:
-    """One table int8 [16] for every weight, the scale of least squared error for each row or group of columns.
+    """One table [16] for every weight, the scale of least squared error for each row or group of columns.
 
     weight [O, I]; importance [I]: weight of each column's squared error, e.g. the diagonal of X^T X.
 
@@ -41,4 +42,4 @@ def fit_e2m1(
     check_weight(weight, bits, group_size)
     if bits != 4:
         raise ValueError(f"the codebook 'e2m1' is a float format of 4 bits, not {bits}")
-    return fit_scaled_table(weight, bits, e2m1_table()[None], importance, group_size, float_group_scales)
+    return fit_scaled_table(weight, bits, e2m1_table(carrier)[None], importance, group_size, float_group_scales)

@@ -12,23 +12,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ditq.numerics.carrier import INT8, Carrier
 from ditq.numerics.codebooks import codebook
 from ditq.numerics.codebooks.nf import normal_table
 from ditq.numerics.codebooks.twin_log_shared import STRENGTHS, mu_law_table
 from ditq.numerics.codebooks.uniform import fit_uniform
-from ditq.numerics.row_search import int8_levels, largest_carrier
 from ditq.numerics.scaled_table import best_scales, fit_scaled_table, sample_of
 from ditq.numerics.weight_code import Fit, check_weight
 
 ROUNDS = 4  # turns of scales and levels
 _TURNS = 200  # of Lloyd's iteration, which a histogram makes cheap
-_SETTLED = 1e-3  # steps of the int8 grid: levels that move less stay where they are
-_BINS_A_STEP = 16  # of the histogram, for each step of the int8 grid
+_SETTLED = 1e-3  # units of the carrier: levels that move less stay where they are
+_BINS_A_STEP = 16  # of the histogram, for each unit of the carrier
 
 
 @dataclass(frozen=True, eq=False)
 class Histogram:
-    """Values in steps of the int8 grid, by bins [N]: upper edges, and accumulated sums of h and h u up to each, [N + 1]."""
+    """Values in units of the carrier, by bins [N]: upper edges, and accumulated sums of h and h u up to each, [N + 1]."""
 
     edges: Tensor
     mass: Tensor
@@ -65,10 +65,11 @@ def lloyd(values: Histogram, levels: Tensor) -> Tensor:
     return levels
 
 
-def _fitted_table(weight: Tensor, bits: int, importance: Tensor | None, groups: int) -> Tensor:
-    """The table int8 [2^bits] of least error on the rows [R, I]: of those that it starts from, or one that came of them."""
-    largest = largest_carrier(bits)
-    start = torch.stack([normal_table(bits), *(mu_law_table(bits, mu) for mu in STRENGTHS)]).to(weight.device)
+def _fitted_table(weight: Tensor, bits: int, importance: Tensor | None, groups: int, carrier: Carrier) -> Tensor:
+    """The table [2^bits] of least error on the rows [R, I]: of those that it starts from, or one that came of them."""
+    largest = carrier.largest(bits)
+    tables = [normal_table(bits, carrier), *(mu_law_table(bits, mu, carrier) for mu in STRENGTHS)]
+    start = torch.stack(tables).to(weight.device)
     scales, errors = best_scales(weight, start, importance, groups)
     at = int(errors.argmin())
     table, scale, least = start[at], scales[at], errors[at]
@@ -80,7 +81,7 @@ def _fitted_table(weight: Tensor, bits: int, importance: Tensor | None, groups: 
         relative = unit.double() / unit.double().amax()  # an error of a step counts by the square of what a step is
         found = Histogram.of(values / unit, (weights * relative.square()).expand_as(values))
         levels = lloyd(found, table.double())
-        moved = int8_levels(levels * (largest / levels.abs().max()), largest, -largest).to(torch.int8)
+        moved = carrier.stored(carrier.distinct(levels * (largest / levels.abs().max()), largest, -largest))
         scales, errors = best_scales(weight, moved[None], importance, groups)
         if not errors[0] < least:
             break
@@ -95,20 +96,21 @@ def fit_lloyd_max(
     importance: torch.Tensor | None = None,
     group_size: int | None = None,
     float_group_scales: bool = False,
+    carrier: Carrier = INT8,
 ) -> Fit:
-    """One table int8 [2^bits] fitted to the tensor, the scale of least squared error for each row or group of columns.
+    """One table [2^bits] fitted to the tensor, the scale of least squared error for each row or group of columns.
 
     weight [O, I]; importance [I]: weight of each column's squared error, e.g. the diagonal of X^T X.
     It starts from the best of the normal and the mu-law tables and goes on as long as the error on a sample of the rows
     falls, so that it is no worse there than those. The levels need not be symmetric.
-    At 8 bits the int8 grid itself has 2^8 levels, so the fit is the uniform one.
+    At 8 bits the carrier's own numbers are the levels, so the fit is the uniform one.
 
     Raises:
         ValueError: for a weight that is not finite [O, I], bits outside 2..8, or groups that do not divide I.
     """
     check_weight(weight, bits, group_size)
     if bits == 8:
-        return fit_uniform(weight, bits, importance, group_size, float_group_scales=float_group_scales)
+        return fit_uniform(weight, bits, importance, group_size, float_group_scales=float_group_scales, carrier=carrier)
     groups = weight.shape[1] // (group_size or weight.shape[1])
-    table = _fitted_table(sample_of(weight, groups), bits, importance, groups)
+    table = _fitted_table(sample_of(weight, groups), bits, importance, groups, carrier)
     return fit_scaled_table(weight, bits, table[None], importance, group_size, float_group_scales)

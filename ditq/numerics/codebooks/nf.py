@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from ditq.numerics.carrier import INT8, Carrier
 from ditq.numerics.codebooks import codebook
 from ditq.numerics.codebooks.uniform import fit_uniform
-from ditq.numerics.row_search import int8_levels, largest_carrier
 from ditq.numerics.scaled_table import fit_scaled_table
 from ditq.numerics.weight_code import Fit, check_weight
 
@@ -28,11 +28,12 @@ def normal_levels(bits: int) -> torch.Tensor:
     return torch.cat((below[:-1], above)) / above[-1]
 
 
-def normal_table(bits: int) -> torch.Tensor:
-    """The levels on the int8 grid, the outermost at `largest_carrier`: int8 [2^bits]."""
-    levels, largest = normal_levels(bits) * largest_carrier(bits), largest_carrier(bits)
-    below, above = int8_levels(-levels[levels < 0].flip(0), largest), int8_levels(levels[levels > 0], largest)
-    return torch.cat((-below.flip(0), torch.zeros(1), above)).to(torch.int8)
+def normal_table(bits: int, carrier: Carrier = INT8) -> torch.Tensor:
+    """The levels on the carrier's grid, the outermost at its `largest`: [2^bits]."""
+    largest = carrier.largest(bits)
+    levels = normal_levels(bits) * largest
+    below, above = carrier.distinct(-levels[levels < 0].flip(0), largest), carrier.distinct(levels[levels > 0], largest)
+    return carrier.stored(torch.cat((-below.flip(0), torch.zeros(1), above)))
 
 
 @codebook("nf")
@@ -42,16 +43,17 @@ def fit_nf(
     importance: torch.Tensor | None = None,
     group_size: int | None = None,
     float_group_scales: bool = False,
+    carrier: Carrier = INT8,
 ) -> Fit:
-    """One table int8 [2^bits] for every weight, the scale of least squared error for each row or group of columns.
+    """One table [2^bits] for every weight, the scale of least squared error for each row or group of columns.
 
     weight [O, I]; importance [I]: weight of each column's squared error, e.g. the diagonal of X^T X.
-    At 8 bits the int8 grid itself has 2^8 levels, so the fit is the uniform one.
+    At 8 bits the carrier's own numbers are the levels, so the fit is the uniform one.
 
     Raises:
         ValueError: for a weight that is not finite [O, I], bits outside 2..8, or groups that do not divide I.
     """
     check_weight(weight, bits, group_size)
     if bits == 8:
-        return fit_uniform(weight, bits, importance, group_size, float_group_scales=float_group_scales)
-    return fit_scaled_table(weight, bits, normal_table(bits)[None], importance, group_size, float_group_scales)
+        return fit_uniform(weight, bits, importance, group_size, float_group_scales=float_group_scales, carrier=carrier)
+    return fit_scaled_table(weight, bits, normal_table(bits, carrier)[None], importance, group_size, float_group_scales)

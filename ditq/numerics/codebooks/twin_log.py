@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
+from ditq.numerics.carrier import INT8, Carrier
 from ditq.numerics.codebooks import codebook
 from ditq.numerics.codebooks.uniform import fit_uniform
-from ditq.numerics.row_search import SortedRows, int8_levels, largest_carrier
+from ditq.numerics.row_search import SortedRows
 from ditq.numerics.weight_code import SMALLEST_SCALE, Fit, check_weight, row_chunks
 
 OFFSETS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # eta over the largest magnitude of the sign
@@ -44,18 +45,20 @@ def _best_levels(rows: SortedRows, count: int, sign: int) -> torch.Tensor:
     return best
 
 
-def _fit_rows(values: torch.Tensor, bits: int, importance: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [R, I] -> (table int8 [R, 2^bits], scale float32 [R])."""
+def _fit_rows(
+    values: torch.Tensor, bits: int, importance: torch.Tensor | None, carrier: Carrier
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [R, I] -> (table [R, 2^bits], scale float32 [R])."""
     rows = SortedRows(values, None if importance is None else importance.expand_as(values))
     count = 1 << (bits - 1)
     positive, negative = _best_levels(rows, count, 1), _best_levels(rows, count, -1)
     # a row without one of the signs still has 2^bits codes: the missing side mirrors the other
     positive = torch.where(positive[:, -1:] > 0, positive, negative)
     negative = torch.where(negative[:, -1:] > 0, negative, positive)
-    largest = largest_carrier(bits)
+    largest = carrier.largest(bits)
     scale = (torch.maximum(positive[:, -1], negative[:, -1]) / largest).clamp_min(SMALLEST_SCALE)
-    below, above = (int8_levels(levels / scale[:, None], largest) for levels in (negative, positive))
-    return torch.cat((-below.flip(1), above), dim=1).to(torch.int8), scale
+    below, above = (carrier.distinct(levels / scale[:, None], largest) for levels in (negative, positive))
+    return carrier.stored(torch.cat((-below.flip(1), above), dim=1)), scale
 
 
 @codebook("twin_log", groups=False)
@@ -65,16 +68,17 @@ def fit_twin_log(
     importance: torch.Tensor | None = None,
     group_size: int | None = None,
     float_group_scales: bool = False,
+    carrier: Carrier = INT8,
 ) -> Fit:
-    """One table a row, int8 [O, 2^bits]: levels +(2^(l_0 + k d) - eta) and -(2^(l_0' + k d') - eta'), on the int8 grid.
+    """One table a row, [O, 2^bits]: levels +(2^(l_0 + k d) - eta) and -(2^(l_0' + k d') - eta'), on the carrier's grid.
 
     For each row and each sign, eta and the clip (alpha or beta in the paper) are those of least squared error on a grid
     relative to the sign's own largest magnitude, so the result does not depend on the weight's scale. The two signs'
-    errors are separable. The row's scale puts its largest level at 127 (64 at up to 4 bits: `largest_carrier`), and the
-    others are rounded to whole steps.
+    errors are separable. The row's scale puts its largest level at the carrier's `largest`, and the others are
+    rounded to its grid.
 
     weight [O, I]; importance [I]: weight of each column's squared error, e.g. the diagonal of X^T X.
-    At 8 bits the int8 grid itself has 2^8 levels, so the fit is the uniform one.
+    At 8 bits the carrier's own numbers are the levels, so the fit is the uniform one.
 
     Raises:
         ValueError: for a weight that is not finite [O, I], bits outside 2..8, or a group size: a table covers its row.
@@ -83,10 +87,10 @@ def fit_twin_log(
         raise ValueError("the codebook 'twin_log' has one table a row and no groups; 'twin_log_shared' has groups")
     check_weight(weight, bits)
     if bits == 8:
-        return fit_uniform(weight, bits, importance)
+        return fit_uniform(weight, bits, importance, carrier=carrier)
     tables, scales = [], []
     for part in row_chunks(*weight.shape):
-        table, scale = _fit_rows(weight[part].float(), bits, importance)
+        table, scale = _fit_rows(weight[part].float(), bits, importance, carrier)
         tables.append(table)
         scales.append(scale)
     return Fit(torch.cat(tables), torch.cat(scales), None, bits)

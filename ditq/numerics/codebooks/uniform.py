@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ditq.numerics.carrier import INT8, Carrier
 from ditq.numerics.codebooks import codebook
-from ditq.numerics.scaled_table import CLIPS, scaled_fit
+from ditq.numerics.scaled_table import CLIPS, fit_scaled_table, scaled_fit
 from ditq.numerics.weight_code import SMALLEST_SCALE, Fit, check_weight, row_chunks
 
 
@@ -34,6 +35,7 @@ def fit_uniform(
     group_size: int | None = None,
     clip_search: bool = True,
     float_group_scales: bool = False,
+    carrier: Carrier = INT8,
 ) -> Fit:
     """Levels q s with q = -2^(bits-1) .. 2^(bits-1) - 1, one scale s a row or a group.
 
@@ -41,12 +43,19 @@ def fit_uniform(
     clip_search: try max|w| * (0.2 .. 1) for the top level and keep the least error; False is plain absmax.
     group_size: one scale for each run of so many columns, as uint8 multipliers of the row's scale, or as scales of
     their own with `float_group_scales`. For multipliers the table is stretched to the whole int8 range, since they
-    scale carriers, which are whole numbers.
+    scale carriers, which are whole numbers. Where the carrier has no evenly spaced numbers, they are the ones next to that.
 
     Raises:
         ValueError: for a weight that is not finite [O, I], bits outside 2..8, or groups that do not divide I.
     """
     check_weight(weight, bits, group_size)
+    half = 1 << (bits - 1)
+    multiplied = group_size is not None and not float_group_scales
+    stretch = max(1, (64 if bits <= 4 else 128) // half) if multiplied else 1
+    even = torch.arange(-half, half) * float(stretch)
+    table = carrier.grid() if bits == 8 else carrier.stored(carrier.nearest(even))
+    if not torch.equal(table.float(), even):  # of FP8 from 6 bits on
+        return fit_scaled_table(weight, bits, table[None], importance, group_size, float_group_scales)
     rows, columns = weight.shape
     groups = columns // (group_size or columns)
     scale = torch.empty(rows, groups, dtype=torch.float32, device=weight.device)
@@ -55,8 +64,4 @@ def fit_uniform(
         weights = None if importance is None else importance.float().expand_as(values).reshape(-1, columns // groups)
         clips = CLIPS if clip_search else (1.0,)
         scale[part] = _search(values.reshape(-1, columns // groups), bits, weights, clips).unflatten(0, (-1, groups))
-    half = 1 << (bits - 1)
-    integers = torch.arange(-half, half, device=weight.device)
-    multiplied = group_size is not None and not float_group_scales
-    stretch = max(1, (64 if bits <= 4 else 128) // half) if multiplied else 1
-    return scaled_fit((integers * stretch).to(torch.int8), scale / stretch, bits, group_size, float_group_scales)
+    return scaled_fit(table.to(weight.device), scale / stretch, bits, group_size, float_group_scales)
