@@ -23,13 +23,14 @@ from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError, Interrupted
 from ditq.export.engine import Engine, check_replaceable, write_engine
-from ditq.export.targets import target
+from ditq.export.targets import Target, target
 from ditq.export.weights_file import WEIGHTS
 from ditq.folders import check_output, remove, without_new_parents
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.nn import QuantLinear
 from ditq.passes import Context, PassReport
+from ditq.passes.quantize import Quantize
 from ditq.progress import ProgressSetting
 from ditq.recipe import DEFAULT, Recipe, load_recipe
 from ditq.site_cache import FolderSiteCache
@@ -95,7 +96,7 @@ def compile(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     check_output(out, options.force)
     check_replaceable(out)
-    target(options.target)
+    wanted = target(options.target)
     budget = Budget.parse(options.budget) if isinstance(options.budget, str) else options.budget or recipe.budget
     if budget is not None:
         quantize_step(recipe)
@@ -108,6 +109,7 @@ def compile(
         inputs = example_inputs(checkpoint)
         graph = DiTGraph(model, inputs)
         recipe.preview(graph)
+        _check_products(recipe, graph, wanted)
         clock.lap("load")
         statistics, fitted = None, None
         if budget is not None or any(step.requires_statistics for step in recipe.passes):
@@ -207,6 +209,14 @@ def run_passes(
         for step in recipe.passes:
             reports.append(step.run(graph, context))
     return reports
+
+
+def _check_products(recipe: Recipe, graph: DiTGraph, wanted: Target) -> None:
+    """Whether the target can multiply what the recipe makes, before an hour is spent on making it."""
+    for step in recipe.passes:
+        if isinstance(step, Quantize):
+            for site, settings in step.plan(graph).items():
+                wanted.check_product(site, settings.carrier, settings.bits)
 
 
 def _text_sites(graph: DiTGraph, changing: Collection[str]) -> tuple[str, ...]:

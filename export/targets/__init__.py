@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ditq.errors import DitqError
 from ditq.nn import QuantLinear
+from ditq.numerics.carrier import INT8
 
 if TYPE_CHECKING:
     from ditq.export.engine import Engine
@@ -67,6 +68,7 @@ class Target:
             graph in place. None: the target runs the engine without a graph.
         runner: (engine, threads) -> a function of input tensors by name, of the engine's own dtypes and on the CPU,
             that returns the output.
+        carriers: of the products of quantized inputs that it has (numerics/carrier.py); inputs in floating point go with any.
     """
 
     name: str
@@ -74,6 +76,15 @@ class Target:
     available: Callable[[], tuple[bool, str]]
     lower: Callable[[ir.Model, Mapping[str, QuantLinear]], list[PlannedMatMul]] | None
     runner: Callable[[Engine, int | None], Runner]
+    carriers: tuple[str, ...] = (INT8.name,)
+
+    def check_product(self, site: str, carrier: str, activation_bits: int) -> None:
+        """Raise DitqError for a linear whose quantized input and weight this target cannot multiply."""
+        if activation_bits < 16 and carrier not in self.carriers:
+            raise DitqError(
+                f"{site}: {self.name} has no product of {carrier} numbers; set carrier: {self.carriers[0]}, "
+                "or a format with a16"
+            )
 
 
 _targets: dict[str, Target] = {}

@@ -25,7 +25,7 @@ from ditq.export.onnx_graph import DOMAIN
 from ditq.export.targets import Kind, PlannedMatMul, Runner, Target, register
 from ditq.export.text_cache import TextCache
 from ditq.nn import ActivationFormat, QuantLinear
-from ditq.numerics.carrier import FLOAT8, INT8
+from ditq.numerics.carrier import FLOAT8
 
 if TYPE_CHECKING:
     from ditq.export.engine import Engine
@@ -96,10 +96,7 @@ class _Lowering:
         """All that the layer makes of the transformed input."""
         writer = self.writer
         if layer.activation.grid == FLOAT8.name:
-            raise DitqError(
-                f"{layer.site}: onnxruntime-cpu has no product of FP8 numbers; "
-                f"set carrier: {INT8.name}, or a format with a16"
-            )
+            TARGET.check_product(layer.site, FLOAT8.name, layer.activation.bits)
         if layer.activation.granularity in ("token", "timestep"):
             integers, scale = self._unit_scale(x, layer)
             product, inner = self._integer_products(integers, layer)

@@ -256,7 +256,7 @@ def test_even_fp8_levels_run_as_the_block_kernel(tmp_path: Path) -> None:
 def test_a_product_of_fp8_numbers_is_refused_in_one_line() -> None:
     layer = layer_of(activation=ActivationFormat(8, "token", "float8_e4m3"), carrier=FLOAT8)
     with pytest.raises(
-        DitqError, match="site: onnxruntime-cpu has no product of FP8 numbers; set carrier: int8"
+        DitqError, match="site: onnxruntime-cpu has no product of float8_e4m3 numbers; set carrier: int8"
     ) as caught:
         lower(graph_of(layer), {layer.site: layer})
     assert len(str(caught.value).splitlines()) == 1
