@@ -253,9 +253,6 @@ def test_an_unknown_target_is_refused_before_any_work(
     assert_refused(capsys, "target 'cpu' is not known", "compile", pipeline, "-o", tmp_path / "e", "-t", "cpu")
 
 
-# --- what comes out works
-
-
 def test_products_that_the_target_has_not_are_refused_before_any_work(
     pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,6 +261,9 @@ def test_products_that_the_target_has_not_are_refused_before_any_work(
     recipe.write_text("passes: [{quantize: {format: w4a8, carrier: float8_e4m3}}]\n")
     says = "onnxruntime-cpu has no product of float8_e4m3 numbers; set carrier: int8, or a format with a16"
     assert_refused(capsys, says, "compile", pipeline, "-o", tmp_path / "e", "-r", recipe)
+
+
+# --- what comes out works
 
 
 def test_an_engine_draws_beside_its_original(
