@@ -85,6 +85,11 @@ def test_bits_a_weight_are_kept(
     assert 4.5 < summary["quantize"]["bits a weight"] <= 5
 
 
+def test_inspect_says_that_bits_are_still_to_be_chosen(pipeline: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = run(capsys, "inspect", pipeline, "--recipe", "w4a8-mixed")
+    assert "recipe w4a8-mixed has the budget bits=4.3: `ditq compile` chooses the bits of each linear" in shown.out
+
+
 def test_a_quality_is_measured_on_pictures_and_the_smallest_assignment_that_has_it_is_taken(
     pipeline: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
