@@ -267,6 +267,8 @@ def _values_of(engine: Engine, graph: str, names: list[str], inputs: Mapping[str
     options.add_session_config_entry(_WEIGHTS_FOLDER, str(engine.folder.resolve()))
     session = open_session(model.SerializeToString(), options)
     wanted = [name for name in names if name not in tensors]
+    if not wanted:
+        return {name: torch.from_numpy(tensors[name]) for name in names}  # for no names a session gives all outputs
     results = session.run(wanted, {value.name: tensors[value.name] for value in session.get_inputs()})
     values = {name: torch.from_numpy(array) for name, array in zip(wanted, results, strict=True)}
     return values | {name: torch.from_numpy(tensors[name]) for name in names if name in tensors}

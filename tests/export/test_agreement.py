@@ -90,6 +90,14 @@ def grouped(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     return engine_of(model, tmp_path_factory.mktemp("grouped") / "engine")
 
 
+def test_an_engine_without_rounded_inputs_agrees_too(inputs: dict[str, Any], tmp_path: Path) -> None:
+    weight_only = dict.fromkeys(FORMATS, (ActivationFormat(), 0, "integer"))
+    found = model_agreement(
+        engine_of(quantize_in_every_way(shallow_model("flux"), weight_only), tmp_path / "e"), inputs
+    )
+    assert found.holds and found.integers == 0 and found.error < 1e-5, str(found)
+
+
 def test_a_scale_a_group_agrees_up_to_ties(grouped: Engine, inputs: dict[str, Any]) -> None:
     # float32 sums of up to 320 products in another order
     assert max(site_agreement(grouped, inputs).values()) < 5e-6
