@@ -61,7 +61,7 @@ class Sampler:
 
 
 @dataclass(frozen=True, eq=False)
-class Path:
+class RecordedPath:
     """Recorded calls of some conditions, those of each step joined into one; rows of a condition are its branches."""
 
     calls: tuple[dict[str, Any], ...]
@@ -84,7 +84,7 @@ class Path:
         return self.split(without_variance(output, self.calls[0][LATENTS]))
 
 
-def read_path(trajectories: Trajectories, conditions: Sequence[int]) -> Path | None:
+def read_path(trajectories: Trajectories, conditions: Sequence[int]) -> RecordedPath | None:
     """The calls of these conditions, step after step; None where the calls of a step cannot be joined into one."""
     found: dict[int, dict[int, list[Mapping[str, Any]]]] = {}
     for call in trajectories.calls():
@@ -98,7 +98,7 @@ def read_path(trajectories: Trajectories, conditions: Sequence[int]) -> Path | N
             return None
         steps.append(joined(calls))
     rows = {step[LATENTS].shape for step in steps}
-    return Path(tuple(steps), len(conditions)) if len(rows) == 1 else None
+    return RecordedPath(tuple(steps), len(conditions)) if len(rows) == 1 else None
 
 
 def find_sampler(model: nn.Module, trajectories: Trajectories) -> Sampler | None:
@@ -122,7 +122,7 @@ def without_variance(output: Tensor, latents: Tensor) -> Tensor:
     return output[:, :channels] if output.shape[1] == 2 * channels else output
 
 
-def fit_sampler(path: Path, outputs: Sequence[Tensor]) -> Sampler | None:
+def fit_sampler(path: RecordedPath, outputs: Sequence[Tensor]) -> Sampler | None:
     """The sampler that made the path; None where the latents are no linear function of the answers.
 
     outputs: the denoiser's output on each of the path's calls.

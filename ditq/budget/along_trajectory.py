@@ -37,7 +37,7 @@ from ditq.budget.choices import Choices
 from ditq.budget.taps import Tap, tapped
 from ditq.calibration.prompts import spread
 from ditq.calibration.record import Trajectories
-from ditq.calibration.sampler import LATENTS, Path, Sampler, answer, find_sampler, read_path
+from ditq.calibration.sampler import LATENTS, RecordedPath, Sampler, answer, find_sampler, read_path
 from ditq.graph import DiTGraph
 from ditq.progress import ProgressSetting, progress_bar
 
@@ -56,7 +56,7 @@ class AlongTrajectories:
         sampler: the steps between them.
     """
 
-    paths: tuple[Path, ...]
+    paths: tuple[RecordedPath, ...]
     sampler: Sampler
     unit: ClassVar[str] = "the last latents"
     adds_up: ClassVar[bool] = True
@@ -117,7 +117,7 @@ class AlongTrajectories:
             errors.append(_energies(self._drawn(model, path) - wanted) / _energies(wanted))
         return float(torch.cat(errors).clamp_min(1e-300).log().mean().exp())
 
-    def _drawn(self, model: nn.Module, path: Path) -> Tensor:
+    def _drawn(self, model: nn.Module, path: RecordedPath) -> Tensor:
         latents, before, answers_before = path.latents(0), None, None
         for step, arguments in zip(
             self.sampler.steps, path.calls, strict=False
@@ -134,7 +134,7 @@ class _Walk:
     changes: float64 [N, F, V, k], <v, dx> of each candidate, direction and condition, of the steps so far.
     """
 
-    def __init__(self, graph: DiTGraph, choices: Choices, path: Path, sampler: Sampler, signs: Tensor) -> None:
+    def __init__(self, graph: DiTGraph, choices: Choices, path: RecordedPath, sampler: Sampler, signs: Tensor) -> None:
         self.graph, self.choices, self.path, self.sampler = graph, choices, path, sampler
         self.modules = [graph.linear(site) for site in choices.sites]
         self.slope, self.slope_after = signs, torch.zeros_like(signs)

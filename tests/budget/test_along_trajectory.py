@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path as Folder
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from ditq.budget.along_trajectory import AlongTrajectories
 from ditq.budget.choices import make_choices
 from ditq.budget.cost import find_cost
 from ditq.budget.sensitivity import SingleCalls
-from ditq.calibration.sampler import LATENTS, Path, Sampler, Step, answer, fit_sampler, read_path
+from ditq.calibration.sampler import LATENTS, RecordedPath, Sampler, Step, answer, fit_sampler, read_path
 from ditq.calibration.statistics import Statistics
 from ditq.graph import DiTGraph
 from ditq.passes import Context
@@ -37,7 +37,7 @@ def _model() -> torch.nn.Module:
 
 def _draw(
     model: torch.nn.Module, step_of: Callable[[int], Step], conditions: int = CONDITIONS
-) -> tuple[Path, list[Tensor]]:
+) -> tuple[RecordedPath, list[Tensor]]:
     """Trajectories with two guidance branches, and the denoiser's outputs."""
     generator = torch.Generator().manual_seed(7)
     rows, places = 2 * conditions, torch.arange(float(SIDE))
@@ -60,7 +60,7 @@ def _draw(
             outputs.append(answer(model, arguments))
         answers = outputs[-1].unflatten(0, (conditions, 2))
         latents, before, answers_before = step_of(step).next(latents, before, answers, answers_before), latents, answers
-    return Path(tuple(calls), conditions), outputs
+    return RecordedPath(tuple(calls), conditions), outputs
 
 
 @pytest.mark.parametrize("wanted", [EULER, SECOND_ORDER])
@@ -104,7 +104,7 @@ def test_costs_are_those_of_drawing_with_the_one_linear_changed(step: Step) -> N
     assert np.abs(differences).max() < 2.5 and abs(np.mean(differences)) < 1.0
 
 
-def test_recorded_trajectories_give_costs_in_the_last_latents_or_of_single_calls(tmp_path: Folder) -> None:
+def test_recorded_trajectories_give_costs_in_the_last_latents_or_of_single_calls(tmp_path: Path) -> None:
     pipeline = write_pipeline(tmp_path / "pipeline")
     ditq.calibrate(pipeline, tmp_path / "stats", ["red apple", "dog, noto"], steps=3, progress=False)
     statistics, checkpoint = Statistics.open(tmp_path / "stats"), ditq.Checkpoint.open(pipeline)
