@@ -11,23 +11,13 @@ from ditq.nn.attention_rounding import AttentionRounding
 from ditq.nn.quant_linear import QuantLinear, Rounding
 
 
-def _parts(model: nn.Module) -> list[QuantLinear | AttentionRounding]:
-    return [module for module in model.modules() if isinstance(module, QuantLinear | AttentionRounding)]
-
-
 @contextmanager
 def exporting(model: nn.Module) -> Iterator[nn.Module]:
     """Within it every QuantLinear and rounded attention of `model` is one opaque node, which an export target lowers in its
     own form.
     """
-    parts = _parts(model)
-    try:
-        for part in parts:
-            part.exporting = True
+    with _set(model, "exporting", True, False):
         yield model
-    finally:
-        for part in parts:
-            part.exporting = False
 
 
 @contextmanager
@@ -35,11 +25,17 @@ def rounded_by(model: nn.Module, rounding: Rounding) -> Iterator[nn.Module]:
     """Within it every QuantLinear of `model` takes its input's integers, and every rounded attention the numbers that it
     multiplies, from `rounding`, not from the nearest.
     """
-    parts = _parts(model)
+    with _set(model, "rounding", rounding, None):
+        yield model
+
+
+@contextmanager
+def _set(model: nn.Module, name: str, within: object, after: object) -> Iterator[None]:
+    parts = [module for module in model.modules() if isinstance(module, QuantLinear | AttentionRounding)]
     try:
         for part in parts:
-            part.rounding = rounding
-        yield model
+            setattr(part, name, within)
+        yield
     finally:
         for part in parts:
-            part.rounding = None
+            setattr(part, name, after)

@@ -139,9 +139,8 @@ class Reconstruct(Pass):
             report.rows.append({"block": unit or "the model", "linears": len(layers), "first": first.site, **row})
         kept = [row["error after"] / row["error before"] for row in report.rows if "error after" in row]
         if kept:
-            if sampler is not None and sampler.branches > 1:
-                joined = ", ".join(f"{weight:.3g}" for weight in sampler.guidance()[0].tolist())
-                report.summary["branches joined as"] = joined
+            if self.guided and self._units(graph) == [""]:
+                report.summary["branches joined as"] = _told(sampler)
             report.summary |= {"blocks": len(report.rows), "mean share of the error left": sum(kept) / len(kept)}
         return report
 
@@ -218,6 +217,13 @@ def _layers(model: nn.Module, unit: str, context: Context) -> dict[str, QuantLin
                 )
             found[module.site] = module
     return found
+
+
+def _told(sampler: Sampler | None) -> str:
+    """For the report: what errors of the branches counted as."""
+    if sampler is None:
+        return "not known, each alone: the sampler's steps are not linear in the answers"
+    return ", ".join(f"{weight:.3g}" for weight in sampler.guidance()[0].tolist())
 
 
 def _guidance(batch: CallBatch, sampler: Sampler | None) -> Tensor | None:
