@@ -23,8 +23,9 @@ from ditq.passes.quantize import Quantize
 from tests.small_checkpoint import CONFIG, small_flux, write_pipeline
 
 GUIDANCE, STEPS, CONDITIONS, SIDE, TEXT = 3.0, 4, 4, 4, 8
-EULER = Step(1.0, 0.0, (-0.2 * GUIDANCE, -0.2 * (1 - GUIDANCE)), (0.0, 0.0))
-SECOND_ORDER = Step(0.9, 0.1, (-0.4, 0.25), (0.1, -0.05))
+# Steps long enough that an error's way through later calls counts, and the terms of the step before as well.
+EULER = Step(1.0, 0.0, (-3.0 * GUIDANCE, -3.0 * (1 - GUIDANCE)), (0.0, 0.0))
+SECOND_ORDER = Step(0.3, 0.9, (-0.3, 0.2), (0.5, -0.4))
 
 
 def _model() -> torch.nn.Module:
