@@ -160,9 +160,10 @@ READ_OF_CALIBRATION = {
 ARROWS = {
     "ditq/numerics": {"numerics"},
     "ditq/nn": {"nn", "numerics"},
+    "ditq/kernels": {"kernels", "nn", "numerics", "errors"},
     "ditq/families": {"families"},
     "ditq/passes": {"passes", "graph", "parts", "nn", "numerics"} | READ_OF_CALIBRATION | HELPERS,
-    "export": {"export", "nn", "numerics"} | HELPERS,
+    "export": {"export", "kernels", "nn", "numerics"} | HELPERS,
 }
 
 

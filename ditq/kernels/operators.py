@@ -1,0 +1,105 @@
+"""The kernels as operators of torch, so that torch.compile sees each as one node and never looks inside.
+
+They launch Triton kernels and nothing else: without a GPU, or Triton's interpreter in the tests, they raise an error.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from ditq.kernels import quantize
+from ditq.kernels.product import product as run_product
+from ditq.kernels.quantize import Before, Online, number_type
+from ditq.kernels.storage import StoredWeight
+from ditq.numerics.activation_format import ActivationFormat
+
+
+def _form(bits: int, granularity: str, grid: str, clip: float, shift: float, group: int) -> ActivationFormat:
+    return ActivationFormat(bits, granularity, grid, clip, (), shift, group)  # type: ignore[arg-type]
+
+
+@custom_op("ditq::quantized", mutates_args=())
+def quantized(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    inverse_scale: Tensor | None,
+    shift: Tensor | None,
+    first: Tensor | None,
+    second: Tensor | None,
+    calibrated: Tensor | None,
+    norm: bool,
+    epsilon: float,
+    activation: str,
+    a: int,
+    b: int,
+    size: float,
+    start: int,
+    stop: int,
+    bits: int,
+    granularity: str,
+    grid: str,
+    clip: float,
+    offset: float,
+    group: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., n] -> (q [M, n], scales [M] or [M, G], the transformed input [M, n] in x's dtype where it is kept, else [0])."""
+    form = _form(bits, granularity, grid, clip, offset, group)
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    count, width = tokens.shape
+    pieces = [None if piece is None else piece.reshape(-1, width).contiguous() for piece in (gamma, beta)]
+    samples = max((len(piece) for piece in pieces if piece is not None), default=1)
+    q, scales, kept = _made(x, a, form, keep)
+    plan = Online(width, a, b, first, second, size, start, stop, inverse_scale, shift, form, calibrated)
+    if count:
+        before = Before(norm, pieces[0], pieces[1], activation, epsilon)
+        quantize.launch(tokens, count // samples, before, plan, q, scales, kept if keep else None)
+    return q, scales, kept
+
+
+def _made(x: Tensor, a: int, form: ActivationFormat, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    width = x.shape[-1]
+    tokens = x.numel() // width
+    groups = (a,) if form.granularity == "group" else ()
+    q = x.new_empty((tokens, width), dtype=number_type(form))
+    scales = x.new_empty((tokens, *groups), dtype=torch.float32)
+    return q, scales, x.new_empty((tokens, width) if keep else (0,))
+
+
+@quantized.register_fake
+def _(
+    x, gamma, beta, inverse_scale, shift, first, second, calibrated, norm, epsilon, activation, a, b, size, start, stop, bits,
+    granularity, grid, clip, offset, group, keep,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    return _made(x, a, _form(bits, granularity, grid, clip, offset, group), keep)
+
+
+@custom_op("ditq::product", mutates_args=())
+def product(
+    x: Tensor,
+    x_scale: Tensor | None,
+    data: Tensor,
+    tables: Tensor | None,
+    multiplier: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    added: Tensor | None,
+    rows: int,
+    columns: int,
+    bits: int,
+    run: int,
+    group: int,
+    float8: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y [M, N] of x [M, K]: quantized with its scales, or bfloat16."""
+    stored = StoredWeight(rows, columns, bits, run, data, tables, multiplier, scale, group, float8)
+    return run_product(x.contiguous(), x_scale, stored, bias, None if added is None else added.contiguous(), dtype)
+
+
+@product.register_fake
+def _(x, x_scale, data, tables, multiplier, scale, bias, added, rows, columns, bits, run, group, float8, dtype):  # type: ignore[no-untyped-def]
+    return x.new_empty((x.shape[0], rows), dtype=dtype)

@@ -1,0 +1,146 @@
+"""Which way a product runs: measured on the GPU at hand, once a shape, and kept for later runs.
+
+A way is a tile of the kernel that decodes as it multiplies, or of the product of 8 bits after the weight was written out in
+full (decode.py), which pays for many tokens. Each is compared with the plain meaning before its time is taken: one that a
+compiler got wrong is never used.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from ditq.errors import DitqError
+from ditq.kernels.matmul import Tile
+from ditq.kernels.storage import StoredWeight
+from ditq.numerics.carrier import E4M3
+
+FOLDER = "DITQ_CACHE"  # environment variable: where what was measured is kept
+MANY = 256  # tokens from which it may pay to write the weight out in full
+
+
+@dataclass(frozen=True)
+class Way:
+    """tile: of the product. decoded: whether the weight is written out first. library: the vendor's bfloat16 product."""
+
+    tile: Tile
+    decoded: bool = False
+    library: bool = False
+
+
+INTERPRETED = Way(Tile(32, 64))
+
+
+def tiles(capability: int, bits: int, kind: torch.dtype) -> list[Tile]:
+    """Tiles tried on a GPU of that compute capability (90 for 9.0), best guess first."""
+    hopper = capability >= 90
+    if kind == torch.bfloat16:
+        return [Tile(16, 32, False, 4, 4), Tile(16, 64, False, 4, 4), Tile(64, 64, False, 4, 3)]
+    if bits == 8:
+        step = 128 if hopper else 64
+        common = [Tile(128, 128, False, 8, 4, step), Tile(64, 128, False, 4, 4, step)]
+        wide = Tile(128, 256, False, 8, 3, step)
+        return [wide, *common] if 90 <= capability < 100 and kind != E4M3 else common
+    if bits == 4:
+        other = Tile(256, 64, True, 8, 3) if hopper and kind != E4M3 else Tile(128, 64, False, 4, 3)
+        return [Tile(128, 128, hopper, 8, 3), other, Tile(64, 64, hopper, 4, 3)]
+    return [Tile(128, 128, hopper, 8, 2), Tile(128, 64, hopper, 8 if hopper else 4, 2), Tile(64, 64, hopper, 4, 2)]
+
+
+def ways(capability: int, bits: int, kind: torch.dtype, tokens: int) -> list[Way]:
+    """What is tried for that many tokens."""
+    found = [Way(tile) for tile in tiles(capability, bits, kind)]
+    if tokens >= MANY:
+        if kind == torch.bfloat16:
+            found.append(Way(Tile(0, 0), decoded=True, library=True))
+        elif bits < 8:
+            found += [Way(tile, decoded=True) for tile in tiles(capability, 8, kind)]
+    return found
+
+
+def bucket(tokens: int) -> int:
+    """Numbers of tokens that share a way: up to the next power of two, or one and a half of the one before."""
+    power = 1 << max(0, tokens - 1).bit_length()
+    return power * 3 // 4 if power >= 4 and tokens <= power * 3 // 4 else power
+
+
+def label(stored: StoredWeight, kind: torch.dtype, tokens: int) -> str:
+    """What a way is kept under."""
+    form = [name for name, given in (("rows", stored.tables is not None and stored.tables.dim() == 2),
+                                     ("multipliers", stored.multiplier is not None),
+                                     ("scales", stored.scale.dim() == 2)) if given]  # fmt: skip
+    shape = f"{bucket(tokens)}x{stored.rows}x{stored.columns}"
+    return " ".join([f"w{stored.bits}", str(kind).removeprefix("torch."), shape, *form])
+
+
+def cache_file(gpu: str) -> Path:
+    """Where the ways of a kind of GPU are kept."""
+    folder = Path(os.environ.get(FOLDER) or Path.home() / ".cache" / "ditq")
+    name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    return folder / f"ways-{name}-triton-{triton.__version__}.json"
+
+
+class Tuner:
+    """The ways of one GPU: what was found before, and what is measured now."""
+
+    def __init__(self, gpu: str, capability: int) -> None:
+        self.gpu, self.capability = gpu, capability
+        self.path = cache_file(gpu)
+        self.known: dict[str, Way] = _read(self.path)
+
+    def way(
+        self, stored: StoredWeight, kind: torch.dtype, tokens: int, run: Callable[[Way], Tensor],
+        right: Callable[[Tensor], bool], cost: Callable[[Callable[[], object]], float],
+    ) -> Way:  # fmt: skip
+        """The fastest way whose result is right.
+
+        run: compute with a way; right: whether what it gave is the product; cost: the time that a call takes.
+
+        Raises:
+            DitqError: no way gives the right result on this GPU.
+        """
+        key = label(stored, kind, tokens)
+        if key not in self.known:
+            times: dict[Way, float] = {}
+            for way in ways(self.capability, stored.bits, kind, tokens):
+                try:
+                    correct = right(run(way))
+                except triton.runtime.OutOfResources:  # a tile for a larger GPU of the same generation
+                    continue
+                if correct:
+                    times[way] = cost(functools.partial(run, way))
+            if not times:
+                raise DitqError(
+                    f"no kernel of Triton {triton.__version__} computes {key} rightly on this GPU ({self.gpu}); "
+                    "install another version of triton"
+                )
+            self.known[key] = min(times, key=lambda way: times[way])
+            _write(self.path, self.known)
+        return self.known[key]
+
+
+def _read(path: Path) -> dict[str, Way]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {key: Way(Tile(**entry.pop("tile")), **entry) for key, entry in found.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # none yet, or of another form: measured anew
+        return {}
+
+
+def _write(path: Path, known: dict[str, Way]) -> None:
+    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps({key: asdict(way) for key, way in known.items()}, indent=1), encoding="utf-8")
+        beside.replace(path)
+    except OSError:  # a home that cannot be written to: measured again next time
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,228 @@
+"""Compile every kernel of ditq for each generation of GPUs, without one, and print registers, spills and shared memory.
+
+python -m tools.gpu_resources                  # the table
+python -m tools.gpu_resources --write          # into docs/gpu-resources.md, which a test watches
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ditq.kernels import decode, matmul, quantize
+from ditq.kernels.matmul import Tile
+from ditq.kernels.quantize import Before, Online
+from ditq.kernels.storage import StoredWeight, store, store_carrier
+from ditq.kernels.tuning import tiles
+from ditq.nn import ActivationFormat, InputTransform
+from ditq.numerics.carrier import E4M3
+from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation
+from ditq.numerics.weight_code import WeightCode
+
+TABLE = Path(__file__).parent.parent / "docs" / "gpu-resources.md"
+GENERATIONS = {80: "Ampere (A100)", 89: "Ada (RTX 40, L40)", 90: "Hopper (H100)", 100: "Blackwell (B200)"}
+SHARED = {
+    80: 163 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+}  # bytes a block may have (CUDA programming guide, table of capabilities)
+REGISTERS = 255
+_POINTERS = {
+    torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32", torch.float32: "*fp32", torch.bfloat16: "*bf16",
+    E4M3: "*fp8e4nv",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A kernel with what it is called with. `capability`: the first generation that has it."""
+
+    name: str
+    kernel: Any
+    values: list[Any]
+    constants: dict[str, Any]
+    capability: int = 80
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas gave a kernel: registers a thread, bytes of stack and of spills, bytes of shared memory a block."""
+
+    registers: int
+    stack: int
+    spilled: int
+    shared: int
+
+
+def _weight(bits: int, float8: bool = False, grouped: bool = True, floats: bool = False) -> StoredWeight:
+    """3072 x 3072 without values: only shapes and dtypes are looked at."""
+    rows = columns = 3072
+    if bits == 8:
+        return store_carrier(torch.zeros(rows, columns, dtype=E4M3 if float8 else torch.int8), torch.ones(rows))
+    table = torch.zeros(2**bits, dtype=torch.int8)
+    table = table.view(E4M3) if float8 else table
+    groups = columns // 64
+    multiplier = torch.zeros(rows, groups, dtype=torch.uint8) if grouped and not floats else None
+    scale = torch.ones(rows, groups) if floats else torch.ones(rows)
+    return store(WeightCode(torch.zeros(rows, columns, dtype=torch.uint8), table, scale, multiplier, bits))
+
+
+def _product(name: str, stored: StoredWeight, kind: torch.dtype, tile: Tile, capability: int = 80) -> Case:
+    tokens = 4608
+    x = torch.empty(tokens, stored.columns, dtype=kind)
+    scale = None if kind == torch.bfloat16 else torch.empty(tokens)
+    y = torch.empty(tokens, stored.rows, dtype=torch.bfloat16)
+    values, constants = matmul.arguments(x, scale, stored, torch.empty(stored.rows), None, y, tile)
+    label = f"{tile.tokens} x {tile.outputs}{', weight first' if tile.weight_first else ''}"
+    return Case(f"{name}, {label}", matmul.matmul_kernel, values, constants, capability)
+
+
+def _quantizer(name: str, width: int, full: bool, before: Before, form: ActivationFormat) -> Case:
+    rotation = hadamard_rotation(width) if full else block_hadamard_rotation(width, 64)
+    plan = quantize.online(InputTransform(rotations=[(0, width, rotation)]), form, None, width)
+    assert isinstance(plan, Online)
+    x = torch.empty(64, width, dtype=torch.bfloat16)
+    q = torch.empty(64, width, dtype=quantize.number_type(form))
+    values, constants = quantize.arguments(x, 64, before, plan, q, torch.empty(64), None)
+    return Case(
+        f"{name}, {width} channels",
+        quantize.quantize_kernel,
+        values,
+        constants,
+        89 if form.grid == "float8_e4m3" else 80,
+    )
+
+
+def cases(capability: int) -> Iterator[Case]:
+    """Every kernel that such a GPU would be given, in every tile that it would be tried with."""
+    weights = [
+        ("w4a8", _weight(4), torch.int8, 80),
+        ("w3a8", _weight(3), torch.int8, 80),
+        ("w8a8", _weight(8), torch.int8, 80),
+        ("w8a8 FP8", _weight(8, float8=True), E4M3, 89),
+        ("w4a8 FP8", _weight(4, float8=True, grouped=False), E4M3, 89),
+        ("w4a16", _weight(4, floats=True), torch.bfloat16, 80),
+    ]
+    for name, stored, kind, first in weights:
+        for tile in tiles(capability, stored.bits, kind):
+            yield _product(name, stored, kind, tile, first)
+    for name, stored, kind, _ in (weights[0], weights[1], weights[5]):
+        dtype = torch.bfloat16 if kind == torch.bfloat16 else torch.int8
+        values, constants = decode.arguments(stored, torch.empty(stored.rows, stored.columns, dtype=dtype))
+        yield Case(f"{name}, weight in full", decode.decode_kernel, values, constants)
+    modulated = Before(
+        norm=True, gamma=torch.empty(1, 3072, dtype=torch.bfloat16), beta=torch.empty(1, 3072, dtype=torch.bfloat16)
+    )
+    token = ActivationFormat(8, "token")
+    yield _quantizer("norm, modulation, block Hadamard, int8", 3072, False, modulated, token)
+    yield _quantizer(
+        "norm, modulation, block Hadamard, FP8", 3072, False, modulated, ActivationFormat(8, "token", "float8_e4m3")
+    )
+    yield _quantizer(
+        "norm, modulation, full Hadamard, 4 bits", 3072, True, modulated, ActivationFormat(4, "token", "midrise")
+    )
+    yield _quantizer("GELU, block Hadamard, int8", 12288, False, Before(activation="gelu_tanh"), token)
+    yield _quantizer("GELU, full Hadamard, int8", 4608, True, Before(activation="gelu_tanh"), token)
+    yield _quantizer("block Hadamard, int8", 15360, False, Before(), token)
+
+
+def compile_case(case: Case, capability: int) -> tuple[Any, Resources]:
+    """(what Triton compiled, what it takes) on a GPU of that compute capability."""
+    names = case.kernel.arg_names
+    options = {name: value for name, value in case.constants.items() if name.startswith("num_")}
+    constants = {name: value for name, value in case.constants.items() if name in names}
+    values = dict(zip([name for name in names if name not in constants], case.values, strict=True))
+    signature, attributes = {}, {}
+    for index, name in enumerate(names):
+        value = values.get(name)
+        if name in constants:
+            signature[name] = "constexpr"
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        case.kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return compiled, _resources(compiled, capability)
+
+
+def _resources(compiled: Any, capability: int) -> Resources:
+    """What ptxas says of the kernel's PTX, and the shared memory that Triton gives it."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(compiled.asm["ptx"])
+        tool: Any = get_ptxas(capability) if get_ptxas.__code__.co_argcount else get_ptxas()
+        architecture = f"--gpu-name={sm_arch_from_capability(capability)}"
+        command = [tool.path, "-v", architecture, str(path), "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    stack, stores, loads = (int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", said))
+    registers = int(re.findall(r"Used (\d+) registers", said)[0])
+    return Resources(registers, stack, stores + loads, compiled.metadata.shared)
+
+
+def sources() -> str:
+    """Short hash of the kernels' code, so that a table of other kernels is noticed."""
+    folder = Path(matmul.__file__).parent
+    names = ("decode.py", "decoding.py", "matmul.py", "quantize.py", "storage.py", "tuning.py")
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()[:16]
+
+
+def rows(generations: list[int]) -> Iterator[tuple[str, int, Resources]]:
+    """(kernel, compute capability, what it takes)."""
+    for capability in generations:
+        for case in cases(capability):
+            if case.capability <= capability:
+                yield case.name, capability, compile_case(case, capability)[1]
+
+
+@click.command()
+@click.option("--write", is_flag=True, help=f"Write {TABLE.name} in docs/.")
+@click.option("--only", type=int, multiple=True, help="Compute capability, such as 90; all without it.")
+def main(write: bool, only: tuple[int, ...]) -> None:
+    """Registers a thread, bytes of stack and spills, bytes of shared memory a block of every kernel."""
+    lines = [
+        "# Kernels and what they take of a GPU",
+        "",
+        f"Compiled by Triton {triton.__version__} with no GPU at hand. Kernels' code: `{sources()}`. Printed by:",
+        "",
+        "    python -m tools.gpu_resources --write",
+        "",
+        "Registers a thread (at most 255), bytes of stack and spills (none is wanted), KiB of shared memory a block.",
+        "",
+        "| compute capability | kernel | registers | stack | spills | shared memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    click.echo("\n".join(lines))
+    for name, capability, found in rows(list(only) or list(GENERATIONS)):
+        lines.append(
+            f"| {capability // 10}.{capability % 10} {GENERATIONS[capability]} | {name} | {found.registers} | {found.stack} "
+            f"| {found.spilled} | {found.shared / 1024:.1f} |"
+        )
+        click.echo(lines[-1])
+    if write:
+        TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
