@@ -5,7 +5,7 @@
 
 `fit` and `judge` are two folders of `ditq calibrate` with different prompts. The figure is the output SQNR of the weights
 alone, inputs as they are, in dB, averaged over token linears: on all of judge's inputs, the bias corrected by fit's mean.
-Rounding is to the nearest level, or GPTQ with four sweeps of refinement; in front of it no rotation, or block Hadamard.
+Rounding is to the nearest level, or GPTQ with four sweeps of refinement; in front of it no rotation, a block Hadamard or a full one.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from tools.measure_rounding import weights_error
 ROTATIONS: dict[str, dict[str, Any]] = {
     "none": {"mode": "identity", "values": False},
     "block Hadamard 64": {"mode": "block_hadamard", "block": 64},
+    "full Hadamard": {"mode": "hadamard"},
 }
 ROUNDINGS: dict[str, dict[str, Any]] = {
     "nearest": {"rounding": "nearest"},
@@ -102,7 +103,7 @@ def sqnr(
 @click.option("--every", default=6, show_default=True, help="Only every n-th linear.")
 @click.option("--only", multiple=True, type=click.Choice([*CODEBOOKS, AUTO]), help="Default: all but auto.")
 @click.option("--carrier", "carriers", multiple=True, type=click.Choice(list(CARRIERS)), default=("int8",))
-@click.option("--rotation", "rotations", multiple=True, type=click.Choice(list(ROTATIONS)), help="Default: both.")
+@click.option("--rotation", "rotations", multiple=True, type=click.Choice(list(ROTATIONS)), help="Default: all.")
 def main(
     checkpoint: str,
     fit: Path,
