@@ -5,7 +5,8 @@
 
 `fit` and `judge` are two folders of `ditq calibrate` with different prompts. The figure is the output SQNR of the weights
 alone, inputs as they are, in dB, averaged over token linears: on all of judge's inputs, the bias corrected by fit's mean.
-Rounding is to the nearest level, or GPTQ with four sweeps of refinement; in front of it no rotation, a block Hadamard or a full one.
+Rounding is to the nearest level, or GPTQ with four sweeps of refinement; in front of
+it no rotation, a block Hadamard or a full one.
 """
 
 from __future__ import annotations
