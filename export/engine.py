@@ -96,7 +96,9 @@ class Engine:
 
     @property
     def graphs(self) -> tuple[str, ...]:
-        """The ONNX files."""
+        """The ONNX files; none of an engine for a target that builds the model itself."""
+        if self.manifest.get("graph") is False:  # absent in engines from before there were such
+            return ()
         return (GRAPH,) if self.text is None else (GRAPH, TEXT_GRAPH)
 
     @property
@@ -215,15 +217,18 @@ def write_engine(
     folder = Path(folder)
     layers = {layer.site: layer for layer in model.modules() if isinstance(layer, QuantLinear)}
     with _written_beside(folder, force) as partial:
-        graph, dropped = export_what_varies(model, inputs, axes)
-        lower = target(target_name).lower
-        if lower is None:
+        lower, check = target(target_name).lower, target(target_name).check
+        if lower is None and check is None:
             raise DitqError(f"target '{target_name}' runs engines but cannot be compiled for")
+        if check is not None:
+            check(model)
+        graph, dropped = export_what_varies(model, inputs, axes)  # also tells which axes of the inputs may vary
         described = [_describe(value) for value in graph.graph.inputs]
-        text = None if changing is None else split_text(graph, changing, _timed(layers))
-        graphs = {GRAPH: graph} if text is None else {GRAPH: graph, TEXT_GRAPH: text}
-        planned = []
+        text = None if changing is None or lower is None else split_text(graph, changing, _timed(layers))
+        graphs = {} if lower is None else {GRAPH: graph} if text is None else {GRAPH: graph, TEXT_GRAPH: text}
+        planned: list[PlannedMatMul] = []
         for file_name, part in graphs.items():
+            assert lower is not None
             planned += [dataclasses.replace(entry, graph=file_name) for entry in lower(part, layers)]
             _check_lowered(part, target_name)
             part.producer_name, part.producer_version = "ditq", _version()
@@ -232,7 +237,7 @@ def write_engine(
         write_weights(partial / WEIGHTS, model.state_dict(), list(graphs.values()), {"format": "pt"})
         for file_name, part in graphs.items():
             ir.save(part, partial / file_name)
-        (partial / WEIGHTS).chmod((partial / GRAPH).stat().st_mode)  # safetensors makes it private
+        (partial / WEIGHTS).chmod(partial.stat().st_mode & 0o666)  # safetensors makes it private
         manifest = {
             "format_version": FORMAT_VERSION,
             "ditq_version": _version(),
@@ -248,6 +253,7 @@ def write_engine(
             "arguments": _arguments(model),
             "dropped_axes": dropped,
             "structure": describe(model),
+            "graph": bool(graphs),
             "text": None
             if text is None
             else {"inputs": _names(text.graph.inputs), "outputs": _names(text.graph.outputs)},

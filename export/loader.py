@@ -22,6 +22,7 @@ from ditq.export.engine import Engine
 from ditq.export.targets import Runner, target, targets
 
 _PREFERRED = ("onnxruntime-cpu", "torch")
+_WITHOUT_GRAPH = ("cuda", "torch")
 
 
 def load_engine(path: str | Path, target: str = "auto", threads: int | None = None) -> EngineTransformer:
@@ -29,7 +30,8 @@ def load_engine(path: str | Path, target: str = "auto", threads: int | None = No
 
     Args:
         path: the engine folder.
-        target: what runs it: `onnxruntime-cpu`, `torch`, or `auto`, the first of these that is installed.
+        target: what runs it: `onnxruntime-cpu`, `cuda`, `torch`, or `auto`: the first of `onnxruntime-cpu` and `torch` that
+            is installed, or of `cuda` and `torch` for an engine that was compiled for `cuda`.
         threads: of ONNX Runtime; None leaves the choice to it.
 
     Raises:
@@ -44,8 +46,10 @@ class EngineTransformer(ModelMixin):
     def __init__(self, engine: Engine, target_name: str = "auto", threads: int | None = None) -> None:
         super().__init__()
         self.engine = engine
-        self.target = _choose(target_name)
-        self._run: Runner = target(self.target).runner(engine, threads)
+        self.target = _choose(target_name, engine)
+        chosen = target(self.target)
+        self._dtype, self._device = chosen.dtype, torch.device(chosen.device)
+        self._run: Runner = chosen.runner(engine, threads)
         self._config = FrozenDict(engine.config)
 
     @property
@@ -55,11 +59,11 @@ class EngineTransformer(ModelMixin):
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float32
+        return self._dtype
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu")
+        return self._device
 
     def to(self, *arguments: Any, **keywords: Any) -> EngineTransformer:  # type: ignore[override]
         """Stays where it is: inputs are brought to it and the output goes back to their device and dtype."""
@@ -92,7 +96,7 @@ class EngineTransformer(ModelMixin):
             given[name] = value
         as_output = given.pop("return_dict", True)
         found = _collect(given, self.engine.manifest["layout"], self.engine.name)
-        inputs = _checked(found, self.engine.manifest["inputs"], self.engine.name)
+        inputs = _checked(found, self.engine.manifest["inputs"], self.engine.name, self._device)
         sample = _like(self._run(inputs), next(iter(found.values())))
         return Transformer2DModelOutput(sample=sample) if as_output else (sample,)
 
@@ -106,16 +110,22 @@ def engine_inputs(engine: Engine, arguments: Mapping[str, Any]) -> dict[str, Ten
     return _checked(_collect(arguments, engine.manifest["layout"], engine.name), engine.manifest["inputs"], engine.name)
 
 
-def _choose(name: str) -> str:
+def _choose(name: str, engine: Engine) -> str:
     if name != "auto":
         runs, why_not = target(name).available()
         if not runs:
             raise DitqError(f"target '{name}' does not run here: {why_not}")
+        if target(name).lower is not None and not engine.graphs:
+            made_for = engine.manifest["target"]
+            raise DitqError(
+                f"{engine.name}: was compiled for target '{made_for}' and holds no graph, which target '{name}' needs; "
+                f"load it with target {' or '.join(_WITHOUT_GRAPH)}, or compile it with --target {name}"
+            )
         return name
-    known = targets()
-    runnable = [name for name in _PREFERRED if known[name].available()[0]]
+    known, preferred = targets(), _PREFERRED if engine.graphs else _WITHOUT_GRAPH
+    runnable = [name for name in preferred if known[name].available()[0]]
     if not runnable:
-        raise DitqError(f"no target runs here: {known[_PREFERRED[0]].available()[1]}")
+        raise DitqError(f"no target runs here: {known[preferred[0]].available()[1]}")
     return runnable[0]
 
 
@@ -144,8 +154,10 @@ def _collect(given: Mapping[str, Any], layout: Layout, engine: str, prefix: str 
     return tensors
 
 
-def _checked(tensors: Mapping[str, Tensor], described: list[dict[str, Any]], engine: str) -> dict[str, Tensor]:
-    """The inputs on the CPU and in the engine's dtypes, their shapes checked against its axes."""
+def _checked(
+    tensors: Mapping[str, Tensor], described: list[dict[str, Any]], engine: str, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """The inputs on the device and in the engine's dtypes, their shapes checked against its axes."""
     sizes: dict[str, tuple[int, str]] = {}
     inputs = {}
     for entry in described:
@@ -160,7 +172,7 @@ def _checked(tensors: Mapping[str, Tensor], described: list[dict[str, Any]], eng
             if isinstance(axis, str) and sizes.setdefault(axis, (size, name))[0] != size:
                 first, where = sizes[axis]
                 raise DitqError(f"{engine}: axis '{axis}' is {first} in {where} but {size} in {name}")
-        inputs[name] = tensor.detach().to("cpu", getattr(torch, entry["dtype"])).contiguous()
+        inputs[name] = tensor.detach().to(device, getattr(torch, entry["dtype"])).contiguous()
     return inputs
 
 

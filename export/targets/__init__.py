@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import onnx_ir as ir
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ditq.errors import DitqError
 from ditq.nn import QuantLinear
@@ -66,9 +67,12 @@ class Target:
         available: () -> (whether it runs here, why not).
         lower: (graph with ditq::QuantLinear nodes, layers by site) -> what each matmul is planned as; rewrites the
             graph in place. None: the target runs the engine without a graph.
-        runner: (engine, threads) -> a function of input tensors by name, of the engine's own dtypes and on the CPU,
+        runner: (engine, threads) -> a function of input tensors by name, of the engine's own dtypes and on `device`,
             that returns the output.
         carriers: of the products of quantized inputs that it has (numerics/carrier.py); inputs in floating point go with any.
+        device: where its runner takes inputs; dtype: what a pipeline around it should compute in.
+        check: (model) -> None, or DitqError for a part that it cannot run. A target with `check` and without `lower` can be
+            compiled for: its engines hold weights and no graph.
     """
 
     name: str
@@ -77,6 +81,9 @@ class Target:
     lower: Callable[[ir.Model, Mapping[str, QuantLinear]], list[PlannedMatMul]] | None
     runner: Callable[[Engine, int | None], Runner]
     carriers: tuple[str, ...] = (INT8.name,)
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    check: Callable[[nn.Module], None] | None = None
 
     def check_product(self, site: str, carrier: str, activation_bits: int) -> None:
         """Raise DitqError for a linear whose quantized input and weight this target cannot multiply."""

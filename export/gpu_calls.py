@@ -1,0 +1,57 @@
+"""Calls of a compiled model replayed as CUDA graphs: one for each combination of shapes, without Python in between."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KEPT = 8  # combinations of shapes whose graphs are kept, the last used ones
+_WARM_UP = 3  # calls before the capture: they compile, measure tiles and allocate
+
+
+@dataclass(frozen=True)
+class _Captured:
+    inputs: dict[str, Tensor]
+    output: Tensor
+    graph: Any
+
+    def replay(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        for name, tensor in inputs.items():
+            self.inputs[name].copy_(tensor)
+        self.graph.replay()
+        return self.output.clone()  # the next replay writes there again
+
+
+class CapturedCalls:
+    """A function of tensors by name, whose launches are recorded at the first call of each combination of shapes."""
+
+    def __init__(self, call: Callable[[Mapping[str, Tensor]], Tensor]) -> None:
+        self.call = call
+        self.captured: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        key = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(inputs.items()))
+        if key not in self.captured:
+            self.captured[key] = self._capture(inputs)
+            if len(self.captured) > KEPT:
+                self.captured.popitem(last=False)
+        self.captured.move_to_end(key)
+        return self.captured[key].replay(inputs)
+
+    def _capture(self, inputs: Mapping[str, Tensor]) -> _Captured:
+        static = {name: tensor.clone() for name, tensor in inputs.items()}
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(_WARM_UP):
+                self.call(static)
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = self.call(static)
+        return _Captured(static, output, graph)

@@ -1,0 +1,166 @@
+"""The denoiser as one traced graph for the GPU: inputs quantized once, and norm, modulation, activation in the same kernel.
+
+torch.compile traces the model's forward, whole or not at all, into a graph of torch's functions. Two rewrites of it are done
+before its own compiler goes on:
+
+    1. Of several `ditq::quantized` with the same arguments, as q, k and v have them, one is left.
+    2. What makes such an input goes into the kernel: gelu(z) and the like, layer_norm(z), and layer_norm(z) (1 + gamma) + beta
+       with gamma and beta of each sample. The kernel then reads z in its place. What others read as well stays in the graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from ditq.kernels import operators  # noqa: F401  registers what is looked for
+
+Compiler = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
+
+_X, _GAMMA, _BETA, _NORM, _EPSILON, _ACTIVATION = 0, 1, 2, 8, 9, 10  # places in the arguments of ditq::quantized
+_SAME = {"to", "contiguous", "float", "type_as"}
+
+
+def rewrite(graph: fx.GraphModule) -> fx.GraphModule:
+    """Both rewrites, in place."""
+    share_inputs(graph)
+    fuse_before(graph)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _quantizers(graph: fx.GraphModule) -> list[fx.Node]:
+    return graph.graph.find_nodes(op="call_function", target=torch.ops.ditq.quantized.default)
+
+
+def share_inputs(graph: fx.GraphModule) -> None:
+    """Leave one of several equal quantizations."""
+    first: dict[Any, fx.Node] = {}
+    for node in _quantizers(graph):
+        kept = first.setdefault((node.args, tuple(node.kwargs.items())), node)
+        if kept is not node:
+            node.replace_all_uses_with(kept)
+            graph.graph.erase_node(node)
+
+
+def fuse_before(graph: fx.GraphModule) -> None:
+    """Take what makes a quantized input into the kernel that reads it."""
+    for node in _quantizers(graph):
+        value = _behind(node.args[_X])
+        if value is None:
+            continue
+        arguments = list(node.args)
+        activation = _activation(value)
+        modulated = _modulated(value)
+        if activation:
+            arguments[_X], arguments[_ACTIVATION] = value.args[0], activation
+        elif modulated is not None:
+            norm, arguments[_GAMMA], arguments[_BETA] = modulated
+            arguments[_X], arguments[_NORM] = norm.args[0], True
+            arguments[_EPSILON] = _argument(norm, 4, "eps", 1e-5)
+        node.args = tuple(arguments)
+
+
+def _is(node: Any, function: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is function
+
+
+def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
+def _behind(value: Any) -> fx.Node | None:
+    """The node that `value` is another name for."""
+    while isinstance(value, fx.Node):
+        same = value.op == "call_method" and value.target in _SAME
+        dropped = _is(value, F.dropout) and (
+            not _argument(value, 1, "p", 0.5) or not _argument(value, 2, "training", True)
+        )
+        if not (same or dropped):
+            return value
+        value = value.args[0]
+    return None
+
+
+def _activation(node: fx.Node) -> str:
+    if _is(node, F.gelu):
+        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
+    return "silu" if _is(node, F.silu) else ""
+
+
+def _modulated(node: fx.Node) -> tuple[fx.Node, Any, Any] | None:
+    """(layer_norm, gamma, beta) of which `node` is made, gamma and beta None for a plain norm."""
+    if _plain_norm(node):
+        return node, None, None
+    for scaled, beta in _operands(node, operator.add):
+        product = _behind(scaled)
+        if product is None or not _a_sample(beta, node):
+            continue
+        for normed, factor in _operands(product, operator.mul):
+            norm = _behind(normed)
+            gamma = _plus_one(factor)
+            if norm is not None and gamma is not None and _plain_norm(norm) and _a_sample(factor, node):
+                return norm, gamma, beta
+    return None
+
+
+def _plain_norm(node: fx.Node) -> bool:
+    """A layer norm over the channels without weight and bias."""
+    if not _is(node, F.layer_norm):
+        return False
+    bare = _argument(node, 2, "weight", None) is None and _argument(node, 3, "bias", None) is None
+    return bare and len(_argument(node, 1, "normalized_shape", ())) == 1
+
+
+def _operands(node: fx.Node, function: Any) -> list[tuple[Any, Any]]:
+    """The two operands, in both orders."""
+    if not _is(node, function) or len(node.args) != 2:
+        return []
+    return [(node.args[0], node.args[1]), (node.args[1], node.args[0])]
+
+
+def _plus_one(node: Any) -> Any:
+    """gamma of 1 + gamma, or of (1 + gamma)[:, None], or None."""
+    if _is(node, operator.getitem):
+        node = node.args[0]
+    if not isinstance(node, fx.Node):
+        return None
+    return next(
+        (gamma for one, gamma in _operands(node, operator.add) if isinstance(one, int | float) and one == 1), None
+    )
+
+
+def _a_sample(value: Any, tokens: fx.Node) -> bool:
+    """Whether `value` is one vector of channels for each sample of `tokens` [B, T, n], or for all of them."""
+    if not isinstance(value, fx.Node):
+        return False
+    shape, whole = _shape(value), _shape(tokens)
+    if len(whole) != 3 or not shape or shape[-1] != whole[-1]:
+        return False
+    return shape in ((whole[0], 1, whole[2]), (1, 1, whole[2]), (1, whole[2]), (whole[2],))
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    value = node.meta.get("example_value")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def inductor(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """torch's own compiler."""
+    from torch._inductor.compile_fx import compile_fx
+
+    compile_whole: Callable[..., Any] = compile_fx
+    return compile_whole(graph, inputs)
+
+
+def compiled(model: nn.Module, inner: Compiler = inductor) -> Callable[..., Any]:
+    """The model's forward, traced as one graph for each combination of shapes, rewritten, and compiled by `inner`."""
+    return torch.compile(
+        model, backend=lambda graph, inputs: inner(rewrite(graph), inputs), fullgraph=True, dynamic=False
+    )

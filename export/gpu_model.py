@@ -1,0 +1,50 @@
+"""An engine's model on a GPU: FastLinear in the place of every QuantLinear, the rest in bfloat16."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ditq.errors import DitqError
+from ditq.kernels.fast_linear import FastLinear, on_device, why_no_kernel
+from ditq.kernels.quantize import Online
+from ditq.nn import QuantLinear, TransformedLinear
+from ditq.nn.attention_rounding import AttentionRounding
+
+DTYPE = torch.bfloat16
+
+
+def check(model: nn.Module, capability: int | None = None) -> None:
+    """Raise DitqError for the first part of a model that has no kernel. capability: of the GPU, 90 for 9.0, or not known."""
+    for layer in model.modules():
+        if isinstance(layer, QuantLinear) and (reason := why_no_kernel(layer, capability)):
+            raise DitqError(f"{layer.site}: target 'cuda': {reason}")
+        if isinstance(layer, AttentionRounding):
+            raise DitqError(
+                f"{layer.site}: target 'cuda' has no kernel for rounded attention; leave the pass quantize_attention out"
+            )
+
+
+def to_gpu(model: nn.Module, device: torch.device, capability: int | None = None) -> nn.Module:
+    """Move `model` there, in place.
+
+    Raises:
+        DitqError: a part of it has no kernel.
+    """
+    check(model, capability)
+    plans: dict[str, Online] = {}
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuantLinear):
+            try:
+                model.set_submodule(name, FastLinear(layer.to(device), plans))
+            except ValueError as error:
+                raise DitqError(f"target 'cuda': {error}") from error
+        elif isinstance(layer, TransformedLinear):
+            layer.transform = on_device(layer.transform, device)
+    return model.to(device, DTYPE)
+
+
+def as_wanted(name: str, tensor: Tensor) -> Tensor:
+    """An input in the dtype that the model computes in. Timesteps and positions (`..._ids`) stay as exact as they are."""
+    exact = tensor.dim() < 2 or name.endswith("ids") or not tensor.is_floating_point()
+    return tensor if exact else tensor.to(DTYPE)

@@ -1,0 +1,104 @@
+"""NVIDIA GPUs: ditq's own Triton kernels, torch.compile around them, CUDA graphs. Engines hold no graph for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ditq.errors import DitqError
+from ditq.export.arguments import unflatten
+from ditq.export.session import first_line
+from ditq.export.targets import Runner, Target, register
+from ditq.export.targets.torch import rebuild
+from ditq.numerics.carrier import FLOAT8, INT8
+
+if TYPE_CHECKING:
+    from ditq.export.engine import Engine
+
+_LEAST = (8, 0)  # compute capability: the first with int8 and bfloat16 tensor cores that Triton compiles for
+
+
+def available() -> tuple[bool, str]:
+    """Whether torch sees a GPU that the kernels compile for, and Triton is there."""
+    try:
+        import triton
+    except ImportError as error:
+        return False, f"triton cannot be imported ({error}); pip install 'ditq[cuda]'"
+    if torch.version.cuda is None:
+        return False, f"torch {torch.__version__} was built without CUDA; install a CUDA build of it"
+    if not torch.cuda.is_available():
+        return False, "torch sees no NVIDIA GPU, or no driver for one; see nvidia-smi"
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if capability < _LEAST:
+        return False, f"{name} has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0"
+    return True, f"{name}, triton {triton.__version__}"
+
+
+def check(model: nn.Module) -> None:
+    """Raise DitqError for a part of the model that has no kernel."""
+    from ditq.export.gpu_model import check as check_kernels
+
+    check_kernels(model)
+
+
+def runner(engine: Engine, threads: int | None = None) -> Runner:
+    """The rebuilt model with its linears as kernels, compiled for the shapes of each first call and replayed afterwards.
+
+    Raises:
+        DitqError: a format without a kernel; a model that does not fit in the GPU's memory.
+    """
+    from ditq.export.gpu_calls import CapturedCalls
+    from ditq.export.gpu_graph import compiled
+    from ditq.export.gpu_model import as_wanted, to_gpu
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    major, minor = torch.cuda.get_device_capability(device)
+    layout = engine.manifest["layout"]
+    try:
+        model = to_gpu(rebuild(engine), device, 10 * major + minor)
+    except torch.cuda.OutOfMemoryError as error:
+        raise _too_large(engine, "its weights do not") from error
+    forward = compiled(model)
+
+    def call(inputs: Mapping[str, Tensor]) -> Tensor:
+        wanted = {name: as_wanted(name, tensor) for name, tensor in inputs.items()}
+        return forward(**unflatten(wanted, layout), return_dict=False)[0]
+
+    captured = CapturedCalls(call)
+
+    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        try:
+            with torch.no_grad():
+                return captured(inputs)
+        except torch.cuda.OutOfMemoryError as error:
+            raise _too_large(engine, "a call of this size does not") from error
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise DitqError(f"{engine.name}: torch cannot trace the model as one graph: {first_line(error)}") from error
+
+    return run
+
+
+def _too_large(engine: Engine, what: str) -> DitqError:
+    free, total = torch.cuda.mem_get_info()
+    return DitqError(
+        f"{engine.name}: {what} fit in the GPU's memory ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free); "
+        "close what else uses it, or ask for smaller or fewer pictures at once"
+    )
+
+
+TARGET = register(
+    Target(
+        "cuda",
+        "NVIDIA GPUs from compute capability 8.0: Triton kernels under torch.compile and CUDA graphs",
+        available,
+        None,
+        runner,
+        carriers=(INT8.name, FLOAT8.name),
+        device="cuda",
+        dtype=torch.bfloat16,
+        check=check,
+    )
+)
