@@ -19,6 +19,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 INTERRUPTED = "interrupted; nothing was left half-written"
 SEED = click.IntRange(min=0, max=2**62)  # seed + number of the prompt must fit 64 bits
+_GPU_HELP = (
+    "A kind of GPU to build a plan for, e.g. sm89; may be repeated.  [default: this one; else sm80, sm89, sm120]"
+)
+_SIZES_HELP = "Sizes that plans take, smallest:usual:largest by axis, e.g. batch=1:2:4,image_tokens=4096."
 PICTURES = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -50,6 +54,8 @@ def cli() -> None:
     "--candidates", metavar="LIST", help="What --budget chooses from: w2 .. w8, keep.  [default: w2 .. w6, w8]"
 )
 @click.option("-t", "--target", default="onnxruntime-cpu", show_default=True, help="See `ditq targets`.")
+@click.option("--gpu", "gpus", metavar="KIND", multiple=True, help=_GPU_HELP)
+@click.option("--sizes", metavar="SIZES", help=_SIZES_HELP)
 @click.option("--prompts", type=click.Path(path_type=Path), help="Prompts to calibrate on: .txt, .csv or .jsonl.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use at most so many of the prompts.")
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps of calibration.")
@@ -67,14 +73,16 @@ def cli() -> None:
 @click.option("--resume", is_flag=True, help="Go on where an interrupted compile to the same folder stopped.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 def compile_command(checkpoint: str, out: Path, recipe: str, budget: str | None, candidates: str | None, target: str,
-                    prompts: Path | None, limit: int | None, steps: int | None, stats: Path | None, evaluated: int,
-                    cache_text: bool, config: Path | None, seed: int, resume: bool, force: bool) -> None:  # fmt: skip
+                    gpus: tuple[str, ...], sizes: str | None, prompts: Path | None, limit: int | None,
+                    steps: int | None, stats: Path | None, evaluated: int, cache_text: bool, config: Path | None,
+                    seed: int, resume: bool, force: bool) -> None:  # fmt: skip
     """Compile CHECKPOINT (a folder, a .safetensors file, or `mini`) into an engine folder with a report.
 
     \b
     ditq compile mini -o engine
     ditq compile ./FLUX.1-dev -o engine --recipe w4a8 --prompts prompts.txt --steps 20
     ditq compile mini -o engine --budget size=4MB
+    ditq compile mini -o engine --target tensorrt --gpu sm89
     """
     from ditq.budget.request import Budget
     from ditq.checkpoint import Checkpoint
@@ -86,7 +94,8 @@ def compile_command(checkpoint: str, out: Path, recipe: str, budget: str | None,
         raise DitqError("--candidates says what --budget chooses from; give a budget too, e.g. --budget bits=3.5")
     asked = None if budget is None else Budget.parse(budget, candidates)
     options = CompileOptions(target=target, conditions=prompts, limit=limit, steps=steps, statistics=stats,
-                             budget=asked, seed=seed, resume=resume, force=force, cache_text=cache_text)  # fmt: skip
+                             budget=asked, seed=seed, resume=resume, force=force, cache_text=cache_text, gpus=gpus,
+                             sizes=sizes)  # fmt: skip
     opened = Checkpoint.open(checkpoint, config)
     result = compile(opened, out, recipe, options)
     if asked is not None:
@@ -98,6 +107,10 @@ def compile_command(checkpoint: str, out: Path, recipe: str, budget: str | None,
         click.echo(f"{report.name:10s} {said}")
     if cache_text:
         click.echo(f"{'text':10s} {_said_of_text(len(result.text_sites))}")
+    for plan in result.plans:
+        click.echo(f"{'plan':10s} {plan}")
+    if not result.plans and result.engine.manifest["target"] == "tensorrt":
+        click.echo(f"{'plan':10s} none: no TensorRT is installed; later: ditq plan {out}")
     laps = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in result.seconds.items())
     click.echo(f"{'time':10s} {laps}; peak memory {result.peak_memory / 2**30:.1f} GiB")
     if evaluated and opened.pipeline_root is not None:
@@ -243,6 +256,27 @@ def inspect(what: str, recipe: str, config: Path | None, as_json: bool) -> None:
             click.echo(item)
         else:
             _table(*item)
+
+
+@cli.command(name="plan")
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--gpu", "gpus", metavar="KIND", multiple=True, help=_GPU_HELP)
+@click.option("--sizes", metavar="SIZES", help=_SIZES_HELP)
+def plan_command(engine: Path, gpus: tuple[str, ...], sizes: str | None) -> None:
+    """Build TensorRT plans of an ENGINE that was compiled with --target tensorrt; no GPU is needed.
+
+    \b
+    ditq plan engine --gpu sm89 --gpu sm120
+    ditq plan engine --sizes batch=1:2:2,image_tokens=1024:4096:4096
+    """
+    from ditq.export import Engine
+    from ditq.export.plans.make import make_plans
+
+    _, made = make_plans(Engine.open(engine), gpus, sizes)
+    for plan in made:
+        click.echo(str(plan))
+    if not all(plan.proof.complete for plan in made):
+        sys.exit(1)
 
 
 @cli.command()

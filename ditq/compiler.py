@@ -23,6 +23,8 @@ from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError, Interrupted
 from ditq.export.engine import Engine, check_replaceable, write_engine
+from ditq.export.plans.make import MadePlan, kinds_of_gpu, make_plans
+from ditq.export.plans.sizes import parse_sizes
 from ditq.export.targets import Target, target
 from ditq.export.weights_file import WEIGHTS
 from ditq.folders import check_output, remove, without_new_parents
@@ -52,6 +54,9 @@ class CompileOptions:
         force: replace the output folder if it exists.
         cache_text: what sees only the text runs once for a prompt instead of at every step, where the model has keys and
             values of attention among it. Exact.
+        gpus: kinds of GPU that plans are built for, such as `sm89`, by a target that has such; none: the GPU that is here, or
+            sm80, sm89 and sm120.
+        sizes: of the axes that may vary, for these plans: `batch=1:2:4,image_tokens=4096`, smallest, usual and largest.
     """
 
     target: str = "onnxruntime-cpu"
@@ -64,13 +69,15 @@ class CompileOptions:
     resume: bool = False
     force: bool = False
     cache_text: bool = True
+    gpus: Sequence[str] = ()
+    sizes: str | None = None
     progress: ProgressSetting = None
 
 
 @dataclass(frozen=True)
 class CompileResult:
     """What `compile` made. `seconds` by stage; `peak_memory` in bytes, of this process so far; `text_sites` are the linears
-    that run once for a prompt.
+    that run once for a prompt; `plans` were built for kinds of GPU.
     """
 
     engine: Engine
@@ -79,6 +86,7 @@ class CompileResult:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
     text_sites: tuple[str, ...] = ()
+    plans: Sequence[MadePlan] = ()
 
 
 def compile(
@@ -97,6 +105,7 @@ def compile(
     check_output(out, options.force)
     check_replaceable(out)
     wanted = target(options.target)
+    gpus = _kinds_of_gpu(wanted, options)
     budget = Budget.parse(options.budget) if isinstance(options.budget, str) else options.budget or recipe.budget
     if budget is not None:
         quantize_step(recipe)
@@ -134,6 +143,7 @@ def compile(
             recipe=recipe.to_json(),
             inputs=inputs,
             axes=checkpoint.family.axes if checkpoint.family else {},
+            sizes=checkpoint.family.sizes(checkpoint.config) if checkpoint.family else None,
             target_name=options.target,
             reports=[report.to_json() for report in reports],
             changing=checkpoint.changing if text_sites else None,
@@ -142,7 +152,23 @@ def compile(
         if budget is not None and budget.kind == "size":
             _check_size(engine, budget)
         clock.lap("export")
-    return CompileResult(engine, recipe, reports, clock.seconds, peak_memory(), text_sites)
+        plans: list[MadePlan] = []
+        if gpus:
+            engine, plans = make_plans(engine, gpus, options.sizes, options.progress)
+            clock.lap("plans")
+    return CompileResult(engine, recipe, reports, clock.seconds, peak_memory(), text_sites, plans)
+
+
+def _kinds_of_gpu(wanted: Target, options: CompileOptions) -> list[str]:
+    """What plans are built for; refused before anything is computed."""
+    if not wanted.plans:
+        if options.gpus or options.sizes:
+            raise DitqError(
+                f"target '{wanted.name}' builds nothing for single kinds of GPU; leave --gpu and --sizes out"
+            )
+        return []
+    parse_sizes(options.sizes or "")
+    return kinds_of_gpu(options.gpus)
 
 
 @contextmanager

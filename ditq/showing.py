@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,7 @@ from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError
 from ditq.export.agreement import model_agreement
 from ditq.export.engine import MANIFEST, TEXT_GRAPH, Engine
-from ditq.export.fusion import prove_fusion
+from ditq.export.fusion_report import FusionReport
 from ditq.export.loader import load_engine
 from ditq.export.targets import target, targets
 from ditq.export.targets.torch import rebuild
@@ -198,14 +199,26 @@ def diagnose(engine: str | None) -> tuple[list[str], bool]:
     if not opened.graphs:
         said, well = _without_graph(opened)
         return [*lines, f"{engine}: {said}"], well
-    proof = prove_fusion(opened)
-    lines.append(f"{engine}: {len(proof.fused)} of {proof.planned} planned integer products run as integer kernels")
-    lines += [f"not fused: {site} runs as {kernel}" for site, kernel in proof.not_fused.items()]
+    proven = _proofs(opened)
+    for where, proof in proven.items():
+        lines.append(f"{engine}{f' for {where}' if where else ''}: {proof.counted}")
+        lines += [f"not fused: {site} runs as {kernel}" for site, kernel in proof.not_fused.items()]
+        lines += [f"unplanned: {name} multiplies {types}" for name, types in proof.unplanned.items()]
+    own = target(opened.manifest["target"])
+    if own.plans and not proven:
+        lines.append(f"{engine}: has no plan yet; build one with: ditq plan {engine} --gpu sm89")
     model: Any = rebuild(opened)
     inputs = made_up_inputs(opened.name, type(model).__name__, model.config)
     agreement = model_agreement(opened, inputs, model=model)
-    lines.append(f"{engine}: {agreement}")
-    return lines, proof.complete and agreement.holds
+    runs = "" if own.available()[0] else f" (its graph run by ONNX Runtime, since {own.name} does not run here)"
+    lines.append(f"{engine}: {agreement}{runs}")
+    return lines, all(proof.complete for proof in proven.values()) and agreement.holds
+
+
+def _proofs(engine: Engine) -> Mapping[str, FusionReport]:
+    """By what the engine's target built; nothing where that cannot tell or has built nothing yet."""
+    prove = target(engine.manifest["target"]).prove
+    return {} if prove is None else prove(engine)
 
 
 def _without_graph(engine: Engine) -> tuple[str, bool]:

@@ -29,9 +29,10 @@ from ditq.export.targets.torch import rebuild
 from ditq.export.weights_file import WEIGHTS
 from ditq.nn import AttentionRounding, QuantLinear, rounded_by
 from ditq.nn.call_timestep import ARGUMENT
-from ditq.numerics.attention_rounding import INTEGER, PARTS, nearest, spacing
+from ditq.numerics.attention_rounding import FLOAT8, INTEGER, PARTS, nearest, spacing
 
 TIE_TOLERANCE = 0.01  # steps: of 127, a relative error of 1e-4, a thousand times float32's own; seen are 1e-6 to 1e-4
+HALF_TIE_TOLERANCE = 0.5  # steps: of 127, eight times float16's own 2^-11; seen are up to 0.38
 OUTPUT_TOLERANCE = 1e-3
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # for a graph that is given as bytes
@@ -82,15 +83,17 @@ class ModelAgreement:
 
 @torch.no_grad()
 def model_agreement(
-    engine: Engine, inputs: Mapping[str, Any], tolerance: float = TIE_TOLERANCE, model: nn.Module | None = None
+    engine: Engine, inputs: Mapping[str, Any], tolerance: float | None = None, model: nn.Module | None = None
 ) -> ModelAgreement:
     """Run the engine's graph and the torch meaning of the whole model on the same inputs, and compare up to ties.
 
-    The quantized activations of every layer are held in memory at once, a byte each.
+    The quantized activations of every layer are held in memory at once, a byte each. A graph whose own target does not run
+    here is run by ONNX Runtime, which takes every target's.
 
     Args:
         inputs: keyword arguments of the transformer, such as those of a recorded call.
-        tolerance: how far beyond a tie, in steps, a torch value may lie from what the engine's integer stands for.
+        tolerance: how far beyond a tie, in steps, a torch value may lie from what the engine's integer stands for; None: 0.01,
+            or for graphs that multiply in half precision 0.5.
         model: the torch meaning where it is loaded already (`targets.torch.rebuild`).
 
     Raises:
@@ -98,7 +101,9 @@ def model_agreement(
     """
     model = rebuild(engine) if model is None else model
     arguments = {name: value for name, value in inputs.items() if name != "return_dict"}
-    run = target(engine.manifest["target"]).runner(engine, 1)
+    own = target(engine.manifest["target"])
+    tolerance = tolerance or (HALF_TIE_TOLERANCE if own.half else TIE_TOLERANCE)
+    run = (own if own.available()[0] else target("onnxruntime-cpu")).runner(engine, 1)
     output = run(
         engine_inputs(engine, arguments)
     )  # of the engine as it is: to give out values might change how the runtime fuses
@@ -109,14 +114,14 @@ def model_agreement(
     with rounded_by(model, comparison.rounding):
         given = model(**arguments, return_dict=False)[0]
     comparison.check_all_used()
-    own = model(**arguments, return_dict=False)[0]
+    plain = model(**arguments, return_dict=False)[0]
     return ModelAgreement(
         comparison.integers,
         comparison.flipped,
         max(comparison.excess, 0.0),
         comparison.worst,
         relative_difference(output, given),
-        relative_difference(output, own),
+        relative_difference(output, plain),
         tolerance,
         dict(comparison.invalid),
     )
@@ -174,6 +179,7 @@ class _Comparison:
         self._formats = {layer.site: layer.activation for layer in model.modules() if isinstance(layer, QuantLinear)}
         roundings = [module for module in model.modules() if isinstance(module, AttentionRounding)]
         self._numbers = {f"{found.site}/{part}": found.form.number for found in roundings for part in PARTS}
+        self._numbers |= {site: FLOAT8 for site, form in self._formats.items() if form.grid == FLOAT8}
         self._left = {site: list(queue) for site, queue in places.items()}  # a layer that is called twice has two
         self._values, self._tolerance = values, tolerance
         self.integers = self.flipped = 0
@@ -220,7 +226,7 @@ def _integers(engine: Engine) -> dict[str, list[_Place]]:
                 raise DitqError(f"{engine.folder}: {part}: its numbers are not made in a known form")
             zero = int(numpy_helper.to_array(constants[maker.input[2]])) if len(maker.input) == 3 else 0
             places.setdefault(part, []).append(_Place(entry.graph, (value,), zero))
-        if entry.kind == "integer" and entry.numbers is None:
+        if entry.kind in ("integer", "float8") and entry.numbers is None:
             read = [_dequantized_by(makers, product) for product in entry.coded]
             zero_points = {names[1] for names in read}
             zero_point = constants.get(zero_points.pop()) if len(zero_points) == 1 else None
@@ -235,6 +241,11 @@ def _dequantized_by(makers: Mapping[str, onnx.NodeProto], product: str) -> tuple
     """(values, zero point) that a DequantizeLinear in front of a product reads, by name; empty where there is none."""
     node = makers.get(product)
     dequantize = None if node is None else makers.get(node.input[0])
+    while dequantize is not None and dequantize.op_type in (
+        "Reshape",
+        "Transpose",
+    ):  # of groups, in front of one product
+        dequantize = makers.get(dequantize.input[0])
     if dequantize is None or dequantize.op_type != "DequantizeLinear" or len(dequantize.input) < 3:
         return "", ""
     return dequantize.input[0], dequantize.input[2]
@@ -259,9 +270,13 @@ def _values_of(engine: Engine, graph: str, names: list[str], inputs: Mapping[str
     """What one graph computes at those values: a session that gives them out beside its outputs."""
     model = onnx.load(str(engine.folder / graph), load_external_data=False)
     given = {value.name for value in (*model.graph.output, *model.graph.input)}
+    float8 = _float8_values(model.graph)
     for name in names:
+        if name in float8:  # which ONNX Runtime gives out to no one
+            wide = onnx.helper.make_node("Cast", [name], [f"{name}/wide"], to=onnx.TensorProto.FLOAT)
+            model.graph.node.append(wide)
         if name not in given:
-            model.graph.output.add().name = name
+            model.graph.output.add().name = f"{name}/wide" if name in float8 else name
     tensors = {name: tensor.numpy() for name, tensor in inputs.items()}
     options = session_options(threads=1)
     options.add_session_config_entry(_WEIGHTS_FOLDER, str(engine.folder.resolve()))
@@ -269,6 +284,19 @@ def _values_of(engine: Engine, graph: str, names: list[str], inputs: Mapping[str
     wanted = [name for name in names if name not in tensors]
     if not wanted:
         return {name: torch.from_numpy(tensors[name]) for name in names}  # for no names a session gives all outputs
-    results = session.run(wanted, {value.name: tensors[value.name] for value in session.get_inputs()})
+    results = session.run(
+        [f"{name}/wide" if name in float8 else name for name in wanted],
+        {value.name: tensors[value.name] for value in session.get_inputs()},
+    )
     values = {name: torch.from_numpy(array) for name, array in zip(wanted, results, strict=True)}
     return values | {name: torch.from_numpy(tensors[name]) for name in names if name in tensors}
+
+
+def _float8_values(graph: onnx.GraphProto) -> set[str]:
+    """What a QuantizeLinear makes in FP8."""
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    return {
+        node.output[0]
+        for node in graph.node
+        if node.op_type == "QuantizeLinear" and kinds.get(node.input[2]) == onnx.TensorProto.FLOAT8E4M3FN
+    }

@@ -124,6 +124,11 @@ class Engine:
         """Bytes and SHA-256 of each file by name."""
         return dict(self.manifest["files"])
 
+    @property
+    def plans(self) -> list[dict[str, Any]]:
+        """What was built for single kinds of GPU, with its `gpu`, `library`, `version`, `sizes`, `files` by graph, `layers`."""
+        return list(self.manifest.get("plans", []))  # absent in engines from before there were plans
+
     def update(self, **entries: Any) -> Engine:
         """Write more into engine.json (`measured=...`): a new Engine, the file replaced in one step."""
         manifest = {**self.manifest, **entries}
@@ -174,6 +179,7 @@ def _nested(manifest: Mapping[str, Any]) -> list[tuple[str, list[Any], set[str]]
         ),
         ("inputs", manifest["inputs"], {"name", "dtype", "shape"}),
         ("planned", manifest["planned"], planned),
+        ("plans", manifest.get("plans", []), {"gpu", "library", "version", "sizes", "files", "layers"}),
         ("text", [] if manifest.get("text") is None else [manifest["text"]], {"inputs", "outputs"}),
     ]
 
@@ -194,6 +200,7 @@ def write_engine(
     recipe: Mapping[str, Any],
     inputs: Mapping[str, Any],
     axes: Mapping[str, tuple[str | None, ...]],
+    sizes: Mapping[str, tuple[int, int, int]] | None = None,
     quality: Mapping[str, Any] | None = None,
     reports: Sequence[Any] = (),
     target_name: str = "onnxruntime-cpu",
@@ -206,6 +213,7 @@ def write_engine(
         name, config, class_name, family, fingerprint: of the checkpoint that the model came from.
         recipe: the recipe with all defaults filled in.
         inputs: example keyword arguments of the model's forward; axes: names of what may vary (`onnx_graph.to_onnx`).
+        sizes: of each axis the smallest, the usual and the largest that plans are built for.
         quality: what was measured of it, or None; reports: one JSON value a pass.
         changing: arguments that change from step to step. What depends on none of them becomes a graph of its own, of
             which the loader keeps the results. None: one graph for everything.
@@ -252,6 +260,7 @@ def write_engine(
             "layout": flatten(inputs)[1],
             "arguments": _arguments(model),
             "dropped_axes": dropped,
+            "sizes": {axis: list(three) for axis, three in (sizes or {}).items()},
             "structure": describe(model),
             "graph": bool(graphs),
             "text": None

@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 
 from ditq.export.engine import Engine
+from ditq.export.fusion_report import FusionReport
 from ditq.export.session import open_session, session_options
 
 INTEGER_KERNELS = frozenset(
     {"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger", "QLinearMatMul", "QGemm"}
 )
-
-
-@dataclass(frozen=True)
-class FusionReport:
-    """fused: sites whose products integer kernels make, with the kernel's name; not_fused: the others, with what makes one.
-
-    A site counts once, however many products it has: a second one for a branch, one for each group of channels.
-    """
-
-    planned: int
-    fused: dict[str, str]
-    not_fused: dict[str, str]
-
-    @property
-    def complete(self) -> bool:
-        return not self.not_fused
-
-    def __str__(self) -> str:
-        if self.complete:
-            return f"{len(self.fused)} of {self.planned} planned integer matmuls run as integer kernels"
-        named = ", ".join(f"{site} ({kernel})" for site, kernel in self.not_fused.items())
-        return f"{len(self.fused)} of {self.planned} planned integer matmuls run as integer kernels; not fused: {named}"
 
 
 def prove_fusion(engine: Engine | str | Path) -> FusionReport:

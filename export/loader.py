@@ -5,6 +5,7 @@ pipeline = FluxPipeline.from_pretrained(checkpoint, transformer=load_engine("eng
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from ditq.errors import DitqError
 from ditq.export.arguments import Layout
 from ditq.export.engine import Engine
-from ditq.export.targets import Runner, target, targets
+from ditq.export.targets import Runner, target
 
 _PREFERRED = ("onnxruntime-cpu", "torch")
 _WITHOUT_GRAPH = ("cuda", "torch")
@@ -30,8 +31,9 @@ def load_engine(path: str | Path, target: str = "auto", threads: int | None = No
 
     Args:
         path: the engine folder.
-        target: what runs it: `onnxruntime-cpu`, `cuda`, `torch`, or `auto`: the first of `onnxruntime-cpu` and `torch` that
-            is installed, or of `cuda` and `torch` for an engine that was compiled for `cuda`.
+        target: what runs it: `tensorrt`, `onnxruntime-cpu`, `cuda`, `torch`, or `auto`: what it was compiled for, else, saying
+            so, the first that can: of `cuda`, `onnxruntime-cpu` and `torch` for an engine compiled for `tensorrt`, of
+            `onnxruntime-cpu` and `torch` for others with a graph, `torch` for those of `cuda`.
         threads: of ONNX Runtime; None leaves the choice to it.
 
     Raises:
@@ -46,10 +48,9 @@ class EngineTransformer(ModelMixin):
     def __init__(self, engine: Engine, target_name: str = "auto", threads: int | None = None) -> None:
         super().__init__()
         self.engine = engine
-        self.target = _choose(target_name, engine)
+        self.target, self._run = _opened(engine, target_name, threads)
         chosen = target(self.target)
         self._dtype, self._device = chosen.dtype, torch.device(chosen.device)
-        self._run: Runner = chosen.runner(engine, threads)
         self._config = FrozenDict(engine.config)
 
     @property
@@ -110,23 +111,51 @@ def engine_inputs(engine: Engine, arguments: Mapping[str, Any]) -> dict[str, Ten
     return _checked(_collect(arguments, engine.manifest["layout"], engine.name), engine.manifest["inputs"], engine.name)
 
 
-def _choose(name: str, engine: Engine) -> str:
+def _opened(engine: Engine, name: str, threads: int | None) -> tuple[str, Runner]:
+    """(the target that runs the engine, its runner). `auto` is the engine's own target or else, said on standard error, the
+    first of the others that runs it."""
     if name != "auto":
-        runs, why_not = target(name).available()
-        if not runs:
-            raise DitqError(f"target '{name}' does not run here: {why_not}")
-        if target(name).lower is not None and not engine.graphs:
-            made_for = engine.manifest["target"]
-            raise DitqError(
-                f"{engine.name}: was compiled for target '{made_for}' and holds no graph, which target '{name}' needs; "
-                f"load it with target {' or '.join(_WITHOUT_GRAPH)}, or compile it with --target {name}"
-            )
-        return name
-    known, preferred = targets(), _PREFERRED if engine.graphs else _WITHOUT_GRAPH
-    runnable = [name for name in preferred if known[name].available()[0]]
-    if not runnable:
-        raise DitqError(f"no target runs here: {known[preferred[0]].available()[1]}")
-    return runnable[0]
+        _check_runs(name, engine)
+        return name, target(name).runner(engine, threads)
+    own = engine.manifest["target"]
+    reasons: dict[str, DitqError] = {}
+    for candidate in (own, *(other for other in _others(engine) if other != own)):
+        try:
+            _check_runs(candidate, engine)
+        except DitqError as error:
+            reasons[candidate] = error
+            continue
+        try:
+            run = target(candidate).runner(engine, threads)
+        except DitqError as error:
+            if not target(candidate).plans:  # of which there may be none for what is here
+                raise
+            reasons[candidate] = error
+            continue
+        if candidate != own:
+            print(f"note: {reasons[own]}; {engine.name} is run by {candidate} instead", file=sys.stderr)
+        return candidate, run
+    raise reasons[own]
+
+
+def _others(engine: Engine) -> tuple[str, ...]:
+    """What else may run the engine, the fastest first."""
+    if not engine.graphs:
+        return _WITHOUT_GRAPH
+    return ("cuda", *_PREFERRED) if engine.manifest["target"] == "tensorrt" else _PREFERRED
+
+
+def _check_runs(name: str, engine: Engine) -> None:
+    """Raises DitqError if the target does not run here, or needs a graph that the engine does not have."""
+    runs, why_not = target(name).available()
+    if not runs:
+        raise DitqError(f"target '{name}' does not run here: {why_not}")
+    if target(name).lower is not None and not engine.graphs:
+        made_for = engine.manifest["target"]
+        raise DitqError(
+            f"{engine.name}: was compiled for target '{made_for}' and holds no graph, which target '{name}' needs; "
+            f"load it with target {' or '.join(_WITHOUT_GRAPH)}, or compile it with --target {name}"
+        )
 
 
 def _is_empty(value: Any) -> bool:

@@ -7,6 +7,7 @@ under the names that they have in the model's state dict.
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -43,7 +44,6 @@ _CLEANUPS = (
     cleanups.IdentityEliminationPass(),
     cleanups.OutputFixPass(),
     cleanups.NameFixPass(),
-    cleanups.ClearMetadataAndDocStringPass(),
 )
 
 Axes = Mapping[str, tuple[str | None, ...]]
@@ -214,6 +214,9 @@ def _translate(program: Any, names: list[str]) -> ir.Model:
     optimizer.fold_constants_ir(graph, should_fold=_may_fold)
     for cleanup in _CLEANUPS:
         cleanup(graph)
+    for node in graph.graph:
+        _name_after_module(node)
+    cleanups.ClearMetadataAndDocStringPass()(graph)
     for value, name in zip(graph.graph.inputs, names, strict=True):
         value.name = name
     graph.graph.outputs[0].name = OUTPUT
@@ -221,6 +224,14 @@ def _translate(program: Any, names: list[str]) -> ir.Model:
         value.name = name.removeprefix(_PREFIX)
     graph.opset_imports[DOMAIN] = 1
     return graph
+
+
+def _name_after_module(node: ir.Node) -> None:
+    """Put the module that a node was traced in in front of its name, for whoever has to say where a node comes from."""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    module = scopes[-2].removeprefix("model").removeprefix(".") if len(scopes) > 1 else ""
+    if module:
+        node.name = f"{module}/{node.name}"
 
 
 def _drop_idle_squeezes(graph: ir.Model) -> None:

@@ -16,6 +16,7 @@ import torch
 
 Axes = Mapping[str, tuple[str | None, ...]]
 Inputs = dict[str, Any]
+Sizes = dict[str, tuple[int, int, int]]
 CHANGING = ("hidden_states", "timestep")  # diffusers' names for the noisy sample and the time
 
 
@@ -30,6 +31,8 @@ class Family:
         condition: what a sample is asked for by, a text prompt or a class label.
         axes: forward argument -> one name a dimension; named dimensions may vary in an engine, None is fixed.
         example_inputs: (config, batch, seed) -> keyword arguments of the transformer's forward, real shapes, random values.
+        sizes: (config) -> of each axis the smallest, usual and largest size, which engines are built for where a runtime wants
+            to know.
         changing: arguments of the forward that change from step to step; the others stay the same for a prompt.
     """
 
@@ -38,6 +41,7 @@ class Family:
     pipeline: str
     axes: Axes
     example_inputs: Callable[[Mapping[str, Any], int, int], Inputs]
+    sizes: Callable[[Mapping[str, Any]], Sizes] = lambda config: {}
     condition: Literal["prompt", "class"] = "prompt"
     changing: tuple[str, ...] = CHANGING
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ditq.families import Family, Inputs, noise, register
+from ditq.families import Family, Inputs, Sizes, noise, register
 
 
 def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
@@ -18,6 +18,10 @@ def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
         "timestep": torch.linspace(200, 900, batch).long(),
         "class_labels": torch.arange(batch) % (config["num_embeds_ada_norm"] or 1),
     }
+
+
+def sizes(config: Mapping[str, Any]) -> Sizes:
+    return {"batch": (1, 2, 8)}
 
 
 register(
@@ -32,6 +36,7 @@ register(
             "class_labels": ("batch",),
         },
         example_inputs=example_inputs,
+        sizes=sizes,
         condition="class",
     )
 )

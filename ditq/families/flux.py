@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ditq.families import Family, Inputs, noise, register
+from ditq.families import Family, Inputs, Sizes, noise, register
 
 
 def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
@@ -28,6 +28,10 @@ def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
     return inputs
 
 
+def sizes(config: Mapping[str, Any]) -> Sizes:
+    return {"batch": (1, 1, 4), "image_tokens": (16, 4096, 8192), "text_tokens": (1, 512, 512)}
+
+
 register(
     Family(
         name="flux",
@@ -43,5 +47,6 @@ register(
             "guidance": ("batch",),
         },
         example_inputs=example_inputs,
+        sizes=sizes,
     )
 )

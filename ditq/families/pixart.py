@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ditq.families import Family, Inputs, noise, register
+from ditq.families import Family, Inputs, Sizes, noise, register
 
 
 def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
@@ -27,6 +27,10 @@ def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
     }
 
 
+def sizes(config: Mapping[str, Any]) -> Sizes:
+    return {"batch": (1, 2, 4), "text_tokens": (1, 300, 512)}
+
+
 register(
     Family(
         name="pixart",
@@ -42,5 +46,6 @@ register(
             "added_cond_kwargs.aspect_ratio": ("batch", None),
         },
         example_inputs=example_inputs,
+        sizes=sizes,
     )
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ditq.families import Family, Inputs, noise, register
+from ditq.families import Family, Inputs, Sizes, noise, register
 
 
 def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
@@ -19,6 +19,13 @@ def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
         "pooled_projections": normal(batch, config["pooled_projection_dim"]),
         "timestep": torch.linspace(200.0, 900.0, batch),
     }
+
+
+def sizes(config: Mapping[str, Any]) -> Sizes:
+    side = config["sample_size"]
+    largest = min(2 * side, config["patch_size"] * config["pos_embed_max_size"])  # the learned position grid ends there
+    sides = (min(side // 4, largest), min(side, largest), largest)
+    return {"batch": (1, 2, 4), "height": sides, "width": sides, "text_tokens": (1, 333, 512)}
 
 
 register(
@@ -33,5 +40,6 @@ register(
             "timestep": ("batch",),
         },
         example_inputs=example_inputs,
+        sizes=sizes,
     )
 )

@@ -36,7 +36,7 @@ FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
 def per_token(writer: Writer, x: ir.Value, form: ActivationFormat) -> tuple[ir.Value, ir.Value]:
     """x [..., I] -> (integers as the output of a DequantizeLinear [..., I], what one of them stands for [..., 1])."""
-    steps, scale = _own_steps(writer, x, form)
+    steps, scale = own_steps(writer, x, form)
     return _unit_scale(writer, steps, scale, form, saturates=form.clip < 1)
 
 
@@ -50,25 +50,25 @@ def per_group(
     def shaped(value: ir.Value, *last: int, name: str) -> ir.Value:
         return writer.op("Reshape", value, writer.constant([*leading, *last], np.int64, name="shape"), name=name)
 
-    steps, scale = _own_steps(writer, shaped(x, count, size, name="groups"), form)
+    steps, scale = own_steps(writer, shaped(x, count, size, name="groups"), form)
     q = shaped(_integers(writer, steps, form, saturates=form.clip < 1), width, name="integers")
-    unit = shaped(_unit(writer, scale, form), count, name="units")
+    unit = shaped(unit_of(writer, scale, form), count, name="units")
     integers = writer.ops("Split", count, q, name="integers.group", axis=-1, num_outputs=count)
     units = writer.ops("Split", count, unit, name="unit.group", axis=-1, num_outputs=count)
     return [(_dequantized(writer, part, np.float32(1)), one) for part, one in zip(integers, units, strict=True)]
 
 
-def _own_steps(writer: Writer, x: ir.Value, form: ActivationFormat) -> tuple[ir.Value, ir.Value]:
+def own_steps(writer: Writer, x: ir.Value, form: ActivationFormat) -> tuple[ir.Value, ir.Value]:
     """x [..., n] -> (x / s, or (x + t) / s, s [..., 1]) with the scale of its own along the last axis."""
     if form.grid == "unsigned":
         axis = writer.constant([-1], np.int64, name="last_axis")
         x = writer.op("Add", x, writer.constant(form.shift, np.float32, name="shift"), name="shifted")
         largest = writer.op("ReduceMax", x, axis, name="maximum", keepdims=1)
-        return _in_steps(writer, x, _step(writer, largest, form))
-    return _in_steps(writer, x, _step(writer, largest_magnitude(writer, x, -1), form))
+        return in_steps(writer, x, _step(writer, largest, form))
+    return in_steps(writer, x, _step(writer, largest_magnitude(writer, x, -1), form))
 
 
-def _in_steps(writer: Writer, x: ir.Value, scale: ir.Value) -> tuple[ir.Value, ir.Value]:
+def in_steps(writer: Writer, x: ir.Value, scale: ir.Value) -> tuple[ir.Value, ir.Value]:
     return writer.op("Div", x, scale, name="in_steps"), scale
 
 
@@ -88,6 +88,12 @@ def _step(writer: Writer, largest: ir.Value, form: ActivationFormat) -> ir.Value
 
 def per_timestep(writer: Writer, x: ir.Value, scale: ir.Value, form: ActivationFormat) -> tuple[ir.Value, ir.Value]:
     """As `per_token`, but with the scale [B] of each timestep bin given: what one integer stands for is [1]."""
+    steps, step = in_steps(writer, x, scale_of_bin(writer, scale, form))
+    return _unit_scale(writer, steps, step, form, saturates=True)
+
+
+def scale_of_bin(writer: Writer, scale: ir.Value, form: ActivationFormat) -> ir.Value:
+    """The scale [1] of the timestep bin that holds, of those of all bins [B]."""
     timestep = next((value for value in writer.graph.inputs if value.name == ARGUMENT), None)
     if timestep is None:
         raise DitqError(f"{writer.scope}: its input has a scale a timestep bin, but the graph has no input {ARGUMENT}")
@@ -96,8 +102,7 @@ def per_timestep(writer: Writer, x: ir.Value, scale: ir.Value, form: ActivationF
     one = writer.op("Cast", writer.op("Gather", flat, first, name="timestep"), name="timestep.float", to=FLOAT)
     below = writer.op("Less", one, writer.constant(form.edges, np.float32, name="edges"), name="below_edges")
     number = writer.op("ReduceSum", writer.op("Cast", below, name="passed", to=INT64), first, name="bin", keepdims=1)
-    steps, step = _in_steps(writer, x, writer.op("Gather", scale, number, name="bin_scale"))
-    return _unit_scale(writer, steps, step, form, saturates=True)
+    return writer.op("Gather", scale, number, name="bin_scale")
 
 
 def _unit_scale(
@@ -105,10 +110,10 @@ def _unit_scale(
 ) -> tuple[ir.Value, ir.Value]:
     q = _integers(writer, steps, form, saturates)
     zero_point = 0 if form.grid == "unsigned" else ZERO_POINT
-    return _dequantized(writer, q, np.float32(1), zero_point), _unit(writer, scale, form)
+    return _dequantized(writer, q, np.float32(1), zero_point), unit_of(writer, scale, form)
 
 
-def _unit(writer: Writer, scale: ir.Value, form: ActivationFormat) -> ir.Value:
+def unit_of(writer: Writer, scale: ir.Value, form: ActivationFormat) -> ir.Value:
     """s -> what one integer stands for."""
     if form.grid != "midrise":
         return scale

@@ -52,6 +52,11 @@ def add_branch(writer: Writer, y: ir.Value, inner: ir.Value, rank: int, layer: Q
     return writer.op("Add", y, writer.op("MatMul", inner, up, name="branch"), name="with_branch")
 
 
+def with_branch(writer: Writer, y: ir.Value, inner: ir.Value, layer: QuantLinear) -> ir.Value:
+    """y [..., O] + inner B^T, without the bias: for runtimes that add in the kernel that stands there anyway."""
+    return writer.op("Add", y, writer.op("MatMul", inner, _float_up(writer, layer), name="branch"), name="with_branch")
+
+
 def add_to_weight(writer: Writer, weight: ir.Value, layer: QuantLinear) -> ir.Value:
     """W^T [I, O] in float with the branch added to it, folded at load: it then costs nothing."""
     branch = writer.op("MatMul", _float_down(writer, layer), _float_up(writer, layer), name="weight.branch")

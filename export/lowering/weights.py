@@ -22,7 +22,7 @@ _SMALLEST_BLOCK = 16  # of com.microsoft.MatMulNBits, which also wants a power o
 
 def transposed_carrier(writer: Writer, layer: QuantLinear) -> ir.Value:
     """The int8 carrier [I, O]. Transposed before it is dequantized: the runtime then folds it 10x faster."""
-    return writer.op("Transpose", _carrier(writer, layer), name="weight", perm=[1, 0])
+    return writer.op("Transpose", carrier_matrix(writer, layer), name="weight", perm=[1, 0])
 
 
 def integer_weight(writer: Writer, layer: QuantLinear) -> ir.Value:
@@ -55,7 +55,7 @@ def _float_codes(writer: Writer, layer: QuantLinear) -> ir.Value:
         return writer.op("Mul", carrier, flat, name="weight.scaled")
     scale = writer.state(f"{layer.site}.scale", layer.scale)
     groups = layer.scale.shape[1]
-    carrier = writer.op("Cast", _carrier(writer, layer), name="weight.float", to=ir.DataType.FLOAT)
+    carrier = writer.op("Cast", carrier_matrix(writer, layer), name="weight.float", to=ir.DataType.FLOAT)
     shape = writer.constant([layer.out_features, groups, layer.in_features // groups], np.int64, name="shape")
     grouped = writer.op("Reshape", carrier, shape, name="weight.groups")
     column = writer.op("Unsqueeze", scale, writer.constant([-1], np.int64, name="last_axis"), name="weight.scale")
@@ -69,12 +69,12 @@ def has_block_kernel(layer: QuantLinear) -> bool:
     if layer.bits != 4 or layer.scale.dim() != 2 or layer.scale.shape[1] < 2 or layer.multiplier is not None:
         return False
     group = layer.in_features // layer.scale.shape[1]
-    return group >= _SMALLEST_BLOCK and math.log2(group).is_integer() and _even_levels(layer) is not None
+    return group >= _SMALLEST_BLOCK and math.log2(group).is_integer() and even_levels(layer) is not None
 
 
 def block_matmul(writer: Writer, x: ir.Value, layer: QuantLinear) -> ir.Value:
     """x W^T by MatMulNBits, in float32 arithmetic (accuracy level 1). Its blocks are our packed bytes as they are."""
-    levels = _even_levels(layer)
+    levels = even_levels(layer)
     assert levels is not None
     spacing, zero = levels
     rows, groups = layer.scale.shape
@@ -92,7 +92,7 @@ def block_matmul(writer: Writer, x: ir.Value, layer: QuantLinear) -> ir.Value:
     return writer.op("MatMulNBits", x, codes, scale, zero_points, name="matmul", domain="com.microsoft", **settings)
 
 
-def _even_levels(layer: QuantLinear) -> tuple[int, int] | None:
+def even_levels(layer: QuantLinear) -> tuple[int, int] | None:
     """(spacing, code of zero) when the table is spacing * (code - zero), else None."""
     if layer.table is None or layer.table.dim() != 1:
         return None
@@ -112,7 +112,7 @@ def _matrix_shape(writer: Writer, layer: QuantLinear) -> ir.Value:
     return writer.constant([layer.out_features, layer.in_features], np.int64, name="shape")
 
 
-def _carrier(writer: Writer, layer: QuantLinear) -> ir.Value:
+def carrier_matrix(writer: Writer, layer: QuantLinear) -> ir.Value:
     """The carrier [O, I]: int8; in float32 where it is FP8, which the runtime only casts."""
     codes = writer.state(f"{layer.site}.codes", layer.codes)
     if layer.bits == 8:

@@ -21,9 +21,10 @@ from ditq.numerics.carrier import INT8
 
 if TYPE_CHECKING:
     from ditq.export.engine import Engine
+    from ditq.export.fusion_report import FusionReport
 
 Runner = Callable[[Mapping[str, Tensor]], Tensor]
-Kind = Literal["integer", "weight-only kernel", "dequantized"]
+Kind = Literal["integer", "float8", "weight-only kernel", "dequantized"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ class Target:
             graph in place. None: the target runs the engine without a graph.
         runner: (engine, threads) -> a function of input tensors by name, of the engine's own dtypes and on `device`,
             that returns the output.
+        prove: (engine) -> by what was built of it, what became of the planned low-bit products. None: nothing is proven.
+        plans: whether the engine's graph is built for single kinds of GPU (`ditq plan`).
+        half: whether it multiplies in half precision what is not low-bit.
         carriers: of the products of quantized inputs that it has (numerics/carrier.py); inputs in floating point go with any.
         device: where its runner takes inputs; dtype: what a pipeline around it should compute in.
         check: (model) -> None, or DitqError for a part that it cannot run. A target with `check` and without `lower` can be
@@ -84,6 +88,9 @@ class Target:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     check: Callable[[nn.Module], None] | None = None
+    prove: Callable[[Engine], Mapping[str, FusionReport]] | None = None
+    plans: bool = False
+    half: bool = False
 
     def check_product(self, site: str, carrier: str, activation_bits: int) -> None:
         """Raise DitqError for a linear whose quantized input and weight this target cannot multiply."""

@@ -5,7 +5,7 @@ The forms are those that were measured to fuse (docs/engine.md); `export/fusion.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ditq.errors import DitqError
+from ditq.export.fusion_report import FusionReport
 from ditq.export.lowering import activations, low_rank, weights
 from ditq.export.lowering.attention import lower_attention
 from ditq.export.lowering.groups import Group, summed_products
+from ditq.export.lowering.layers import Made, lower_layers
 from ditq.export.lowering.rounded_attention import lower_rounded_attention
-from ditq.export.lowering.transforms import apply_transform, fingerprint
 from ditq.export.lowering.writer import Writer
-from ditq.export.onnx_graph import DOMAIN
-from ditq.export.targets import Kind, PlannedMatMul, Runner, Target, register
+from ditq.export.targets import PlannedMatMul, Runner, Target, register
 from ditq.export.text_cache import TextCache
 from ditq.nn import ActivationFormat, QuantLinear
 from ditq.numerics.carrier import FLOAT8
@@ -38,61 +38,20 @@ def lower(model: ir.Model, layers: Mapping[str, QuantLinear]) -> list[PlannedMat
     """
     planned = lower_rounded_attention(model)
     lower_attention(model)
-    lowering = _Lowering(Writer(model))
-    for node in list(model.graph):
-        if node.domain == DOMAIN and node.op_type == "QuantLinear":
-            lowering.replace(node, layers[node.attributes["site"].as_string()])
-    model.graph.opset_imports.pop(DOMAIN, None)
-    return planned + lowering.planned
-
-
-@dataclass(frozen=True, eq=False)
-class _Made:
-    """What a layer became. product: its matmul's own output, or the sum of its `groups`'; inner: that of a branch which
-    reads integers and has a matmul of its own."""
-
-    kind: Kind
-    product: ir.Value
-    output: ir.Value
-    inner: ir.Value | None = None
-    groups: Sequence[ir.Value] = ()
+    writer = Writer(model)
+    return planned + lower_layers(writer, layers, _Lowering(writer).made)
 
 
 @dataclass
 class _Lowering:
     writer: Writer
-    planned: list[PlannedMatMul] = field(default_factory=list)
-    transformed: dict[tuple[ir.Value, str], ir.Value] = field(default_factory=dict)
     quantized: dict[tuple[ir.Value, ActivationFormat, tuple[float, ...]], tuple[ir.Value, ir.Value]] = field(
         default_factory=dict
     )
     grouped: dict[tuple[ir.Value, ActivationFormat], list[Group]] = field(default_factory=dict)
     static: dict[tuple[ir.Value, float, ActivationFormat], ir.Value] = field(default_factory=dict)
 
-    def replace(self, node: ir.Node, layer: QuantLinear) -> None:
-        writer = self.writer
-        writer.move(node, layer.site)
-        x = node.inputs[0]
-        assert x is not None and x.shape is not None
-        rank = len(x.shape)
-        key = (x, fingerprint(layer.transform))
-        if key not in self.transformed:
-            self.transformed[key] = apply_transform(writer, x, rank, layer.in_features, layer.transform)
-        made = self._product(self.transformed[key], rank, layer)
-        y = made.output
-        result = node.outputs[0]
-        y.shape, y.type = result.shape, result.type
-        result.replace_all_uses_with(y, replace_graph_outputs=True)
-        if y.is_graph_output():
-            y.name = result.name
-        writer.graph.remove(node, safe=True)
-        inner = None if made.inner is None else made.inner.name
-        assert x.name is not None and made.product.name is not None and y.name is not None
-        groups = tuple(product.name or "" for product in made.groups)
-        planned = PlannedMatMul(layer.site, made.kind, x.name, made.product.name, y.name, inner, groups=groups)
-        self.planned.append(planned)
-
-    def _product(self, x: ir.Value, rank: int, layer: QuantLinear) -> _Made:
+    def made(self, x: ir.Value, rank: int, layer: QuantLinear) -> Made:
         """All that the layer makes of the transformed input."""
         writer = self.writer
         if layer.activation.grid == FLOAT8.name:
@@ -102,22 +61,22 @@ class _Lowering:
             product, inner = self._integer_products(integers, layer)
             y = writer.op("Mul", product, scale, name="rescaled")
             scaled = None if inner is None else writer.op("Mul", inner, scale, name="inner.rescaled")
-            return _Made("integer", product, self._finished(y, scaled, x, rank, layer), inner)
+            return Made("integer", product, self._finished(y, scaled, x, rank, layer), inner)
         if layer.activation.granularity == "group":
             key = (x, layer.activation)
             if key not in self.grouped:
                 self.grouped[key] = activations.per_group(writer, x, rank, layer.in_features, layer.activation)
             made = summed_products(writer, self.grouped[key], layer)
             y = self._finished(made.total, made.inner, x, rank, layer)
-            return _Made("integer", made.total, y, groups=made.products)
+            return Made("integer", made.total, y, groups=made.products)
         if layer.activation.granularity == "tensor":
             return self._static_product(x, rank, layer)
         if weights.has_block_kernel(layer):
             product = weights.block_matmul(writer, x, layer)
             inner = low_rank.float_inner(writer, x, layer) if layer.rank else None
-            return _Made("weight-only kernel", product, self._finished(product, inner, x, rank, layer))
+            return Made("weight-only kernel", product, self._finished(product, inner, x, rank, layer))
         product = writer.op("MatMul", x, weights.float_weight(writer, layer), name="matmul")
-        return _Made("dequantized", product, self._finished(product, None, x, rank, layer))
+        return Made("dequantized", product, self._finished(product, None, x, rank, layer))
 
     def _unit_scale(self, x: ir.Value, layer: QuantLinear) -> tuple[ir.Value, ir.Value]:
         """(integers, what one of them stands for), made once for all layers of one input and format."""
@@ -131,7 +90,7 @@ class _Lowering:
                 self.quantized[key] = activations.per_timestep(writer, x, scale, form)
         return self.quantized[key]
 
-    def _static_product(self, x: ir.Value, rank: int, layer: QuantLinear) -> _Made:
+    def _static_product(self, x: ir.Value, rank: int, layer: QuantLinear) -> Made:
         writer, scale = self.writer, layer.activation_scale
         assert scale is not None
         key = (x, scale.item(), layer.activation)
@@ -145,7 +104,7 @@ class _Lowering:
         if rank == 2:
             y = writer.op("Squeeze", product, batch, name="one_batch")
             flat = None if inner is None else writer.op("Squeeze", inner, batch, name="inner.one_batch")
-        return _Made("integer", product, self._finished(y, flat, x, rank, layer), inner)
+        return Made("integer", product, self._finished(y, flat, x, rank, layer), inner)
 
     def _integer_products(self, integers: ir.Value, layer: QuantLinear) -> tuple[ir.Value, ir.Value | None]:
         """(the product with the codes, the one with the rows of a branch that reads integers)."""
@@ -203,4 +162,13 @@ def runner(engine: Engine, threads: int | None = None) -> Runner:
     return run
 
 
-TARGET = register(Target("onnxruntime-cpu", "ONNX Runtime on the CPU, integer matmuls", available, lower, runner))
+def prove(engine: Engine) -> dict[str, FusionReport]:
+    """What the session that runs the engine multiplies (`export/fusion.py`)."""
+    from ditq.export.fusion import prove_fusion
+
+    return {"": prove_fusion(engine)}
+
+
+TARGET = register(
+    Target("onnxruntime-cpu", "ONNX Runtime on the CPU, integer matmuls", available, lower, runner, prove=prove)
+)

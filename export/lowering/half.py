@@ -1,0 +1,112 @@
+"""Matrix products in half precision, everything between them in float32: what TensorRT's tensor cores multiply.
+
+Rules:
+  1. MatMul and Conv of floats read float16 and write float16; a Cast on each side joins them to the float32 around, which
+     TensorRT computes in the kernels that stand there anyway. Residual sums so never leave the range of float16. A linear of
+     single rows (Gemm) is a MatMul, with its bias behind it in float32.
+  2. What ends in a Sin or Cos stays in float32: a timestep of 1000 or a position times a frequency needs all its digits.
+  3. Attention likewise, masks included, in heads that TensorRT has a kernel for; others are MatMul, Softmax, MatMul.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import onnx_ir as ir
+
+from ditq.export.lowering.attention import decomposed, heads_and_width, is_plain, put_in_place
+from ditq.export.lowering.writer import Writer
+
+HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
+LARGEST = 65504.0
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
+
+
+def multiply_in_half(writer: Writer, low_bit: Collection[ir.Value] = ()) -> None:
+    """Apply the rules to the graph, in place. low_bit: what products make that have their form already."""
+    for node in list(writer.graph):
+        if node.op_type == "Attention" and node.domain == "" and is_plain(node):
+            writer.move(node, node.name or "attention")
+            _for_kernel(writer, node)
+        elif node.op_type == "Gemm" and node.domain == "" and _is_linear(node):
+            writer.move(node, node.name or "linear")
+            put_in_place(writer, node, _with_bias_behind(writer, node))
+    casts: dict[ir.Value, ir.Value] = {}
+    exact = _behind_sines(writer.graph)
+    for node in list(writer.graph):
+        if node.op_type in _PRODUCTS and node.domain == "" and node not in exact and node.outputs[0] not in low_bit:
+            _in_half(writer, node, casts)
+
+
+def _is_linear(node: ir.Node) -> bool:
+    """Whether a Gemm is x W^T + b."""
+    given = {name: attribute.value for name, attribute in node.attributes.items()}
+    return given.get("transB") == 1 and not given.get("transA") and {given.get("alpha", 1), given.get("beta", 1)} == {1}
+
+
+def _with_bias_behind(writer: Writer, node: ir.Node) -> ir.Value:
+    x, weight, bias = (*node.inputs, None)[:3]
+    turned = writer.op("Transpose", weight, name="weight.transposed", perm=[1, 0])
+    y = writer.op("MatMul", x, turned, name="matmul")
+    return y if bias is None else writer.op("Add", y, bias, name="biased")
+
+
+def has_kernel(head_dim: int) -> bool:
+    """Whether TensorRT has an attention kernel for heads of this width (measured: docs/tensorrt.md)."""
+    return head_dim % 8 == 0 and 16 <= head_dim <= 256
+
+
+def _behind_sines(graph: ir.Graph) -> set[ir.Node]:
+    """Every node that a Sin or Cos is computed from."""
+    left = [node for node in graph if node.op_type in ("Sin", "Cos")]
+    seen: set[ir.Node] = set()
+    while left:
+        node = left.pop()
+        if node not in seen:
+            seen.add(node)
+            left += [maker for value in node.inputs if value is not None and (maker := value.producer()) is not None]
+    return seen
+
+
+def _for_kernel(writer: Writer, node: ir.Node) -> None:
+    """An attention as TensorRT has a kernel for it, or as products of matrices."""
+    sizes = heads_and_width(node.inputs[0])
+    assert sizes is not None  # of a plain attention they are known
+    if not has_kernel(sizes[1]):
+        put_in_place(writer, node, decomposed(writer, node))
+    elif len(node.inputs) > 3 and (mask := node.inputs[3]) is not None and mask.dtype != ir.DataType.BOOL:
+        bounds = [writer.constant(limit, np.float32, name="limit") for limit in (-LARGEST, LARGEST)]
+        node.replace_input_with(3, writer.op("Clip", mask, *bounds, name="mask"))
+
+
+def _in_half(writer: Writer, node: ir.Node, casts: dict[ir.Value, ir.Value]) -> None:
+    """Give the node its inputs in half precision, and others its output back in float32."""
+    for index, value in enumerate(node.inputs):
+        if value is not None and value.dtype not in (ir.DataType.BOOL, HALF):
+            node.replace_input_with(index, _cast(writer, value, casts))
+    y = node.outputs[0]
+    back = ir.node("Cast", [y], {"to": FLOAT}, name=f"{y.name}/float")
+    z = back.outputs[0]
+    z.name, z.shape, z.type = f"{y.name}/float", y.shape, ir.TensorType(FLOAT)
+    writer.graph.insert_after(node, back)
+    y.type = ir.TensorType(HALF)
+    y.replace_all_uses_with(z, replace_graph_outputs=True)
+    back.replace_input_with(0, y)
+    if z.is_graph_output():
+        y.name, z.name = z.name, y.name
+
+
+def _cast(writer: Writer, value: ir.Value, casts: dict[ir.Value, ir.Value]) -> ir.Value:
+    """The value in half precision: one Cast for all its readers, right where it is made."""
+    if value not in casts:
+        maker = value.producer()
+        cast = ir.node("Cast", [value], {"to": HALF}, name=f"{value.name}/half")
+        half = cast.outputs[0]
+        half.name, half.shape, half.type = f"{value.name}/half", value.shape, ir.TensorType(HALF)
+        if maker is None:
+            writer.graph.insert_before(next(iter(writer.graph)), cast)
+        else:
+            writer.graph.insert_after(maker, cast)
+        casts[value] = half
+    return casts[value]
