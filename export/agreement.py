@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ditq.errors import DitqError
 from ditq.export.engine import TEXT_GRAPH, Engine
 from ditq.export.loader import engine_inputs
-from ditq.export.session import open_session, session_options
+from ditq.export.session import WEIGHTS_FOLDER, open_session, session_options
 from ditq.export.targets import target
 from ditq.export.targets.torch import rebuild
 from ditq.export.weights_file import WEIGHTS
@@ -34,8 +34,6 @@ from ditq.numerics.attention_rounding import FLOAT8, INTEGER, PARTS, nearest, sp
 TIE_TOLERANCE = 0.01  # steps: of 127, a relative error of 1e-4, a thousand times float32's own; seen are 1e-6 to 1e-4
 HALF_TIE_TOLERANCE = 0.5  # steps: of 127, eight times float16's own 2^-11; seen are up to 0.38
 OUTPUT_TOLERANCE = 1e-3
-
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # for a graph that is given as bytes
 
 
 @dataclass(frozen=True)
@@ -279,7 +277,7 @@ def _values_of(engine: Engine, graph: str, names: list[str], inputs: Mapping[str
             model.graph.output.add().name = f"{name}/wide" if name in float8 else name
     tensors = {name: tensor.numpy() for name, tensor in inputs.items()}
     options = session_options(threads=1)
-    options.add_session_config_entry(_WEIGHTS_FOLDER, str(engine.folder.resolve()))
+    options.add_session_config_entry(WEIGHTS_FOLDER, str(engine.folder.resolve()))
     session = open_session(model.SerializeToString(), options)
     wanted = [name for name in names if name not in tensors]
     if not wanted:

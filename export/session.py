@@ -20,6 +20,8 @@ RUNTIME_ERRORS = (
     state.RuntimeException,
 )
 
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # for a graph that is given as bytes
+
 
 def session_options(threads: int | None = None) -> Any:
     """Options with every graph optimization on and integer products exact on every CPU."""
@@ -31,6 +33,8 @@ def session_options(threads: int | None = None) -> Any:
     # An x86 CPU without VNNI adds pairs of u8*s8 products in 16 bits and saturates: silently wrong by several percent.
     # With this, a weight that goes beyond +-64 takes the exact, slower u8*u8 kernel there; elsewhere nothing changes.
     options.add_session_config_entry("session.x64quantprecision", "1")
+    # A weight of 4 or 8 bits in front of a float product must not round the other side to 8 bits as well, which is the default.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return options
 
 

@@ -25,7 +25,9 @@ def split_text(model: ir.Model, changing: Collection[str], timed: Collection[str
         The new graph, or None if there is nothing to take out; `model` is then as it was.
     """
     steady = {value for value in model.graph.inputs if _argument(value) not in changing}
-    cut = list(dict.fromkeys(_crossing(model.graph, steady, timed)))
+    twins = _twins(model.graph, steady)
+    sizes = _of_sizes(model.graph, twins)
+    cut = [value for value in dict.fromkeys(_crossing(model.graph, steady, timed)) if value not in sizes]
     if not cut:
         return None
     for index, value in enumerate(cut):
@@ -33,6 +35,12 @@ def split_text(model: ir.Model, changing: Collection[str], timed: Collection[str
     text = model.clone()
     made = {value.name: value for node in text.graph for value in node.outputs}
     text.graph.outputs[:] = [made[value.name] for value in cut]
+    for node, (twin, dimension) in twins.items():
+        node.replace_input_with(0, twin)
+        node.attributes["start"], node.attributes["end"] = (
+            ir.AttrInt64("start", dimension),
+            ir.AttrInt64("end", dimension + 1),
+        )
     for value in cut:
         given = ir.Value(name=value.name, shape=_known(value.shape), type=value.type)
         value.replace_all_uses_with(given, replace_graph_outputs=True)
@@ -44,6 +52,46 @@ def split_text(model: ir.Model, changing: Collection[str], timed: Collection[str
         for value in unread:
             part.graph.inputs.remove(value)
     return text
+
+
+def _twins(graph: ir.Graph, steady: Collection[ir.Value]) -> dict[ir.Node, tuple[ir.Value, int]]:
+    """Nodes that read one named size off a steady input, and the changing input and dimension that have it as well.
+
+    There the graph of every step reads it, such as the batch: it needs no input for that.
+    """
+    named = {
+        str(size.value): (value, dimension)
+        for value in graph.inputs
+        if value not in steady
+        for dimension, size in enumerate(value.shape or ())
+        if isinstance(size, ir.SymbolicDim)
+    }
+    twins = {}
+    for node in graph:
+        x = node.inputs[0] if node.op_type == "Shape" else None
+        if x is None or x not in steady or not x.is_graph_input() or x.shape is None or "end" not in node.attributes:
+            continue
+        start = node.attributes["start"].as_int() if "start" in node.attributes else 0
+        size = x.shape[start]
+        name = str(size.value) if isinstance(size, ir.SymbolicDim) else ""
+        if node.attributes["end"].as_int() == start + 1 and name in named:
+            twins[node] = named[name]
+    return twins
+
+
+def _of_sizes(graph: ir.Graph, twins: Collection[ir.Node]) -> set[ir.Value]:
+    """What is made of those sizes and constants alone."""
+    found: set[ir.Value] = set()
+    fixed: set[ir.Value] = set()
+    for node in graph:
+        given = [value for value in node.inputs if value is not None]
+        if node in twins:
+            found.update(node.outputs)
+        elif all(value in fixed or value.is_initializer() for value in given):
+            fixed.update(node.outputs)
+        elif all(value in found or value in fixed or value.is_initializer() for value in given):
+            found.update(node.outputs)
+    return found
 
 
 def _known(shape: ir.Shape | None) -> ir.Shape | None:

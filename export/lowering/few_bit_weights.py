@@ -6,6 +6,7 @@ one scale a row                  DequantizeLinear(int8, row scales) -> MatMul
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from ditq.export.lowering import weights
@@ -34,17 +35,35 @@ def _has_row_scale(layer: QuantLinear) -> bool:
     return layer.carrier_kind is not FLOAT8 and (layer.scale.dim() == 1 or layer.scale.shape[1] == 1)
 
 
-def half_weight(writer: Writer, layer: QuantLinear) -> ir.Value:
-    """W^T [I, O] in half precision, as the output of a DequantizeLinear or its Transpose."""
-    if not is_int4(layer):
-        scale = writer.op("Cast", weights.row_scale(writer, layer), name="weight.scale.half", to=HALF)
-        carrier = weights.transposed_carrier(writer, layer)
-        weight = writer.op("DequantizeLinear", carrier, scale, name="weight.dequantized", axis=1)
-    else:
-        scale = writer.op("Cast", writer.state(f"{layer.site}.scale", layer.scale), name="weight.scale.half", to=HALF)
-        codes = writer.op("Cast", weights.carrier_matrix(writer, layer), name="weight.int4", to=ir.DataType.INT4)
-        block = layer.in_features // layer.scale.shape[1]
-        blocks = writer.op("DequantizeLinear", codes, scale, name="weight.dequantized", axis=1, block_size=block)
-        weight = writer.op("Transpose", blocks, name="weight.transposed", perm=[1, 0])
+def multiplied(writer: Writer, x: ir.Value, layer: QuantLinear) -> ir.Value:
+    """x W^T [..., O], to be multiplied in half precision (`lowering/half.py`), without a branch or bias."""
+    if is_int4(layer):
+        return writer.op("MatMul", x, _int4_weight(writer, layer), name="matmul")
+    # Twice the weight on half the input: TensorRT would join the product with a float16 one of the very same input, and
+    # for that expand the weight to float16 at every call.
+    halved = writer.op("Mul", x, writer.constant(0.5, np.float32, name="half"), name="halved")
+    return writer.op("MatMul", halved, _int8_weight(writer, layer), name="matmul")
+
+
+def _int8_weight(writer: Writer, layer: QuantLinear) -> ir.Value:
+    """2 W^T [I, O]."""
+    scale = writer.op(
+        "Mul", weights.row_scale(writer, layer), writer.constant(2, np.float32, name="two"), name="weight.scale"
+    )
+    scale = writer.op("Cast", scale, name="weight.scale.half", to=HALF)
+    carrier = weights.transposed_carrier(writer, layer)
+    return _in_half(writer.op("DequantizeLinear", carrier, scale, name="weight.dequantized", axis=1))
+
+
+def _int4_weight(writer: Writer, layer: QuantLinear) -> ir.Value:
+    """W^T [I, O]."""
+    scale = writer.op("Cast", writer.state(f"{layer.site}.scale", layer.scale), name="weight.scale.half", to=HALF)
+    codes = writer.op("Cast", weights.carrier_matrix(writer, layer), name="weight.int4", to=ir.DataType.INT4)
+    block = layer.in_features // layer.scale.shape[1]
+    blocks = writer.op("DequantizeLinear", codes, scale, name="weight.dequantized", axis=1, block_size=block)
+    return _in_half(writer.op("Transpose", blocks, name="weight.transposed", perm=[1, 0]))
+
+
+def _in_half(weight: ir.Value) -> ir.Value:
     weight.type = ir.TensorType(HALF)
     return weight

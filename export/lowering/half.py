@@ -5,30 +5,29 @@ Rules:
      TensorRT computes in the kernels that stand there anyway. Residual sums so never leave the range of float16. A linear of
      single rows (Gemm) is a MatMul, with its bias behind it in float32.
   2. What ends in a Sin or Cos stays in float32: a timestep of 1000 or a position times a frequency needs all its digits.
-  3. Attention likewise, masks included, in heads that TensorRT has a kernel for; others are MatMul, Softmax, MatMul.
+  3. Attention likewise, as one node where TensorRT has a kernel for the width of its heads. With a mask, or of another width,
+     it is MatMul, Softmax in float32, MatMul, which TensorRT for RTX makes the same kernel of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-import numpy as np
 import onnx_ir as ir
 
 from ditq.export.lowering.attention import decomposed, heads_and_width, is_plain, put_in_place
 from ditq.export.lowering.writer import Writer
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
-LARGEST = 65504.0
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
 
 
 def multiply_in_half(writer: Writer, low_bit: Collection[ir.Value] = ()) -> None:
     """Apply the rules to the graph, in place. low_bit: what products make that have their form already."""
     for node in list(writer.graph):
-        if node.op_type == "Attention" and node.domain == "" and is_plain(node):
+        if node.op_type == "Attention" and node.domain == "" and is_plain(node) and not has_kernel(node):
             writer.move(node, node.name or "attention")
-            _for_kernel(writer, node)
+            put_in_place(writer, node, decomposed(writer, node))
         elif node.op_type == "Gemm" and node.domain == "" and _is_linear(node):
             writer.move(node, node.name or "linear")
             put_in_place(writer, node, _with_bias_behind(writer, node))
@@ -52,9 +51,11 @@ def _with_bias_behind(writer: Writer, node: ir.Node) -> ir.Value:
     return y if bias is None else writer.op("Add", y, bias, name="biased")
 
 
-def has_kernel(head_dim: int) -> bool:
-    """Whether TensorRT has an attention kernel for heads of this width (measured: docs/tensorrt.md)."""
-    return head_dim % 8 == 0 and 16 <= head_dim <= 256
+def has_kernel(node: ir.Node) -> bool:
+    """Whether a plain attention is left as one node: heads of a width that TensorRT has a kernel for (docs/tensorrt.md)."""
+    sizes = heads_and_width(node.inputs[0])
+    masked = len(node.inputs) > 3 and node.inputs[3] is not None
+    return sizes is not None and not masked and sizes[1] % 8 == 0 and 16 <= sizes[1] <= 256
 
 
 def _behind_sines(graph: ir.Graph) -> set[ir.Node]:
@@ -67,17 +68,6 @@ def _behind_sines(graph: ir.Graph) -> set[ir.Node]:
             seen.add(node)
             left += [maker for value in node.inputs if value is not None and (maker := value.producer()) is not None]
     return seen
-
-
-def _for_kernel(writer: Writer, node: ir.Node) -> None:
-    """An attention as TensorRT has a kernel for it, or as products of matrices."""
-    sizes = heads_and_width(node.inputs[0])
-    assert sizes is not None  # of a plain attention they are known
-    if not has_kernel(sizes[1]):
-        put_in_place(writer, node, decomposed(writer, node))
-    elif len(node.inputs) > 3 and (mask := node.inputs[3]) is not None and mask.dtype != ir.DataType.BOOL:
-        bounds = [writer.constant(limit, np.float32, name="limit") for limit in (-LARGEST, LARGEST)]
-        node.replace_input_with(3, writer.op("Clip", mask, *bounds, name="mask"))
 
 
 def _in_half(writer: Writer, node: ir.Node, casts: dict[ir.Value, ir.Value]) -> None:

@@ -73,6 +73,7 @@ class PlanBuilder:
 
     def _parse(self) -> None:
         parser, folded = self._parser, self._folded
+        self._fix_sizes()
         loads = parser.load_model_proto(folded.proto.SerializeToString()) and all(
             parser.load_initializer(name, array.ctypes.data, array.nbytes) for name, array in folded.constants.items()
         )
@@ -82,6 +83,14 @@ class PlanBuilder:
             raise self._refusal("", self._errors[0] if self._errors else "no reason was given")
         error = parser.get_error(0)
         raise self._refused_node(error.node_name(), error.node_operator(), error.desc())
+
+    def _fix_sizes(self) -> None:
+        """Write down each size that is the same in all three shapes: TensorRT wants to know how many heads a mask has."""
+        for value in self._folded.proto.graph.input:
+            smallest, _, largest = self._shapes[value.name]
+            for dimension, first, last in zip(value.type.tensor_type.shape.dim, smallest, largest, strict=True):
+                if first == last:
+                    dimension.dim_value = first
 
     def _profile(self) -> Any:
         profile = self._builder.create_optimization_profile()
@@ -97,16 +106,21 @@ class PlanBuilder:
         if found is not None:
             return self._refused_node(found, names[found].op_type, message)
         where = f" for {gpu}" if gpu else ""
-        return DitqError(f"{self._name}: {self._library} builds no plan{where}: {_first_line(message)}")
+        return DitqError(f"{self._name}: {self._library} builds no plan{where}: {_reason(message)}")
 
     def _refused_node(self, node: str, operator: str, message: str) -> DitqError:
         module = node.rpartition("/")[0] or "none"
         return DitqError(
             f"{self._name}: {self._library} does not take the ONNX node {node} ({operator}, module {module}): "
-            f"{_first_line(message)}"
+            f"{_reason(message)}"
         )
 
 
-def _first_line(message: str) -> str:
+def _reason(message: str) -> str:
+    """The first line that says more than that a node is invalid."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[0] if lines else "no reason was given"
+    return (
+        next((line for line in lines if not line.startswith("Invalid Node")), *lines[:1])
+        if lines
+        else "no reason was given"
+    )

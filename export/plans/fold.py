@@ -17,14 +17,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from ditq.export.session import open_session, session_options
+from ditq.export.session import WEIGHTS_FOLDER, open_session, session_options
 
 Array = np.ndarray[Any, Any]
 
 _FLOAT8, _INT4 = int(TensorProto.FLOAT8E4M3FN), int(TensorProto.INT4)
 _AT_ONCE = 32  # values that one session computes: few enough that what is in between does not fill the memory
 _INLINE_BYTES = 1024
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,19 @@ def fold(path: Path) -> Folded:
     read = [name for node in varying for name in node.input if name in made]
     read += [value.name for value in graph.output if value.name in made]
     arrays = _computed(model, fixed, list(dict.fromkeys(read)), path.parent)
+    stored = {tensor.name: tensor for tensor in graph.initializer}
     folded = onnx.ModelProto()
     folded.CopyFrom(model)
     del folded.graph.node[:], folded.graph.initializer[:]
     narrowed: dict[str, onnx.TensorProto] = {}
     for node in varying:
         kind = _narrow_kind(node)
-        if kind is not None and node.input[0] in arrays:
-            narrowed[node.output[0]] = _narrow(node.output[0], arrays[node.input[0]], kind)
+        source = node.input[0] if node.input else ""
+        if kind is not None and source in arrays:
+            narrowed[node.output[0]] = _narrow(node.output[0], arrays[source], kind)
+        elif kind is not None and source in stored:
+            array = numpy_helper.to_array(_in_memory(stored[source], path.parent))
+            narrowed[node.output[0]] = _narrow(node.output[0], array, kind)
         else:
             folded.graph.node.append(node)
     used = {name for node in folded.graph.node for name in node.input} | {value.name for value in graph.output}
@@ -98,7 +102,7 @@ def _computed(
     arrays: dict[str, Array] = {}
     for start in range(0, len(names), _AT_ONCE):
         wanted = names[start : start + _AT_ONCE]
-        needed = _ancestors(wanted, makers)
+        needed = ancestors(wanted, makers)
         part = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
         part.graph.name = "weights"
         part.graph.node.extend(node for node in fixed if any(output in needed for output in node.output))
@@ -106,13 +110,14 @@ def _computed(
         for name in wanted:
             part.graph.output.add().name = name
         options = session_options(threads=1)
-        options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder.resolve()))
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(folder.resolve()))
         session = open_session(part.SerializeToString(), options)
         arrays |= dict(zip(wanted, session.run(list(wanted), {}), strict=True))
     return arrays
 
 
-def _ancestors(names: Iterable[str], makers: dict[str, onnx.NodeProto]) -> set[str]:
+def ancestors(names: Iterable[str], makers: dict[str, onnx.NodeProto]) -> set[str]:
+    """The names and all that they are made of."""
     left, seen = list(names), set()
     while left:
         name = left.pop()

@@ -147,8 +147,14 @@ def _kept(engine: Engine, library: Library, work: _Work, sizes: Sizes) -> Engine
     layers = engine.folder / PLANS / library.folder / work.gpu / "layers.json"
     found = {graph: [asdict(layer) for layer in built] for graph, built in work.layers.items()}
     _write(engine, layers, (json.dumps(found, indent=1) + "\n").encode())
-    entry = {"gpu": work.gpu, "library": library.name, "version": library.version, "sizes": sizes,
-             "files": work.files, "layers": str(layers.relative_to(engine.folder))}  # fmt: skip
+    entry = {
+        "gpu": work.gpu,
+        "library": library.name,
+        "version": library.version,
+        "sizes": {axis: list(three) for axis, three in sizes.items()},
+        "files": work.files,
+        "layers": str(layers.relative_to(engine.folder)),
+    }
     same = ("gpu", "library", "version")
     others = [plan for plan in engine.plans if any(plan[key] != entry[key] for key in same)]
     new = {name: hash_file(engine.folder / name) for name in (*work.files.values(), str(entry["layers"]))}

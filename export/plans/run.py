@@ -33,7 +33,7 @@ def available() -> tuple[bool, str]:
         gpu = present_gpu()
     except DitqError as error:
         return False, f"{names} builds plans here, but cannot run them: {error}"
-    return True, f"{names} on {torch.cuda.get_device_name()} ({gpu})"
+    return True, f"{names} on {gpu}"
 
 
 def plan_here(engine: Engine) -> tuple[Library, Mapping[str, Any]]:
@@ -115,7 +115,7 @@ class _Plan:
         except torch.cuda.OutOfMemoryError as error:
             free = torch.cuda.mem_get_info()[0] / 1e9
             raise DitqError(
-                f"{self._name}: the GPU has {free:.1f} GB free, which is too little; use a smaller batch or resolution, or free some"
+                f"{self._name}: {free:.1f} GB free on the GPU are too little; use a smaller batch or resolution, or free some"
             ) from error
 
     def _run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:

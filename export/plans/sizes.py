@@ -6,10 +6,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import onnx
 
 from ditq.errors import DitqError
 from ditq.export.engine import GRAPH, TEXT_GRAPH, Engine
+from ditq.export.plans.fold import ancestors
+from ditq.export.session import WEIGHTS_FOLDER, open_session, session_options
 from ditq.suggest import unknown_key
 
 Sizes = dict[str, tuple[int, int, int]]
@@ -82,19 +85,42 @@ def _sized(shape: list[int | str], sizes: Sizes, which: int) -> tuple[int, ...]:
 def _outputs(engine: Engine, described: Mapping[str, Any], sizes: Sizes, which: int) -> dict[str, tuple[int, ...]]:
     """Shapes of what the text's graph makes of inputs of these sizes."""
     model = onnx.load(str(engine.folder / TEXT_GRAPH), load_external_data=False)
+    given = {value.name: _sized(described[value.name], sizes, which) for value in model.graph.input}
     for value in model.graph.input:
-        for dimension, size in zip(
-            value.type.tensor_type.shape.dim, _sized(described[value.name], sizes, which), strict=True
-        ):
+        for dimension, size in zip(value.type.tensor_type.shape.dim, given[value.name], strict=True):
             dimension.dim_value = size
     del model.graph.value_info[:]
     for value in model.graph.output:
         value.type.tensor_type.ClearField("shape")
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    shapes = {}
-    for value in inferred.graph.output:
-        shape = tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
-        if not shape or 0 in shape:
-            raise DitqError(f"{engine.name}: the shape of {value.name} cannot be told; compile with --no-cache-text")
-        shapes[value.name] = shape
-    return shapes
+    shapes = {
+        value.name: tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
+        for value in inferred.graph.output
+    }
+    unknown = [name for name, shape in shapes.items() if not shape or 0 in shape]
+    return shapes | _run(model, given, unknown, engine)
+
+
+def _run(
+    model: onnx.ModelProto, given: Mapping[str, tuple[int, ...]], names: list[str], engine: Engine
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of outputs that inference cannot tell, such as a mask's: what they are made of is run on zeros."""
+    if not names:
+        return {}
+    needed = ancestors(names, {output: node for node in model.graph.node for output in node.output})
+    for part in (model.graph.node, model.graph.input, model.graph.initializer, model.graph.output):
+        kept = [
+            item for item in part if _name(item) in needed and (part is not model.graph.output or item.name in names)
+        ]
+        del part[:]
+        part.extend(kept)
+    options = session_options(threads=1)
+    options.add_session_config_entry(WEIGHTS_FOLDER, str(engine.folder.resolve()))
+    session = open_session(model.SerializeToString(), options)
+    kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+    zeros = {name: np.zeros(given[name], onnx.helper.tensor_dtype_to_np_dtype(kind)) for name, kind in kinds.items()}
+    return {name: array.shape for name, array in zip(names, session.run(names, zeros), strict=True)}
+
+
+def _name(item: Any) -> str:
+    return str(item.output[0] if hasattr(item, "op_type") else item.name)

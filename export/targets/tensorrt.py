@@ -49,11 +49,10 @@ class _Lowering:
             return self._eight_bit(x, rank, layer)
         writer, kind, inner = self.writer, _DEQUANTIZED, None
         if few_bit_weights.has_form(layer):
-            kind, weight = _WEIGHT_ONLY, few_bit_weights.half_weight(writer, layer)
+            kind, product = _WEIGHT_ONLY, few_bit_weights.multiplied(writer, x, layer)
             inner = low_rank.float_inner(writer, x, layer) if layer.rank else None
         else:
-            weight = weights.float_weight(writer, layer)
-        product = writer.op("MatMul", x, weight, name="matmul")
+            product = writer.op("MatMul", x, weights.float_weight(writer, layer), name="matmul")
         return Made(kind, product, self._finished(product, inner, x, layer))
 
     def _eight_bit(self, x: ir.Value, rank: int, layer: QuantLinear) -> Made:

@@ -1,0 +1,133 @@
+"""Each form that the target tensorrt writes computes what its layer means; ONNX Runtime runs it as it stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor
+
+from ditq.errors import DitqError
+from ditq.export.session import open_session, session_options
+from ditq.export.targets.tensorrt import lower
+from ditq.nn import ActivationFormat, InputTransform, QuantLinear
+from ditq.numerics.carrier import FLOAT8
+from ditq.numerics.rotation import hadamard_rotation
+from tests.export.quantized import relative
+from tests.export.test_forms import graph_of, layer_of, tokens
+
+TOKEN, TENSOR, FLOAT = ActivationFormat(8, "token"), ActivationFormat(8, "tensor"), ActivationFormat()
+TIMED = ActivationFormat(8, "timestep", edges=(600.0, 300.0))
+GROUP = ActivationFormat(4, "group", "midrise", group_size=32)
+FLOAT8_TOKEN = ActivationFormat(8, "token", "float8_e4m3")
+# Sums of whole numbers leave the product in float16 where a runtime keeps to the types: half a unit of its 11 bits.
+HALF = 2**-11
+
+
+def run(model: ir.Model, *inputs: Tensor, timestep: Tensor | None = None) -> Tensor:
+    """Without ONNX Runtime's own rewriting of the graph."""
+    options = session_options(1)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = open_session(ir.to_proto(model).SerializeToString(), options)
+    given = {f"x{i}": x.numpy() for i, x in enumerate(inputs)}
+    if timestep is not None:
+        given["timestep"] = timestep.numpy()
+    return torch.from_numpy(session.run(None, given)[0])
+
+
+def check(layer: QuantLinear, kind: str, rank: int = 3) -> ir.Model:
+    model = graph_of(layer, rank=rank)
+    (planned,) = lower(model, {layer.site: layer})
+    assert planned.kind == kind
+    x = tokens(layer.in_features, rank)
+    assert relative(run(model, x), layer(x)) < HALF
+    return model
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize(
+    "activation",
+    [TOKEN, TENSOR, ActivationFormat(6, "token", clip=0.8), ActivationFormat(4, "token", "midrise", 0.9), GROUP],
+    ids=["token", "tensor", "six bits clipped", "midrise", "group"],
+)
+def test_every_grid_of_inputs_is_a_product_of_signed_integers(activation: ActivationFormat, rank: int) -> None:
+    model = check(layer_of(activation=activation, group_size=32), "integer", rank)
+    zeros = {node.inputs[2].const_value.numpy().item() for node in model.graph if node.op_type == "QuantizeLinear"}  # type: ignore[union-attr]
+    assert zeros == {0}
+
+
+def test_the_scale_of_a_timestep_bin_is_chosen_in_the_graph() -> None:
+    layer = layer_of(activation=TIMED)
+    model = graph_of(layer, timestep=ir.DataType.FLOAT)
+    lower(model, {layer.site: layer})
+    for time in (700.0, 400.0, 100.0):
+        layer.timestep = torch.tensor([time])
+        assert relative(run(model, tokens(), timestep=layer.timestep), layer(tokens())) < HALF
+
+
+@pytest.mark.parametrize("settings", [
+    {"bits": 8, "codebook": "uniform"}, {"bits": 3, "group_size": 32}, {"bits": 3, "codebook": "twin_log"},
+    {"bits": 4, "codebook": "e2m1"}, {"bits": 5, "codebook": "lloyd_max"},
+], ids=["eight bits", "groups", "row tables", "e2m1", "five bits"])  # fmt: skip
+def test_every_codebook_is_expanded_to_its_int8_carrier(settings: dict[str, Any]) -> None:
+    check(layer_of(**settings), "integer")
+
+
+@pytest.mark.parametrize("activation", [TOKEN, GROUP], ids=["token", "group"])
+@pytest.mark.parametrize("branch", ["integer", "float"])
+def test_a_low_rank_branch_stands_beside_the_product(branch: Any, activation: ActivationFormat) -> None:
+    check(layer_of(activation=activation, rank=8, branch=branch), "integer")
+
+
+@pytest.mark.parametrize(
+    "activation", [FLOAT8_TOKEN, ActivationFormat(8, "tensor", "float8_e4m3")], ids=["token", "tensor"]
+)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_fp8_numbers_are_multiplied_as_such(bits: int, activation: ActivationFormat) -> None:
+    codebook = "uniform" if bits == 8 else "twin_log_shared"
+    check(layer_of(bits=bits, codebook=codebook, activation=activation, carrier=FLOAT8), "float8")
+
+
+@pytest.mark.parametrize(("settings", "kind"), [
+    ({"codebook": "uniform", "group_size": 32, "float_group_scales": True}, "weight-only kernel"),
+    ({"codebook": "uniform", "bits": 8}, "weight-only kernel"),
+    ({"codebook": "lloyd_max", "bits": 3}, "weight-only kernel"),
+    ({"codebook": "lloyd_max", "group_size": 32, "float_group_scales": True}, "dequantized"),
+    ({"codebook": "uniform", "rank": 8}, "weight-only kernel"),
+], ids=["int4", "int8", "int8 of three bits", "expanded", "branch"])  # fmt: skip
+@pytest.mark.parametrize("rank", [2, 3])
+def test_weights_of_float_inputs_stay_in_few_bits_where_tensorrt_has_a_form(
+    settings: dict[str, Any], kind: str, rank: int
+) -> None:
+    check(layer_of(activation=FLOAT, **settings), kind, rank)
+
+
+def test_layers_of_one_input_share_its_rotation_and_its_integers() -> None:
+    layers = [
+        layer_of(site=site, transform=InputTransform(rotations=[(0, 96, hadamard_rotation(96))]))
+        for site in ("query", "key", "value")
+    ]
+    model = graph_of(*layers)
+    lower(model, {layer.site: layer for layer in layers})
+    kinds = [node.op_type for node in model.graph]
+    assert kinds.count("QuantizeLinear") == 1
+    assert kinds.count("MatMul") == 2 + 3  # two factors of one rotation, three weights
+
+
+def test_the_largest_sum_that_can_be_is_within_float16() -> None:
+    """Every input at the end of its grid and every weight too: no sum may be infinite, whatever the width."""
+    layer = layer_of(width=4096, rows=4, bits=8, codebook="uniform_absmax", bias=False)
+    layer.codes.fill_(-128)
+    model = graph_of(layer)
+    lower(model, {layer.site: layer})
+    x = torch.full((2, 3, 4096), 5.0)
+    assert relative(run(model, x), layer(x)) < HALF
+
+
+def test_unsigned_inputs_are_refused_in_one_line() -> None:
+    layer = layer_of(activation=ActivationFormat(4, "token", "unsigned", shift=0.2))
+    with pytest.raises(DitqError, match="site: tensorrt has no unsigned inputs; leave activation_unsigned out"):
+        lower(graph_of(layer), {layer.site: layer})
