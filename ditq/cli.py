@@ -87,6 +87,7 @@ def compile_command(checkpoint: str, out: Path, recipe: str, budget: str | None,
     from ditq.budget.request import Budget
     from ditq.checkpoint import Checkpoint
     from ditq.compiler import CompileOptions, compile
+    from ditq.export.targets import target as export_target
     from ditq.report.budget_files import front_table, write_budget
     from ditq.report.engine_report import report_on
 
@@ -109,7 +110,7 @@ def compile_command(checkpoint: str, out: Path, recipe: str, budget: str | None,
         click.echo(f"{'text':10s} {_said_of_text(len(result.text_sites))}")
     for plan in result.plans:
         click.echo(f"{'plan':10s} {plan}")
-    if not result.plans and result.engine.manifest["target"] == "tensorrt":
+    if not result.plans and export_target(target).plans:
         click.echo(f"{'plan':10s} none: no TensorRT is installed; later: ditq plan {out}")
     laps = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in result.seconds.items())
     click.echo(f"{'time':10s} {laps}; peak memory {result.peak_memory / 2**30:.1f} GiB")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
+import torch
 
 from ditq.export.fusion_report import FusionReport
 from ditq.export.lowering import eight_bit, few_bit_weights, low_rank, weights
@@ -110,5 +111,7 @@ TARGET = register(
         prove,
         plans=True,
         half=True,
+        device="cuda",
+        dtype=torch.bfloat16,
     )
 )

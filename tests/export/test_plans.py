@@ -38,8 +38,9 @@ from ditq.passes import Context
 from ditq.passes.quantize import Quantize
 from ditq.passes.reconstruct import Reconstruct
 from ditq.recipe import load_recipe, shipped_recipes
-from tests.export.quantized import engine_of, quantize_blocks, shallow_model
-from tests.families_small import small_inputs, statistics_of
+from tests.command_line import run
+from tests.export.quantized import engine_of, quantize_blocks, relative, shallow_model
+from tests.families_small import forward, small_inputs, statistics_of
 
 SIZES = "batch=1:2:3,image_tokens=16:64:128,text_tokens=8:16:32,height=8:16:32,width=8:16:32"
 
@@ -176,6 +177,17 @@ def test_a_second_kind_of_gpu_stands_beside_the_first_and_a_second_build_takes_i
     assert both.plans == Engine.open(dit.folder).plans
 
 
+def test_plan_and_doctor_say_what_is_multiplied_in_few_bits(dit: Engine, capsys: pytest.CaptureFixture[str]) -> None:
+    built = run(capsys, "plan", dit.folder, "--gpu", "sm80", "--sizes", "batch=1:1:2")
+    assert built.code == 0
+    count = f"{len(dit.sites)} of {len(dit.sites)} planned low-bit products run as low-bit kernels"
+    assert built.out.startswith("sm80 by TensorRT for RTX") and built.out.endswith(f"{count}\n")
+    found = run(capsys, "doctor", dit.folder)
+    assert found.code == 0, found.out
+    assert f"for sm80, tensorrt_rtx {libraries()[0].version}: {count}" in found.out
+    assert "its graph run by ONNX Runtime, since tensorrt does not run here" in found.out
+
+
 def test_codes_become_constants_of_their_carrier_only_in_memory(dit: Engine) -> None:
     folded = fold(dit.folder / "model.onnx")
     makers = {output: node for node in folded.proto.graph.node for output in node.output}
@@ -301,3 +313,19 @@ def test_a_gpu_below_the_smallest_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     with pytest.raises(DitqError, match="Tesla T4 is sm75; TensorRT plans need sm80"):
         library.present_gpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="runs plans on a GPU")
+@pytest.mark.parametrize("family", ["flux", "dit"])
+def test_a_plan_computes_what_the_quantized_model_means(family: str, tmp_path: Path) -> None:
+    """On a GPU that a plan can be built for. Roundings that float16 tips change the output by about a percent."""
+    model = quantize_blocks(shallow_model(family))
+    engine = engine_of(model, tmp_path / "engine", target_name="tensorrt")
+    make_plans(engine, [library.present_gpu()], sizes_for(engine))
+    transformer = load_engine(engine.folder, target="tensorrt")
+    for batch in (1, 3, 1):
+        inputs = small_inputs(model, batch, seed=batch)
+        assert relative(transformer(**inputs, return_dict=False)[0].cpu(), forward(model, inputs)) < 0.05
+    with pytest.raises(DitqError, match=r"axis 'batch' is 4 in .*, but the plan takes 1 to 3"):
+        transformer(**small_inputs(model, 4))
