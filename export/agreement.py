@@ -102,9 +102,8 @@ def model_agreement(
     own = target(engine.manifest["target"])
     tolerance = tolerance or (HALF_TIE_TOLERANCE if own.half else TIE_TOLERANCE)
     run = (own if own.available()[0] else target("onnxruntime-cpu")).runner(engine, 1)
-    output = run(
-        engine_inputs(engine, arguments)
-    )  # of the engine as it is: to give out values might change how the runtime fuses
+    # of the engine as it is: to give out values might change how the runtime fuses
+    output = run(engine_inputs(engine, arguments)).cpu()
     places = _integers(engine)
     read = ((place.graph, value) for queue in places.values() for place in queue for value in place.values)
     names = list(dict.fromkeys(read))

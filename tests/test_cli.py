@@ -80,7 +80,7 @@ def test_a_mistyped_metric_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
 def test_recipes_passes_families_and_targets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     for command, names in (
         ("recipes", shipped_recipes()), ("passes", passes()), ("families", families()),
-        ("targets", ["onnxruntime-cpu", "tensorrt", "torch"]),
+        ("targets", ["cuda", "onnxruntime-cpu", "tensorrt", "torch"]),
     ):  # fmt: skip
         ran = run(capsys, command)
         assert ran.code == 0
