@@ -24,11 +24,12 @@ def has_form(layer: QuantLinear) -> bool:
 
 
 def is_int4(layer: QuantLinear) -> bool:
-    """Whether int4 in blocks holds the weight as it is."""
-    if layer.bits != 4 or layer.multiplier is not None or layer.scale.dim() != 2 or layer.scale.shape[1] < 2:
+    """Whether int4 in blocks holds the weight as it is: levels from -8 to 7, and several groups a row."""
+    if layer.table is None or layer.multiplier is not None or layer.scale.dim() != 2 or layer.scale.shape[1] < 2:
         return False
-    block = layer.in_features // layer.scale.shape[1]
-    return block % _SMALLEST_BLOCK == 0 and weights.even_levels(layer) == (1, 8) and layer.carrier_kind is not FLOAT8
+    block, levels = layer.in_features // layer.scale.shape[1], layer.table.float()
+    fits = bool((levels >= -8).all() and (levels <= 7).all())
+    return fits and block % _SMALLEST_BLOCK == 0 and layer.carrier_kind is not FLOAT8
 
 
 def _has_row_scale(layer: QuantLinear) -> bool:

@@ -69,12 +69,12 @@ def has_block_kernel(layer: QuantLinear) -> bool:
     if layer.bits != 4 or layer.scale.dim() != 2 or layer.scale.shape[1] < 2 or layer.multiplier is not None:
         return False
     group = layer.in_features // layer.scale.shape[1]
-    return group >= _SMALLEST_BLOCK and math.log2(group).is_integer() and even_levels(layer) is not None
+    return group >= _SMALLEST_BLOCK and math.log2(group).is_integer() and _even_levels(layer) is not None
 
 
 def block_matmul(writer: Writer, x: ir.Value, layer: QuantLinear) -> ir.Value:
     """x W^T by MatMulNBits, in float32 arithmetic (accuracy level 1). Its blocks are our packed bytes as they are."""
-    levels = even_levels(layer)
+    levels = _even_levels(layer)
     assert levels is not None
     spacing, zero = levels
     rows, groups = layer.scale.shape
@@ -92,7 +92,7 @@ def block_matmul(writer: Writer, x: ir.Value, layer: QuantLinear) -> ir.Value:
     return writer.op("MatMulNBits", x, codes, scale, zero_points, name="matmul", domain="com.microsoft", **settings)
 
 
-def even_levels(layer: QuantLinear) -> tuple[int, int] | None:
+def _even_levels(layer: QuantLinear) -> tuple[int, int] | None:
     """(spacing, code of zero) when the table is spacing * (code - zero), else None."""
     if layer.table is None or layer.table.dim() != 1:
         return None

@@ -93,11 +93,12 @@ def test_fp8_numbers_are_multiplied_as_such(bits: int, activation: ActivationFor
 
 @pytest.mark.parametrize(("settings", "kind"), [
     ({"codebook": "uniform", "group_size": 32, "float_group_scales": True}, "weight-only kernel"),
+    ({"codebook": "uniform", "bits": 3, "group_size": 32, "float_group_scales": True}, "weight-only kernel"),
     ({"codebook": "uniform", "bits": 8}, "weight-only kernel"),
     ({"codebook": "lloyd_max", "bits": 3}, "weight-only kernel"),
     ({"codebook": "lloyd_max", "group_size": 32, "float_group_scales": True}, "dequantized"),
     ({"codebook": "uniform", "rank": 8}, "weight-only kernel"),
-], ids=["int4", "int8", "int8 of three bits", "expanded", "branch"])  # fmt: skip
+], ids=["int4", "int4 of three bits", "int8", "int8 of three bits", "expanded", "branch"])  # fmt: skip
 @pytest.mark.parametrize("rank", [2, 3])
 def test_weights_of_float_inputs_stay_in_few_bits_where_tensorrt_has_a_form(
     settings: dict[str, Any], kind: str, rank: int
