@@ -11,6 +11,9 @@ In reading order:
     product.py      the product in that way
     operators.py    both as operators of torch, whole to torch.compile
     fast_linear.py  what stands in a QuantLinear's place
+    on_gpu.py       a whole model of them on a GPU, the rest in bfloat16
+    traced.py       its forward as one graph, in which inputs are quantized once, together with what makes them
+    captured.py     its calls as CUDA graphs
 
 A QuantLinear's integers are the same here: sums of int8 products are exact. Nothing falls back: without a GPU, the operators
 raise an error. docs/gpu.md says what was proven where.

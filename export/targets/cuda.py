@@ -39,7 +39,7 @@ def available() -> tuple[bool, str]:
 
 def check(model: nn.Module) -> None:
     """Raise DitqError for a part of the model that has no kernel."""
-    from ditq.export.gpu_model import check as check_kernels
+    from ditq.kernels.on_gpu import check as check_kernels
 
     check_kernels(model)
 
@@ -50,9 +50,9 @@ def runner(engine: Engine, threads: int | None = None) -> Runner:
     Raises:
         DitqError: a format without a kernel; a model that does not fit in the GPU's memory.
     """
-    from ditq.export.gpu_calls import CapturedCalls
-    from ditq.export.gpu_graph import compiled
-    from ditq.export.gpu_model import as_wanted, to_gpu
+    from ditq.kernels.captured import CapturedCalls
+    from ditq.kernels.on_gpu import as_wanted, to_gpu
+    from ditq.kernels.traced import compiled
 
     device = torch.device("cuda", torch.cuda.current_device())
     major, minor = torch.cuda.get_device_capability(device)

@@ -10,8 +10,8 @@ import torch
 
 from ditq.errors import DitqError
 from ditq.export import Engine, load_engine
-from ditq.export.gpu_model import as_wanted
 from ditq.export.targets import target
+from ditq.kernels.on_gpu import as_wanted
 from ditq.nn import ActivationFormat
 from ditq.showing import diagnose
 from tests.export.quantized import engine_of, quantize_blocks, quantized, shallow_model

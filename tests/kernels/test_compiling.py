@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,8 @@ triton = pytest.importorskip("triton")
 
 from tools import gpu_resources  # noqa: E402  triton first
 from tools.gpu_resources import GENERATIONS, REGISTERS, SHARED, TABLE, Resources  # noqa: E402
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def written() -> dict[tuple[str, int], Resources]:
@@ -66,3 +71,25 @@ def test_kernels_compile_to_what_the_table_says_and_multiply_on_tensor_cores(
         assert (found.registers, found.stack, found.spilled) == (entry.registers, entry.stack, entry.spilled)
         assert abs(found.shared - entry.shared) <= 52  # printed in tenths of KiB
     assert found.stack == found.spilled == 0
+
+
+def test_the_gpu_benchmark_needs_torch_and_triton_alone() -> None:
+    blocked = (
+        "diffusers",
+        "transformers",
+        "accelerate",
+        "safetensors",
+        "onnx",
+        "onnx_ir",
+        "onnxruntime",
+        "click",
+        "rich",
+        "yaml",
+    )
+    code = (
+        f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
+        "from tools.bench_gpu import main\n"
+        "main(['--device', 'cpu', '--small', '--rounds', '1', '--no-products', '--shapes', 'dit-xl-block', '--only', 'eager'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "bf16 eager" in done.stdout, done.stderr[-2000:]

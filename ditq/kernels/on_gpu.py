@@ -1,4 +1,4 @@
-"""An engine's model on a GPU: FastLinear in the place of every QuantLinear, the rest in bfloat16."""
+"""A quantized model on a GPU: FastLinear in the place of every QuantLinear, the rest in bfloat16."""
 
 from __future__ import annotations
 

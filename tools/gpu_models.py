@@ -1,0 +1,193 @@
+"""Denoisers with generated weights for bench_gpu.py: blocks as FLUX, SD3.5 and DiT-XL have them, and a whole FLUX.
+
+What counts for time is there: linears of the real sizes, modulation, norms, attention over all tokens, rotary embeddings,
+gates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model. double: blocks with streams of their own for image and text; single: blocks of one joint stream."""
+
+    name: str
+    width: int
+    heads: int
+    image: int
+    text: int
+    double: int
+    single: int
+    batch: int = 1
+
+    def small(self) -> Shape:
+        """The same with every part, for a CPU."""
+        text = min(self.text, 2)
+        return replace(
+            self, width=64, heads=2, image=3, text=text, batch=1, double=min(self.double, 1), single=min(self.single, 1)
+        )
+
+
+# 1024 x 1024 pixels make 64 x 64 tokens, 512 x 512 of DiT-XL/2 32 x 32. FLUX.1 reads 512 tokens of text, SD3.5 77 + 256.
+SHAPES = {
+    "flux-double": Shape("flux-double", 3072, 24, 4096, 512, 1, 0),
+    "flux-single": Shape("flux-single", 3072, 24, 4096, 512, 0, 1),
+    "sd35-block": Shape("sd35-block", 2432, 38, 4096, 333, 1, 0, batch=2),
+    "dit-xl-block": Shape("dit-xl-block", 1152, 16, 1024, 0, 0, 1, batch=2),
+    "flux": Shape("flux", 3072, 24, 4096, 512, 19, 38),
+}
+
+
+class Stream(nn.Module):
+    """Modulation, q, k, v, output and feed-forward of one stream of tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 6 * width)
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+
+def heads_of(x: Tensor, heads: int) -> Tensor:
+    """[B, T, C] -> [B, heads, T, C / heads]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs of channels of [B, heads, T, d] by angles given as cos and sin [T, d / 2]."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+
+
+def normed(x: Tensor) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), eps=1e-6)
+
+
+class DoubleBlock(nn.Module):
+    """Image and text with weights of their own and one attention, as the first blocks of FLUX and those of SD3."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.image, self.text = Stream(width), Stream(width)
+
+    def forward(self, image: Tensor, text: Tensor, time: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        pieces, joined = [], []
+        for stream, x in ((self.text, text), (self.image, image)):
+            six = stream.modulation(F.silu(time)).chunk(6, dim=1)
+            z = normed(x) * (1 + six[1][:, None]) + six[0][:, None]
+            joined.append([heads_of(linear(z), self.heads) for linear in (stream.to_q, stream.to_k, stream.to_v)])
+            pieces.append(six)
+        q, k, v = (torch.cat(parts, dim=2) for parts in zip(*joined, strict=True))
+        mixed = F.scaled_dot_product_attention(rotary(q, cos, sin), rotary(k, cos, sin), v).transpose(1, 2).flatten(2)
+        results = []
+        for stream, x, six, part in zip(
+            (self.text, self.image),
+            (text, image),
+            pieces,
+            mixed.split((text.shape[1], image.shape[1]), dim=1),
+            strict=True,
+        ):
+            x = x + six[2][:, None] * stream.to_out(part)
+            z = normed(x) * (1 + six[4][:, None]) + six[3][:, None]
+            results.append(x + six[5][:, None] * stream.down(F.gelu(stream.up(z), approximate="tanh")))
+        return results[1], results[0]
+
+
+class SingleBlock(nn.Module):
+    """One stream whose attention and feed-forward stand side by side and share their output linear, as FLUX's later blocks."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.modulation = nn.Linear(width, 3 * width)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.up, self.out = nn.Linear(width, 4 * width), nn.Linear(5 * width, width)
+
+    def forward(self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(F.silu(time)).chunk(3, dim=1)
+        z = normed(x) * (1 + scale[:, None]) + shift[:, None]
+        q, k, v = (heads_of(linear(z), self.heads) for linear in (self.to_q, self.to_k, self.to_v))
+        mixed = F.scaled_dot_product_attention(rotary(q, cos, sin), rotary(k, cos, sin), v).transpose(1, 2).flatten(2)
+        both = torch.cat((mixed, F.gelu(self.up(z), approximate="tanh")), dim=2)
+        return x + gate[:, None] * self.out(both)
+
+
+class PlainBlock(nn.Module):
+    """One stream, attention before feed-forward, as DiT's blocks."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.stream = heads, Stream(width)
+
+    def forward(self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        stream = self.stream
+        six = stream.modulation(F.silu(time)).chunk(6, dim=1)
+        z = normed(x) * (1 + six[1][:, None]) + six[0][:, None]
+        q, k, v = (heads_of(linear(z), self.heads) for linear in (stream.to_q, stream.to_k, stream.to_v))
+        x = x + six[2][:, None] * stream.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        z = normed(x) * (1 + six[4][:, None]) + six[3][:, None]
+        return x + six[5][:, None] * stream.down(F.gelu(stream.up(z), approximate="tanh"))
+
+
+class Denoiser(nn.Module):
+    """The blocks of a shape, one after the other. Weights are generated: variance 1 / inputs, so that no value grows."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        one_stream = PlainBlock if not shape.text else SingleBlock
+        self.doubles = nn.ModuleList(DoubleBlock(shape.width, shape.heads) for _ in range(shape.double))
+        self.singles = nn.ModuleList(one_stream(shape.width, shape.heads) for _ in range(shape.single))
+
+    def generate(self, seed: int = 0) -> Denoiser:
+        generator = torch.Generator(device=next(self.parameters()).device).manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                spread = parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 0.02
+                parameter.normal_(0, spread, generator=generator)
+        return self.eval().requires_grad_(False)
+
+    def forward(self, image: Tensor, text: Tensor, time: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        for block in self.doubles:
+            image, text = block(image, text, time, cos, sin)
+        x = torch.cat((text, image), dim=1)
+        for block in self.singles:
+            x = block(x, time, cos, sin)
+        return x
+
+
+def inputs_of(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 1) -> dict[str, Tensor]:
+    """Tokens of unit variance with a few channels ten times as large, as real inputs have."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def tokens(*size: int) -> Tensor:
+        return torch.randn(*size, device=device, generator=generator)
+
+    image, text = tokens(shape.batch, shape.image, shape.width), tokens(shape.batch, shape.text, shape.width)
+    large = torch.where(torch.arange(shape.width, device=device) % 97 == 5, 10.0, 1.0)
+    angles = torch.outer(
+        torch.arange(shape.image + shape.text, device=device).float(),
+        10000.0 ** -torch.linspace(0, 1, shape.width // shape.heads // 2, device=device),
+    )
+    given = {"image": image * large, "text": text * large, "time": tokens(shape.batch, shape.width)}
+    return {name: value.to(dtype) for name, value in given.items()} | {"cos": angles.cos(), "sin": angles.sin()}
+
+
+def multiply_adds(model: Denoiser) -> tuple[int, int]:
+    """(of the linears over tokens, of attention) of one call."""
+    shape = model.shape
+    joined, linear = shape.batch * (shape.image + shape.text), 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "modulation" not in name:
+            tokens = {"image": shape.image, "text": shape.text}
+            part = next((tokens[part] for part in tokens if f".{part}." in f".{name}."), shape.image + shape.text)
+            linear += shape.batch * part * module.weight.numel()
+    attention = 2 * joined * (shape.image + shape.text) * shape.width * (len(model.doubles) + len(model.singles))
+    return linear, attention
