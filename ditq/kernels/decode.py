@@ -63,7 +63,7 @@ def decode_kernel(
             _write(out, v, scale, row, first, K, N, RUN, CARRIER8, SCALED, W_GROUP, W_GROUPS)
             _write(out, w, scale, row, first + RUN, K, N, RUN, CARRIER8, SCALED, W_GROUP, W_GROUPS)
         else:
-            plane = N.to(tl.int64) * (spans * RUN)
+            plane = tl.cast(N, tl.int64) * (spans * RUN)
             p0 = tl.load(place, mask=inside, other=0)
             p1 = tl.load(place + plane, mask=inside, other=0)
             p2 = tl.load(place + (BITS - 1) * plane, mask=inside, other=0)

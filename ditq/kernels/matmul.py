@@ -118,7 +118,7 @@ def matmul_kernel(
                            CARRIER8, W_GROUP, W_GROUPS, X_GROUP, X_GROUPS, WEIGHT_FIRST, M, N)  # fmt: skip
         else:
             place = data + row64 * (spans * RUN) + (span * RUN + byte)
-            plane = N.to(tl.int64) * (spans * RUN)
+            plane = tl.cast(N, tl.int64) * (spans * RUN)
             p0 = tl.load(place, mask=inside, other=0)
             p1 = tl.load(place + plane, mask=inside, other=0)
             p2 = tl.load(place + (BITS - 1) * plane, mask=inside, other=0)

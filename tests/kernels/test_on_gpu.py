@@ -1,0 +1,72 @@
+"""On a real GPU, where there is one: products, transforms and whole denoisers against their meaning, tuned and replayed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.export.quantized import quantize_blocks, quantized, relative, shallow_model
+from tests.families_small import FAMILIES, forward, small_inputs
+
+pytest.importorskip("triton")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
+
+from ditq.kernels.captured import CapturedCalls  # noqa: E402  triton first
+from ditq.kernels.fast_linear import FastLinear  # noqa: E402
+from ditq.kernels.on_gpu import as_wanted, to_gpu  # noqa: E402
+from ditq.kernels.traced import compiled  # noqa: E402
+from ditq.nn import ActivationFormat, InputTransform  # noqa: E402
+from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation  # noqa: E402
+
+FLOAT = ActivationFormat()
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ways are measured, and so compared with the meaning, in every run."""
+    monkeypatch.setenv("DITQ_CACHE", str(tmp_path))
+
+
+@pytest.mark.parametrize("tokens", [1, 77, 1000])
+@pytest.mark.parametrize("width", [1152, 4608])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_linears_of_dit_xl(bits: int, width: int, tokens: int) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(width, 1152)
+    x = torch.randn(tokens, width)
+    for rotation in (block_hadamard_rotation(width, 64), hadamard_rotation(width)):
+        transform = InputTransform(rotations=[(0, width, rotation)])
+        settings: dict[str, Any] = {"group_size": 64} if bits < 8 else {}
+        layer = quantized(linear, "site", bits=bits, transform=transform, **settings).requires_grad_(False)
+        expected = layer(x)
+        found = FastLinear(layer.cuda())(x.cuda().bfloat16())
+        assert relative(found.float().cpu(), expected) < 2e-2
+    layer = quantized(linear, "site", bits=bits, activation=FLOAT).requires_grad_(False)
+    expected = layer(x)
+    assert relative(FastLinear(layer.cuda())(x.cuda().bfloat16()).float().cpu(), expected) < 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_denoisers_compiled_and_replayed_compute_their_meaning(family: str) -> None:
+    model = quantize_blocks(shallow_model(family))
+    device = torch.device("cuda")
+    examples = [small_inputs(model, batch=batch, seed=seed) for batch, seed in ((2, 0), (2, 1), (1, 2))]
+    expected = [forward(model, inputs) for inputs in examples]
+    plain = [{k: v for k, v in inputs.items() if not isinstance(v, torch.Tensor)} for inputs in examples]
+    call = compiled(to_gpu(model, device))
+
+    def run(tensors: Any) -> torch.Tensor:
+        wanted = {name: as_wanted(name, tensor) for name, tensor in tensors.items()}
+        return call(**wanted, **plain[0], return_dict=False)[0]
+
+    captured = CapturedCalls(run)
+    with torch.no_grad():
+        for _ in range(2):  # the second time nothing is captured anew
+            for inputs, meant in zip(examples, expected, strict=True):
+                tensors = {name: v.to(device) for name, v in inputs.items() if isinstance(v, torch.Tensor)}
+                assert relative(captured(tensors).float().cpu(), meant) < 0.05
+    assert len(captured.captured) == 2
