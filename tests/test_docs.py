@@ -91,7 +91,9 @@ def test_every_command_line_uses_commands_and_options_that_exist(page: str, line
     if complete:
         try:
             parent = click.Context(cli, **cli.context_settings)  # else the command keeps a help option of its own
-            command.make_context(name, words, parent=parent)  # reads options and arguments, with their types, and runs nothing
+            command.make_context(
+                name, words, parent=parent
+            )  # reads options and arguments, with their types, and runs nothing
         except click.UsageError as error:
             pytest.fail(f"{page}: {line}: {error.format_message()}")
 

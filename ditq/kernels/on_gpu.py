@@ -35,7 +35,9 @@ def to_gpu(model: nn.Module, device: torch.device, capability: int | None = None
     plans: dict[str, Online] = {}
     kinds = (QuantLinear, TransformedLinear)
     for name in [name for name, layer in model.named_modules() if isinstance(layer, kinds)]:
-        layer = model.get_submodule(name)  # one by one, so that no layer is there in both forms for longer than it takes
+        layer = model.get_submodule(
+            name
+        )  # one by one, so that no layer is there in both forms for longer than it takes
         if isinstance(layer, QuantLinear):
             try:
                 model.set_submodule(name, FastLinear(layer.to(device), plans))

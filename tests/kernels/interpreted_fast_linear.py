@@ -45,15 +45,14 @@ def check(made: QuantLinear, dtype: torch.dtype = torch.bfloat16, moved: float =
 BLOCKS = InputTransform(rotations=[(0, 128, block_hadamard_rotation(128, 64, seed=1))])
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-@pytest.mark.parametrize("group_size", [None, 64])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 64), (3, 64), (4, None), (4, 64), (5, 64), (8, None)])
 def test_token_linears(bits: int, group_size: int | None) -> None:
     made = layer(bits=bits, transform=BLOCKS, group_size=group_size)
     assert (made.multiplier is not None) == (group_size is not None and bits < 8)
     check(made)
 
 
-@pytest.mark.parametrize("codebook", ["twin_log", "lloyd_max", "uniform"])
+@pytest.mark.parametrize("codebook", ["twin_log", "uniform"])
 def test_codebooks_with_tables_of_other_kinds(codebook: str) -> None:
     check(layer(codebook=codebook))
 
@@ -108,8 +107,7 @@ def test_a_transform_on_the_device_is_the_same_transform() -> None:
     assert torch.equal(on_device(full, torch.device("cpu"))(x), full(x))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("columns", [128, 200])
+@pytest.mark.parametrize(("bits", "columns"), [(2, 128), (3, 200), (3, 128), (4, 128), (8, 200)])
 def test_weights_written_out_in_full(bits: int, columns: int) -> None:
     group = 64 if columns == 128 else None
     stored = [

@@ -81,8 +81,7 @@ def test_the_weight_may_stand_first(bits: int) -> None:
     check(weight(40, 192, bits), 19, "int8", TURNED)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1152, 384), (80, 4608)])
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize(("bits", "rows", "columns"), [(3, 80, 4608), (4, 1152, 384), (4, 80, 4608), (8, 1152, 384)])
 def test_the_widths_of_dit_xl(bits: int, rows: int, columns: int) -> None:
     """N = 1152 and K = 4608, as its second feed-forward linear has; M no multiple of the tile."""
     tile = Tile(16, 128, step=128)

@@ -1,0 +1,76 @@
+"""The choice of a product's way: the fastest of those that compute rightly, kept for later runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from ditq.errors import DitqError
+from ditq.kernels.storage import store_carrier
+from ditq.kernels.tuning import FOLDER, Tuner, Way, bucket, tiles, ways
+
+STORED = store_carrier(torch.zeros(64, 64, dtype=torch.int8), torch.ones(64))
+TRIED = ways(90, 8, torch.int8, 100)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    return tmp_path
+
+
+def find(tuner: Tuner, cost: Callable[[Way], float], right: Callable[[Way], bool]) -> Way:
+    """With results that are the way's number among those tried."""
+    measured: list[Way] = []
+
+    def run(way: Way) -> Tensor:
+        measured.append(way)
+        return torch.tensor(TRIED.index(way))
+
+    def cost_of(call: Callable[[], Any]) -> float:
+        return cost(TRIED[int(call())])
+
+    return tuner.way(STORED, torch.int8, 100, run, lambda found: right(TRIED[int(found)]), cost_of)
+
+
+def test_the_fastest_way_is_taken_and_known_to_the_next_run() -> None:
+    assert len(TRIED) > 2
+    best = TRIED[1]
+    assert find(Tuner("Some GPU", 90), lambda way: 1.0 if way == best else 2.0, lambda way: True) == best
+    assert find(Tuner("Some GPU", 90), lambda way: pytest.fail("measured again"), lambda way: True) == best
+    assert find(Tuner("Another GPU", 90), TRIED.index, lambda way: True) == TRIED[0]
+
+
+def test_a_way_with_a_wrong_result_is_never_used_however_fast() -> None:
+    wrong = TRIED[0]
+    found = find(Tuner("Some GPU", 90), TRIED.index, lambda way: way != wrong)
+    assert found == TRIED[1]
+    with pytest.raises(DitqError, match=r"no kernel of Triton .* computes w8 int8 128x64x64 rightly on this GPU"):
+        find(Tuner("Another GPU", 90), lambda way: 1.0, lambda way: False)
+
+
+def test_a_damaged_file_is_measured_anew(folder: Path) -> None:
+    tuner = Tuner("Some GPU", 90)
+    for text in ("{", "[]", '{"w8 int8 128x64x64": {"tile": {"tokens": "x"}, "other": 1}}'):
+        tuner.path.write_text(text)
+        assert find(Tuner("Some GPU", 90), TRIED.index, lambda way: True) == TRIED[0]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 100, 4096, 4097, 4608, 6145])
+def test_a_bucket_holds_numbers_of_tokens_within_a_half(tokens: int) -> None:
+    assert tokens <= bucket(tokens) <= 1.5 * tokens + 1
+    assert bucket(bucket(tokens)) == bucket(tokens)
+
+
+def test_every_format_has_tiles_for_every_generation() -> None:
+    for capability in (80, 86, 89, 90, 100, 120):
+        for bits in (2, 3, 4, 8):
+            for kind in (torch.int8, torch.float8_e4m3fn, torch.bfloat16):
+                assert len(set(tiles(capability, bits, kind))) > 1
