@@ -30,6 +30,7 @@ from ditq.export.weights_file import WEIGHTS
 from ditq.nn import AttentionRounding, QuantLinear, rounded_by
 from ditq.nn.call_timestep import ARGUMENT
 from ditq.numerics.attention_rounding import FLOAT8, INTEGER, PARTS, nearest, spacing
+from ditq.numerics.carrier import LARGEST_E4M3
 
 TIE_TOLERANCE = 0.01  # steps: of 127, a relative error of 1e-4, a thousand times float32's own; seen are 1e-6 to 1e-4
 HALF_TIE_TOLERANCE = 0.5  # steps: of 127, eight times float16's own 2^-11; seen are up to 0.38
@@ -190,7 +191,11 @@ class _Comparison:
         carriers = (found.to(steps.dtype) - place.zero_point).view(steps.shape)
         engine = self._formats[site].rounded_from(carriers) if site in self._formats else carriers
         own = nearest(steps, number)
-        excess = (steps - engine).abs() / spacing(steps, number) - 0.5
+        gap = unit = spacing(steps, number)
+        if site in self._formats and number == FLOAT8:
+            # What differs in front is a share of the token's largest value, however close the FP8 numbers lie around zero.
+            unit = gap.clamp_min(LARGEST_E4M3 / 127)
+        excess = ((steps - engine).abs() - gap / 2) / unit
         valid = (excess <= self._tolerance) & (engine == nearest(engine, number))
         self.integers += steps.numel()
         self.flipped += int((engine != own).sum())

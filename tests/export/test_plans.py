@@ -33,13 +33,15 @@ from ditq.export.plans.sizes import parse_sizes, sizes_of
 from ditq.export.targets.tensorrt import lower
 from ditq.families import family_of
 from ditq.graph import DiTGraph
-from ditq.nn import QuantLinear
+from ditq.nn import ActivationFormat, QuantLinear
+from ditq.numerics.carrier import FLOAT8
 from ditq.passes import Context
 from ditq.passes.quantize import Quantize
 from ditq.passes.reconstruct import Reconstruct
 from ditq.recipe import load_recipe, shipped_recipes
 from tests.command_line import run
 from tests.export.quantized import engine_of, quantize_blocks, relative, shallow_model
+from tests.export.quantized import quantized as coded
 from tests.families_small import forward, small_inputs, statistics_of
 
 SIZES = "batch=1:2:3,image_tokens=16:64:128,text_tokens=8:16:32,height=8:16:32,width=8:16:32"
@@ -132,6 +134,23 @@ def test_a_plan_of_every_shipped_recipe_multiplies_what_was_planned_in_few_bits(
     for gpu in AHEAD_OF_TIME:
         proof = proof_of(engine, {"model.onnx": builder.build(gpu).layers})
         assert proof.complete and proof.planned == len(layers) > 5, f"{gpu}: {proof}"
+
+
+def test_products_of_fp8_numbers_are_planned_proven_and_agree(tmp_path: Path) -> None:
+    model = shallow_model("dit")
+    form = ActivationFormat(8, "token", "float8_e4m3")
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and "blocks" in name and "norm" not in name:
+            model.set_submodule(name, coded(linear, name, activation=form, carrier=FLOAT8))
+    engine, made = make_plans(
+        engine_of(model, tmp_path / "engine", target_name="tensorrt"), ["sm89", "sm120"], "batch=2"
+    )
+    assert all(plan.proof.complete and plan.proof.planned == len(engine.sites) == 6 for plan in made)
+    assert {kernel for plan in made for kernel in plan.proof.fused.values()} == {"gemm FP8 x FP8"}
+    agreement = model_agreement(engine, small_inputs(model))
+    assert agreement.holds and agreement.integers > 0, str(agreement)
+    with pytest.raises(DitqError, match="multiplies FP8 numbers, which sm80 has no product of; set carrier: int8"):
+        make_plans(engine, ["sm80"])
 
 
 def test_products_that_are_not_low_bit_or_that_nobody_planned_are_named(tmp_path: Path) -> None:
@@ -253,13 +272,6 @@ def test_an_engine_of_another_target_has_no_plans(tmp_path: Path) -> None:
 def test_a_gpu_that_no_plan_is_built_for_is_refused_with_those_that_are(gpu: str) -> None:
     with pytest.raises(DitqError, match=f"gpu {gpu}: TensorRT for RTX .* builds plans for sm80, sm86, sm89"):
         kinds_of_gpu([gpu])
-
-
-def test_fp8_products_need_a_gpu_that_has_them(tmp_path: Path) -> None:
-    entry = {"site": "a", "kind": "float8", "input": "x", "product": "p", "output": "y"}
-    engine = Engine(tmp_path, {"target": "tensorrt", "planned": [entry]})
-    with pytest.raises(DitqError, match="a: multiplies FP8 numbers, which sm80 has no product of; set carrier: int8"):
-        make_plans(engine, ["sm80"])
 
 
 def test_without_tensorrt_plans_are_left_for_later(monkeypatch: pytest.MonkeyPatch, dit: Engine) -> None:
