@@ -94,6 +94,8 @@ class _Plan:
                 f"{self._name}: {library} does not load it: {self._reason()}; build it again with: {self._rebuild}"
             )
         self._kernels = _kernel_cache(engine.files[plan["files"][graph]]["sha256"])
+        self._cache: Any = None
+        self._kept = False
         self._context = self._new_context()
         if self._context is None:
             raise DitqError(f"{self._name}: cannot be made ready to run: {self._reason()}")
@@ -134,9 +136,12 @@ class _Plan:
                 context.set_tensor_address(name, outputs[name].data_ptr())
             self._give_memory()
             runs = context.execute_async_v3(stream.cuda_stream)
-        torch.cuda.current_stream().wait_stream(stream)
-        for tensor in (*inputs.values(), *outputs.values()):
+        caller = torch.cuda.current_stream()
+        caller.wait_stream(stream)
+        for tensor in inputs.values():  # their memory must not be given away before the plan has read it,
             tensor.record_stream(stream)
+        for tensor in outputs.values():  # nor that of the outputs before the caller has
+            tensor.record_stream(caller)
         if not runs:
             raise DitqError(f"{self._name}: cannot be run: {self._reason()}")
         self._keep_kernels()
@@ -149,7 +154,6 @@ class _Plan:
             return self._engine.create_execution_context(strategy)
         self._config = self._engine.create_runtime_config()
         self._config.set_execution_context_allocation_strategy(strategy)
-        self._cache = None
         if hasattr(self._config, "create_runtime_cache"):
             self._cache = self._config.create_runtime_cache()
             if self._kernels.is_file():
@@ -166,11 +170,11 @@ class _Plan:
 
     def _keep_kernels(self) -> None:
         """Write down what was compiled for this GPU, once; without a place for it the next process compiles again."""
-        cache, self._cache = getattr(self, "_cache", None), None
-        if cache is None or self._kernels.is_file():
+        if self._cache is None or self._kept or self._kernels.is_file():
             return
+        self._kept = True
         torch.cuda.synchronize()
-        _write_if_possible(self._kernels, bytes(cache.serialize()))
+        _write_if_possible(self._kernels, bytes(self._cache.serialize()))
 
     def _outside(self, name: str, tensor: Tensor) -> DitqError:
         for axis, size in zip(self._shapes.get(name, ()), tensor.shape, strict=False):
