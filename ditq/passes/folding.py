@@ -2,7 +2,8 @@
 
 Identities (adaLN block x = norm(z) (1 + gamma) + beta, consumers y = x W^T + b), with x' = (x / s) - c:
     1 + gamma' = (1 + gamma) / s        beta' = beta / s - c        W' = W diag(s)        b' = b + W diag(s) c
-Attention mixes tokens only, so a matrix R a head passes through it:  W_v' = R^T W_v,  b_v' = R^T b_v,  W_o' = W_o R.
+Attention mixes tokens only, so a matrix R a head passes through it:  W_v' = R^T W_v,  b_v' = R^T b_v,  W_o' = W_o R. So does a
+scale a channel, and, since its weights sum to 1, a shift:  W_v' = diag(1 / s) W_v,  b_v' = b_v / s - c.
 """
 
 from __future__ import annotations
@@ -74,6 +75,20 @@ def fold_into_consumers(graph: DiTGraph, sites: tuple[str, ...], inverse_scale: 
                 linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
             _set(linear.bias, linear.bias.double() + moved)
         _set(linear.weight, weight)
+
+
+def fold_into_values(graph: DiTGraph, attention: Attention, inverse_scale: Tensor, shift: Tensor) -> None:
+    """Make the attention give o * inverse_scale - shift where it gave o. Both [heads * head_width]."""
+    inverse = inverse_scale.double()
+    for site in attention.values:
+        linear = plain_linear(graph, site)
+        _set(linear.weight, linear.weight.double() * inverse[:, None])
+        bias = inverse.new_zeros(len(inverse)) if linear.bias is None else linear.bias.double() * inverse
+        moved = bias - shift.double()
+        if linear.bias is None and bool(moved.any()):
+            linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features), requires_grad=False)
+        if linear.bias is not None:
+            _set(linear.bias, moved)
 
 
 def fold_through_attention(graph: DiTGraph, attention: Attention, matrices: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""smooth: move the spread of activations into the weights, channel by channel, folded into the modulation. Exact."""
+"""smooth: move the spread of activations into the weights, channel by channel, folded into the modulation and values. Exact."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
-from ditq.parts import InputGroup
+from ditq.parts import Attention, InputGroup
 from ditq.passes.base import Context, Pass, PassReport, register, setting
 from ditq.passes.choose_codebook import check_codebook
-from ditq.passes.folding import can_shift, fold_into_consumers, fold_into_feed, plain_linear
+from ditq.passes.folding import can_shift, fold_into_consumers, fold_into_feed, fold_into_values, plain_linear
 from ditq.passes.judging import Judge, Trial, choose
 from ditq.passes.rotation_kinds import DATA_FREE, KINDS, Making, multiply_adds
 from ditq.passes.salience import SALIENCES, channel_sizes
@@ -34,9 +34,13 @@ class Smooth(Pass):
     beta = 0 at `grid` steps, and no scaling. It takes the least quantized output error, rotated by `rotation`, on half of the
     sampled rows, if the other half confirms that it is better than alpha = 0.5.
 
+    What attention hands to its output linears is scaled and centred the same way, folded into the value linears: `values`. All
+    outputs of a joint attention share one s and one mean there, and alpha is 0.5 where it is searched elsewhere.
+
     Source: SmoothQuant (Xiao 2023, eq. 4); PTQ4DiT (Wu 2024, eq. 13 and 20) for the fold into adaLN and (eq. 8-11) for
     `salience: spearman`; HadaNorm (2025) for centring; the grid is SVDQuant's (Li 2024), of which AWQ's (Lin 2023) is the half
-    with beta = 0. Only inputs whose norm and modulation feed nothing else are touched, so nothing is added at run time.
+    with beta = 0. Only inputs whose norm and modulation feed nothing else are touched, and values that only attention reads,
+    so nothing is added at run time.
 
     Example:
         - smooth: {alpha: 0.5, centre: true}
@@ -48,6 +52,7 @@ class Smooth(Pass):
         0.5, "how much of the spread moves to the weights: 0 none, 1 all; or search", words=("search",)
     )
     centre: bool = setting(True, "subtract each channel's calibrated mean, folded into shift and bias")
+    values: bool = setting(True, "scale and centre what attention gives too, folded into the value linears")
     salience: str = setting("absmax", "what a channel's size is", SALIENCES)
     grid: int = setting(10, "steps of alpha from 0 to 1 in `alpha: search`")
     rotation: str = setting("block_hadamard", "the rotation that the search puts behind it", DATA_FREE)
@@ -70,6 +75,17 @@ class Smooth(Pass):
         selected = set(graph.select(self.select))
         return [group for group in graph.groups.values() if group.feed and selected & set(group.sites)]
 
+    def _attentions(self, graph: DiTGraph) -> list[Attention]:
+        selected = set(graph.select(self.select))
+        return [
+            attention
+            for attention in graph.attentions.values()
+            if self.values
+            and attention.foldable
+            and attention.plain
+            and any(output.site in selected for output in attention.outputs)
+        ]
+
     def preview(self, graph: DiTGraph) -> dict[str, str]:
         what = "smooth+centre" if self.centre else "smooth"
         groups = self._groups(graph)
@@ -78,27 +94,64 @@ class Smooth(Pass):
                 multiply_adds(self.rotation, group.width, Making(self.block))
             except ValueError as error:
                 raise DitqError(f"pass 'smooth': {group.name}: {error}; choose another rotation to judge by") from error
-        return {site: what for group in groups for site in group.sites}
+        said = {output.site: what for attention in self._attentions(graph) for output in attention.outputs}
+        return said | {site: what for group in groups for site in group.sites}
 
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
-        groups = self._groups(graph)
+        groups, attentions = self._groups(graph), self._attentions(graph)
+        for attention in attentions:  # first: it changes what the weights that read the attention's own input are
+            report.rows += self._smooth_values(graph, context, attention)
         for group in context.track(self.name, groups):
             report.rows.append(self._smooth(graph, context, group))
-        report.summary = {"inputs folded": len(groups)}
+        report.summary = {"inputs folded": len(groups), "attentions folded": len(attentions)}
         return report
+
+    def _smooth_values(self, graph: DiTGraph, context: Context, attention: Attention) -> list[dict[str, Any]]:
+        """Fold one scale and mean a channel into the values, for all that reads the attention."""
+        ranges = [
+            (graph.groups[graph.sites[output.site].group], output.start, output.stop) for output in attention.outputs
+        ]
+        width = attention.heads * attention.head_width
+        seen, mean = [], torch.zeros(width).double()
+        for group, start, stop in ranges:
+            _check_untouched(group, context)
+            statistics = context.statistics(group.name)
+            seen.append((statistics, slice(start, stop)))
+            mean += statistics.mean().double()[start:stop] / len(ranges) if self.centre else 0
+        weight, size = torch.zeros(width).double(), torch.zeros(width).double()
+        for (group, _, _), (statistics, part) in zip(ranges, seen, strict=True):
+            largest = _largest([plain_linear(graph, site).weight for site in group.sites])
+            centre = torch.zeros(group.width).double()
+            centre[part] = mean
+            weight = torch.maximum(weight, largest[part])
+            size = torch.maximum(size, channel_sizes(self.salience, statistics, centre, largest)[part])
+        alpha = PLAIN if isinstance(self.alpha, str) else self.alpha
+        scale = _scale(size, weight, alpha, 1 - alpha if alpha else 0.0)
+        fold_into_values(graph, attention, 1 / scale, mean / scale)
+        rows = []
+        for (group, _, _), (statistics, part) in zip(ranges, seen, strict=True):
+            inverse, shift = torch.ones(group.width).double(), torch.zeros(group.width).double()
+            inverse[part], shift[part] = 1 / scale, mean / scale
+            fold_into_consumers(graph, group.sites, inverse, shift)
+            change = context.change(group.name)
+            change.inverse_scale, change.shift = inverse.float(), shift.float()
+            before, after = (_spread(one.absmax_all[part]) for one in (statistics, context.statistics(group.name)))
+            rows.append(
+                {"group": group.name, "sites": len(group.sites), "spread before": before, "spread after": after}
+            )
+        return rows
 
     def _smooth(self, graph: DiTGraph, context: Context, group: InputGroup) -> dict[str, Any]:
         assert group.feed is not None
+        _check_untouched(group, context)
         change = context.change(group.name)
-        if change.rotations or change.inverse_scale is not None:
-            raise DitqError(f"pass 'smooth': {group.name} is rotated or smoothed already; put one smooth before rotate")
         statistics = context.statistics(group.name)
         mean = (
             statistics.mean().double() if self.centre and can_shift(group.feed) else torch.zeros(group.width).double()
         )
         linears = [plain_linear(graph, site).weight for site in group.sites]
-        weights = torch.stack([weight.double().abs().amax(0) for weight in linears]).amax(0)
+        weights = _largest(linears)
         size = channel_sizes(self.salience, statistics, mean, weights)
         row: dict[str, Any] = {"group": group.name, "sites": len(group.sites)}
         if isinstance(self.alpha, str):
@@ -132,6 +185,17 @@ class Smooth(Pass):
         found = {"plain": errors(confirmed, plain), "best": errors(confirmed, best)}
         alpha, beta = best if choose(found, CERTAIN_GAIN) == "best" else plain
         return alpha, beta, {f"error {name}": float(value.mean()) for name, value in found.items()}
+
+
+def _check_untouched(group: InputGroup, context: Context) -> None:
+    change = context.change(group.name)
+    if change.rotations or change.inverse_scale is not None:
+        raise DitqError(f"pass 'smooth': {group.name} is rotated or smoothed already; put one smooth before rotate")
+
+
+def _largest(weights: Sequence[Tensor]) -> Tensor:
+    """float64 [C]: the largest magnitude in each column of the weights [O_i, C]."""
+    return torch.stack([weight.double().abs().amax(0) for weight in weights]).amax(0)
 
 
 def _pairs(steps: int) -> Iterator[tuple[float, float]]:

@@ -8,7 +8,7 @@ import torch
 from ditq.passes import Context
 from ditq.passes.salience import channel_sizes, spearman
 from ditq.passes.smooth import Smooth
-from tests.families_small import small_graph, statistics_of
+from tests.families_small import FAMILIES, small_graph, statistics_of
 
 
 def test_rank_correlation_is_that_of_the_ranks() -> None:
@@ -42,8 +42,50 @@ def test_sizes_by_timestep_bin() -> None:
 def test_a_searched_alpha_loses_no_more_than_the_plain_one() -> None:
     graph = small_graph("dit")
     report = Smooth(alpha="search", grid=4, format="w4a4").run(graph, Context(statistics_of(graph)))
-    assert report.rows
-    for row in report.rows:
+    searched = [row for row in report.rows if "alpha" in row]
+    assert len(searched) == report.summary["inputs folded"]
+    for row in searched:
         plain = (row["alpha"], row["beta"]) == (0.5, 0.5)
         assert plain or row["error best"] < row["error plain"]
         assert 0 <= row["alpha"] < 1 and row["beta"] in (0.0, 1 - row["alpha"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_attention_gives_is_smoothed_whatever_scales_its_values_have(family: str) -> None:
+    """Values times t, output columns over t: the same function, with outlying channels that smoothing takes out again."""
+    found = []
+    for tails in (False, True):
+        graph = small_graph(family)
+        attention = next(iter(graph.attentions.values()))
+        width = attention.heads * attention.head_width
+        t = torch.ones(width)
+        if tails:
+            t[::7] = 40.0
+        for site in attention.values:
+            linear = graph.linear(site)
+            linear.weight.data *= t[:, None]
+            linear.bias.data *= t
+        for output in attention.outputs:
+            graph.linear(output.site).weight.data[:, output.start : output.stop] /= t
+        context = Context(statistics_of(graph))
+        rows = {row["group"]: row for row in Smooth().run(graph, context).rows}
+        output = attention.outputs[0]
+        group = graph.sites[output.site].group
+        if tails:
+            assert rows[group]["spread before"] > 20 > rows[group]["spread after"]
+        found.append(context.statistics(group).absmax_all[output.start : output.stop])
+        assert (
+            context.statistics(group).mean()[output.start : output.stop].abs().max() < 1e-3
+            or len(attention.outputs) > 1
+        )
+    assert torch.allclose(found[0], found[1], rtol=1e-3)
+
+
+def test_values_are_left_alone_where_the_recipe_says_so() -> None:
+    graph = small_graph("flux")
+    context = Context(statistics_of(graph))
+    report = Smooth(values=False).run(graph, context)
+    outputs = {
+        graph.sites[output.site].group for attention in graph.attentions.values() for output in attention.outputs
+    }
+    assert report.summary["attentions folded"] == 0 and not outputs & {row["group"] for row in report.rows}
