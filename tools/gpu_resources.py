@@ -33,13 +33,15 @@ from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation
 from ditq.numerics.weight_code import WeightCode
 
 TABLE = Path(__file__).parent.parent / "docs" / "gpu-resources.md"
-GENERATIONS = {80: "Ampere (A100)", 89: "Ada (RTX 40, L40)", 90: "Hopper (H100)", 100: "Blackwell (B200)"}
-SHARED = {
-    80: 163 << 10,
-    89: 99 << 10,
-    90: 227 << 10,
-    100: 227 << 10,
-}  # bytes a block may have (CUDA programming guide, table of capabilities)
+GENERATIONS = {
+    80: "Ampere (A100)",
+    89: "Ada (RTX 40, L40)",
+    90: "Hopper (H100)",
+    100: "Blackwell (B200)",
+    120: "Blackwell (RTX 50)",
+}
+# Bytes that a block may have (CUDA programming guide, compute capabilities).
+SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 REGISTERS = 255
 _POINTERS = {
     torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32", torch.float32: "*fp32", torch.bfloat16: "*bf16",

@@ -42,7 +42,7 @@ INTERPRETED = Way(Tile(32, 64))
 
 def tiles(capability: int, bits: int, kind: torch.dtype) -> list[Tile]:
     """Tiles tried on a GPU of that compute capability (90 for 9.0), best guess first."""
-    hopper = capability >= 90
+    hopper = 90 <= capability < 120  # RTX 50, 12.0, has the tensor cores and the shared memory of Ada
     if kind == torch.bfloat16:
         return [Tile(16, 32, False, 4, 4), Tile(16, 64, False, 4, 4), Tile(64, 64, False, 4, 3)]
     if bits == 8:
