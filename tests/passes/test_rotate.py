@@ -50,7 +50,7 @@ def test_a_trial_in_another_basis_has_the_statistics_of_that_basis() -> None:
     context = Context(statistics)
     group = next(group for group in graph.groups.values() if group.feed and graph.sites[group.name].role == "token")
     before = Trial.of(context.statistics(group.name), [plain_linear(graph, site).weight for site in group.sites])
-    Smooth(alpha=0.7).run(graph, context)
+    Smooth(alpha=0.7, values=False).run(graph, context)
     Rotate(mode="hadamard", values=False).run(graph, context)
     change = context.change(group.name)
     assert change.inverse_scale is not None and change.shift is not None
