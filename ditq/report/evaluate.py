@@ -40,7 +40,7 @@ from ditq.inspection import example_inputs
 from ditq.parts import LinearModulation
 from ditq.progress import ProgressSetting, progress_bar
 from ditq.report import metrics
-from ditq.report.alignment import Alignment, RotatedBlocks, ScaledChannels
+from ditq.report.alignment import Alignment, LinearBlocks, ScaledChannels
 from ditq.report.evaluation import Evaluation, PromptResult, StepResult
 from ditq.report.layers import per_layer_sqnr, quantized_sites, site_histograms
 from ditq.report.perceptual import NOT_INSTALLED, st_lpips, weights_path
@@ -307,14 +307,14 @@ def _measure_layers(
 
 
 def _alignments(graph: DiTGraph) -> dict[str, Alignment]:
-    """For the sites whose outputs passes write in another basis: an orthogonal matrix a head may have been moved from
-    the values to what reads the attention, and scales and shifts of a group's input into the modulation that feeds it.
+    """For the sites whose outputs passes write in another basis: scales, shifts and an orthogonal matrix a head may have been
+    moved from the values to what reads the attention, scales and shifts of a group's input into the modulation in front of it.
     """
     modulations = {group.feed.site for group in graph.groups.values() if isinstance(group.feed, LinearModulation)}
     values = {site: item.head_width for item in graph.attentions.values() for site in item.values}
     return {
         **{site: ScaledChannels() for site in modulations},
-        **{site: RotatedBlocks(width) for site, width in values.items()},
+        **{site: LinearBlocks(width) for site, width in values.items()},
     }
 
 

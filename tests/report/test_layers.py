@@ -13,7 +13,7 @@ from ditq.nn import ActivationFormat, InputTransform, QuantLinear
 from ditq.numerics.codebook import CODEBOOKS, encode
 from ditq.numerics.rotation import hadamard_rotation
 from ditq.report import metrics
-from ditq.report.alignment import RotatedBlocks, ScaledChannels
+from ditq.report.alignment import LinearBlocks, ScaledChannels
 from ditq.report.layers import histogram, per_layer_sqnr, rows_of, site_histograms
 
 torch.set_num_threads(1)
@@ -70,33 +70,41 @@ def test_an_unchanged_model_has_infinite_sqnr(calls: list[dict[str, Tensor]]) ->
 
 
 @torch.no_grad()
-def test_rotated_values_are_brought_back_before_they_are_compared(calls: list[dict[str, Tensor]]) -> None:
+def test_scaled_shifted_and_rotated_values_are_brought_back_before_they_are_compared(
+    calls: list[dict[str, Tensor]],
+) -> None:
     original, head = Chain(), 8
     plain = noisy(original, ["value"])
     rotated = copy.deepcopy(plain)
     rotation, _ = torch.linalg.qr(torch.randn(WIDTH // head, head, head, generator=torch.Generator().manual_seed(3)))
-    full = torch.block_diag(*rotation)
+    full = torch.diag(torch.linspace(0.05, 20, WIDTH)) @ torch.block_diag(*rotation)
+    shift = torch.linspace(-2, 2, WIDTH)
     rotated.value.weight.copy_(full.T @ plain.value.weight)
-    rotated.value.bias.copy_(full.T @ plain.value.bias)
-    rotated.out.weight.copy_(plain.out.weight @ full)
+    rotated.value.bias.copy_(full.T @ plain.value.bias + shift)
+    rotated.out.weight.copy_(torch.linalg.solve(full, plain.out.weight.T).T)
+    rotated.out.bias.sub_(rotated.out.weight @ shift)
 
     names = ["value", "out"]
     before = {result.site: result for result in per_layer_sqnr(original, plain, calls, sites=names)}
     after = {
         result.site: result
-        for result in per_layer_sqnr(original, rotated, calls, sites=names, alignments={"value": RotatedBlocks(head)})
+        for result in per_layer_sqnr(original, rotated, calls, sites=names, alignments={"value": LinearBlocks(head)})
     }
     blind = per_layer_sqnr(original, rotated, calls, sites=["value"])[0]
     assert blind.sqnr_db < 3  # compared as they are, two bases have nothing in common
     assert after["value"].aligned and after["value"].local_db is None
-    # The rotation that was made is one of those tried, so no more is left than the error itself; rotations are linear
-    # maps, so no less is left than behind the best linear map of each head.
+    # What the best affine map of each head leaves, computed here row by row; of the error itself it takes up the part that
+    # is linear in the head's 8 of 32 channels.
     inputs = torch.tanh(original.first(torch.cat([call["x"] for call in calls]))).reshape(-1, WIDTH)
     wanted, given = (model.value(inputs).double() for model in (original, rotated))
-    heads = [slice(start, start + head) for start in range(0, WIDTH, head)]
-    fitted = [given[:, part] @ torch.linalg.lstsq(given[:, part], wanted[:, part]).solution for part in heads]
-    limit = metrics.sqnr_db(wanted, torch.cat(fitted, dim=1))
-    assert before["value"].sqnr_db - 1e-3 <= after["value"].sqnr_db <= limit
+    fitted = []
+    for start in range(0, WIDTH, head):
+        columns = torch.cat((given[:, start : start + head], torch.ones(len(given), 1).double()), dim=1)
+        fitted.append(columns @ torch.linalg.lstsq(columns, wanted[:, start : start + head]).solution)
+    rows = len(given)
+    expected = metrics.sqnr_db(wanted, torch.cat(fitted, dim=1)) - 10 * math.log10(rows / (rows - head - 1))
+    assert after["value"].sqnr_db == pytest.approx(expected, abs=1e-4)
+    assert before["value"].sqnr_db - 0.1 <= after["value"].sqnr_db <= before["value"].sqnr_db + 3
     # The function did not change, but `out` reads another basis, so alone it cannot be fed the original's input.
     assert after["out"].sqnr_db == pytest.approx(before["out"].sqnr_db, abs=1e-3)
     assert before["out"].local_db is not None and after["out"].local_db is None
@@ -129,7 +137,7 @@ def test_folded_scales_and_shifts_are_taken_out_before_outputs_are_compared(call
 
 
 def test_alignments_with_too_few_rows_say_nothing() -> None:
-    rotated, scaled = RotatedBlocks(4), ScaledChannels()
+    rotated, scaled = LinearBlocks(4), ScaledChannels()
     assert rotated.left() is None and scaled.left() is None
     y = torch.randn(7, 8, dtype=torch.float64)
     for alignment in (rotated, scaled):
@@ -140,7 +148,7 @@ def test_alignments_with_too_few_rows_say_nothing() -> None:
 def test_values_in_the_same_basis_are_not_aligned(calls: list[dict[str, Tensor]]) -> None:
     original = Chain()
     result = per_layer_sqnr(
-        original, noisy(original, ["value"]), calls, sites=["value"], alignments={"value": RotatedBlocks(8)}
+        original, noisy(original, ["value"]), calls, sites=["value"], alignments={"value": LinearBlocks(8)}
     )[0]
     assert not result.aligned and result.local_db is not None
 

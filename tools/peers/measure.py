@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ditq.report import metrics
-from ditq.report.alignment import RotatedBlocks
+from ditq.report.alignment import LinearBlocks
 from ditq.report.layers import per_layer_sqnr
 from ditq.report.measure import resident_peak
 from ditq.report.perceptual import st_lpips
@@ -143,7 +143,7 @@ def layer_sqnr(bench: Bench, model: nn.Module) -> float | None:
     names = {name for name, _ in model.named_modules()} | {getattr(m, "site", "") for m in model.modules()}
     sites = [site for site in bench.token_sites if site in names]
     values = {site: item.head_width for item in bench.graph.attentions.values() for site in item.values}
-    alignments = {site: RotatedBlocks(width) for site, width in values.items()}
+    alignments = {site: LinearBlocks(width) for site, width in values.items()}
     results = per_layer_sqnr(
         bench.model(), model, bench.calls(), sites=sites, alignments=alignments, progress=False
     )  # fmt: skip
