@@ -26,7 +26,7 @@ class DataError(Exception):
 
 @dataclass(frozen=True)
 class EmojiData:
-    """Pictures as bytes, [count, 3, 64, 64], and the caption of each."""
+    """Pictures as bytes, [count, 3, size, size], and the caption of each."""
 
     pictures: torch.Tensor
     captions: list[str]
@@ -55,13 +55,17 @@ def fetch_packages(folder: Path) -> None:
             raise DataError(f"npm pack {package} failed: {reason}")
 
 
-def load_emoji(folder: Path) -> EmojiData:
-    """Read every base emoji of the three sets; skin tones are left out, for they repeat one picture five times."""
+def load_emoji(folder: Path, size: int = PICTURE_SIZE) -> EmojiData:
+    """Read every base emoji of the three sets, `size` pixels wide and high.
+
+    Skin tones are left out, for they repeat one picture five times. Noto and Twemoji come in 64 pixels and are enlarged
+    where more are asked for; Fluent comes in 256.
+    """
     pictures: list[np.ndarray] = []
     captions: list[str] = []
 
     def add(picture: IO[bytes], name: str, style: str) -> None:
-        pictures.append(compose_on_white(picture))
+        pictures.append(compose_on_white(picture, size))
         captions.append(f"{name.lower()}, {style}")
 
     records: list[dict[str, str]] = []
@@ -105,10 +109,10 @@ def read_archive(path: Path, prefixes: tuple[str, ...]) -> dict[str, bytes]:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
-def compose_on_white(picture: IO[bytes]) -> np.ndarray:
-    """One picture as [64, 64, 3] bytes, its transparent parts white."""
+def compose_on_white(picture: IO[bytes], size: int = PICTURE_SIZE) -> np.ndarray:
+    """One picture as [size, size, 3] bytes, its transparent parts white."""
     image = Image.open(picture).convert("RGBA")
-    if image.size != (PICTURE_SIZE, PICTURE_SIZE):
-        image = image.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return np.asarray(Image.alpha_composite(white, image).convert("RGB"))

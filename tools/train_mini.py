@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from diffusers import AutoencoderKL
 from diffusers.utils import logging
 
-from tools.emoji_data import DataError, EmojiData, fetch_packages, load_emoji
+from tools.emoji_data import PICTURE_SIZE, DataError, EmojiData, fetch_packages, load_emoji
 from tools.mini_families import FAMILIES, Family
 from tools.mini_parts import DiffusersModel, build_vae
 from tools.training_loop import CheckpointError, Plan, train
@@ -149,6 +149,23 @@ def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
+def kept_latents(vae: DiffusersModel, latents: Tensor) -> Tensor:
+    """The latents in the scale that the VAE's settings say already."""
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def load_transformer(family: Family, folder: Path) -> None:
+    """Go on from the transformer of a pipeline folder of the same family."""
+    try:
+        found = type(family.transformer).from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"cannot read a transformer from {folder}: {first_line(error)}") from error
+    try:
+        family.transformer.load_state_dict(found.state_dict())
+    except RuntimeError as error:
+        raise TrainingError(f"the transformer of {folder} is of another shape than --family makes") from error
+
+
 def write_pipeline(family: Family, vae: DiffusersModel, keep_vae: bool, partial: Path, out: Path) -> None:
     """Write the stock pipeline beside its place and move it there whole.
 
@@ -177,10 +194,10 @@ def tidy_settings(folder: Path) -> None:
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def load_data(folder: Path) -> EmojiData:
+def load_data(folder: Path, size: int) -> EmojiData:
     try:
         fetch_packages(folder)
-        return load_emoji(folder)
+        return load_emoji(folder, size)
     except DataError as error:
         raise TrainingError(str(error)) from error
 
@@ -208,6 +225,18 @@ COUNT = click.IntRange(min=1)
 @click.option("--vae-steps", type=COUNT, default=2000, show_default=True, help="Steps of the VAE.")
 @click.option("--vae-from", type=FOLDER, help="Take the VAE of this pipeline folder as it is.")
 @click.option("--text-from", type=FOLDER, help="Start from the tokenizers and text encoders of this pipeline folder.")
+@click.option(
+    "--start-from",
+    type=FOLDER,
+    help="Go on from this whole pipeline folder of the same family, for example at a new --size.",
+)
+@click.option(
+    "--size",
+    type=click.IntRange(min=16),
+    default=PICTURE_SIZE,
+    show_default=True,
+    help="Width and height in pixels; a multiple of 16.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
@@ -224,6 +253,8 @@ def main(
     vae_steps: int,
     vae_from: Path | None,
     text_from: Path | None,
+    start_from: Path | None,
+    size: int,
     seed: int,
     device: str,
     precision: str,
@@ -236,15 +267,22 @@ def main(
     """
     if out.exists():
         raise TrainingError(f"{out} exists already: name a new folder")
+    if size % 16:
+        raise TrainingError(f"--size {size} is not a multiple of 16, as latents that are cut into squares need it")
+    if start_from is not None and (vae_from or text_from):
+        raise TrainingError("--start-from takes all parts of a pipeline; leave --vae-from and --text-from out")
+    vae_from, text_from = vae_from or start_from, text_from or start_from
     place = choose_device(device, precision)
     if threads is not None:
         torch.set_num_threads(threads)
     partial = out.with_name(out.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    emoji = load_data(data)
+    emoji = load_data(data, size)
     click.echo(f"{len(emoji.captions)} pictures with captions")
 
     settings: dict[str, object] = {"family": family, "seed": seed, "batch": batch, "pictures": len(emoji.captions)}
+    if start_from is not None or size != PICTURE_SIZE:
+        settings |= {"size": size, "start_from": start_from and start_from.name}
     try:
         if vae_from is None:
             plan = Plan("vae", vae_steps, 2e-3, seed, partial / "vae.checkpoint", checkpoint_every)
@@ -252,7 +290,12 @@ def main(
         else:
             vae = load_vae(vae_from).to(place.name)
         model = build_family(family, emoji.captions, text_from, seed)
-        latents = normalize_latents(vae, encode_pictures(vae, emoji.pictures, place), model.shifts_latents)
+        latents = encode_pictures(vae, emoji.pictures, place)
+        if start_from is None:
+            latents = normalize_latents(vae, latents, model.shifts_latents)
+        else:
+            load_transformer(model, start_from)
+            latents = kept_latents(vae, latents)
         plan = Plan("transformer", steps, learning_rate, seed, partial / "transformer.checkpoint", checkpoint_every)
         train_family(model, latents, emoji.captions, plan, batch=batch, device=place, settings=settings)
     except CheckpointError as error:

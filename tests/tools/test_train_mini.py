@@ -41,7 +41,7 @@ def give_few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six pictures of noise in place of the emoji."""
     pictures = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     captions = [f"{name}, {style}" for name in ("red apple", "grinning face") for style in STYLES]
-    monkeypatch.setattr(train_mini, "load_data", lambda folder: emoji_data.EmojiData(pictures, captions))
+    monkeypatch.setattr(train_mini, "load_data", lambda folder, size: emoji_data.EmojiData(pictures, captions))
     monkeypatch.setattr(train_mini, "VAE_BATCH", 2)
 
 
