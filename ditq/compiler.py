@@ -5,6 +5,7 @@ This file is the whole path at a glance; each step lives in its own module.
 
 from __future__ import annotations
 
+import copy
 import resource
 import shutil
 import time
@@ -18,6 +19,7 @@ import torch
 from ditq.budget import Budget
 from ditq.budget.fit import BudgetFit, fit_budget, quantize_step
 from ditq.calibration.calibrate import TRAJECTORIES, calibrate, pipeline_class
+from ditq.calibration.collect import collect_statistics
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
@@ -109,6 +111,8 @@ def compile(
     budget = Budget.parse(options.budget) if isinstance(options.budget, str) else options.budget or recipe.budget
     if budget is not None:
         quantize_step(recipe)
+        if changed := next((step.name for step in recipe.passes if step.structural), None):
+            raise DitqError(f"{recipe.name}: a budget chooses formats for the model as it came, not behind {changed!r}")
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     if budget is not None and budget.kind == "psnr":
         pipeline_class(checkpoint)
@@ -227,14 +231,27 @@ def run_passes(
         if fitted is not None:
             fitted.hand_on(cache)
     keep_weights = any(step.wants_weights for step in recipe.passes)
-    context = Context(statistics, options.seed, cache, keep_weights).showing(options.progress)
+    context = Context(statistics, options.seed, cache, keep_weights, work).showing(options.progress)
     reports: list[PassReport] = [] if fitted is None else [fitted.report]
+    structural = [step for step in recipe.passes if step.structural]
     with torch.no_grad():
+        if structural:
+            context.original = copy.deepcopy(graph.model)
         for step in recipe.passes:
             step.prepare(graph, context)
-        for step in recipe.passes:
+        for number, step in enumerate(recipe.passes):
             reports.append(step.run(graph, context))
+            later = recipe.passes[number + 1 :]
+            last_change = step.structural and not any(other.structural for other in later)
+            if last_change and any(other.requires_statistics for other in later):
+                context.restructured(_collected_again(graph, context, options))
     return reports
+
+
+def _collected_again(graph: DiTGraph, context: Context, options: CompileOptions) -> Statistics:
+    """Statistics of the model as structural passes have left it, on the calls that were recorded of the original."""
+    bins = int(context.calibration["bins"])
+    return collect_statistics(graph, context.trajectories(), bins, seed=options.seed, progress=options.progress)
 
 
 def _check_products(recipe: Recipe, graph: DiTGraph, wanted: Target) -> None:

@@ -32,6 +32,15 @@ class DiTGraph:
     def __init__(self, model: nn.Module, example_inputs: Mapping[str, Any]) -> None:
         self.model = model
         self.example_inputs = dict(example_inputs)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Find all parts anew, after a structural pass has changed the model; while its linears are linears yet.
+
+        Raises:
+            DitqError: as the constructor.
+        """
+        model, example_inputs = self.model, self.example_inputs
         batch = next(value.shape[0] for value in example_inputs.values() if isinstance(value, torch.Tensor))
         try:
             trace = trace_forward(model, example_inputs)

@@ -86,6 +86,10 @@ class Recipe:
             if step.only_after and not any(earlier.name in step.only_after for earlier in made[:number]):
                 first = " or ".join(step.only_after)
                 raise DitqError(f"{where}: pass {step.name!r} works on what {first} made; put {first} before it")
+            if step.structural and (before := next((e.name for e in made[:number] if not e.structural), None)):
+                raise DitqError(
+                    f"{where}: pass {step.name!r} changes what the model computes; put it before {before!r}"
+                )
         name, description = str(values.get("name", Path(where).stem)), str(values.get("description", ""))
         return cls(name, description, made, _budget(values, where))
 

@@ -14,6 +14,7 @@ from ditq.nn.call_timestep import tell_at_each_call
 from ditq.nn.input_transform import InputTransform
 from ditq.nn.modulation_factor import ModulationFactor, attach
 from ditq.nn.quant_linear import QuantLinear
+from ditq.nn.structural import describe_parts, install_parts
 from ditq.nn.transformed_linear import TransformedLinear
 from ditq.numerics.attention_rounding import AttentionFormat
 
@@ -33,6 +34,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         elif isinstance(module, nn.Linear) and module.bias is not None:
             biased.append(name)
     return {
+        "structural": describe_parts(model),
         "quantized": quantized,
         "transformed": transformed,
         "factors": factors,
@@ -48,6 +50,7 @@ def rebuild(model: nn.Module, described: Mapping[str, Any], state: Mapping[str, 
         RuntimeError: `state` does not fit (load_state_dict's own message).
     """
     tensors = dict(state)
+    install_parts(model, described.get("structural", []))  # absent in engines from before there were such
     for name, spec in described["transformed"].items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)

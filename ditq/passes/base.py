@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import TRAJECTORIES, InputStatistics, Statistics
@@ -76,8 +77,9 @@ class Context:
     """What passes read besides the graph: calibration statistics, seed, progress, and the changes made so far.
 
     `site_cache`, where given, keeps finished layers so that an interrupted compile resumes where it stopped.
-    `keep_weights`: passes that code weights leave in `weights` what they coded, float16 by site. `prepared`: what passes
-    took from the model before any pass changed it, by pass.
+    `work` is a folder that outlives an interruption, for passes that keep how far they are; `original` the model as it was
+    before the first structural pass. `keep_weights`: passes that code weights leave in `weights` what they coded, float16
+    by site. `prepared`: what passes took from the model before any pass changed it, by pass.
     """
 
     def __init__(
@@ -86,14 +88,22 @@ class Context:
         seed: int = 0,
         site_cache: SiteCache | None = None,
         keep_weights: bool = False,
+        work: Path | None = None,
     ) -> None:
         self.keep_weights = keep_weights
+        self.work = work
+        self.original: nn.Module | None = None
         self.weights: dict[str, Tensor] = {}
         self.prepared: dict[str, Any] = {}
         self._statistics, self.seed, self.site_cache = statistics, seed, site_cache
+        self._folder = None if statistics is None else statistics.folder
         self._progress: ProgressSetting = False
         self._latest: tuple[object, InputStatistics] | None = None
         self.changes: dict[str, InputChange] = {}
+
+    def restructured(self, statistics: Statistics) -> None:
+        """From now on statistics are those of the model as structural passes have left it."""
+        self._statistics, self._latest = statistics, None
 
     def showing(self, progress: ProgressSetting) -> Context:
         """The same context, with its passes' progress shown so."""
@@ -150,8 +160,7 @@ class Context:
     @property
     def has_trajectories(self) -> bool:
         """Are there recorded calls beside the statistics?"""
-        folder = None if self._statistics is None else self._statistics.folder
-        return folder is not None and (folder / TRAJECTORIES).is_dir()
+        return self._folder is not None and (self._folder / TRAJECTORIES).is_dir()
 
     def trajectories(self) -> Trajectories:
         """The recorded calls of the denoiser that the statistics were gathered from.
@@ -159,12 +168,11 @@ class Context:
         Raises:
             DitqError: there are none.
         """
-        folder = None if self._statistics is None else self._statistics.folder
-        if folder is None:
+        if self._folder is None:
             raise DitqError(
                 "this recipe learns from recorded calls; give the statistics as a folder of `ditq calibrate`"
             )
-        return Trajectories.open(folder / TRAJECTORIES)
+        return Trajectories.open(self._folder / TRAJECTORIES)
 
     def step_weights(self, steps: Tensor, kind: str) -> Tensor:
         """How much a sample of each of the scheduler steps [B] counts: float32 [B]; ones for 'none'.
@@ -205,6 +213,10 @@ class Pass(ABC):
     """Passes of which one must stand before this one in the recipe."""
     wants_weights: ClassVar[bool] = False
     """Does it need the weights that an earlier pass coded?"""
+
+    structural: ClassVar[bool] = False
+    """Does it change what the model computes? Such passes stand before all others, and the statistics are gathered anew after
+    them. They leave the graph refreshed."""
 
     @property
     def requires_statistics(self) -> bool:

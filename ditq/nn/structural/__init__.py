@@ -1,0 +1,63 @@
+"""Parts that change what a model computes, not only how: experts, windows, linear attention. One file a part.
+
+A part is put into a model by a structural pass, described in the engine by its spec, and put into a fresh model again when
+the engine is loaded. Each file here registers its own; nothing else lists them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+from torch import nn
+
+
+class StructuralPart(nn.Module, ABC):
+    """What a structural pass puts into a model at a module's place."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def spec(self) -> dict[str, Any]:
+        """As JSON, all that `install` needs; without the weights, which are in the model's state dict."""
+
+    @classmethod
+    @abstractmethod
+    def install(cls, model: nn.Module, place: str, spec: Mapping[str, Any]) -> None:
+        """Put a part of this spec into `model` at the module path `place`; its weights are loaded afterwards."""
+
+
+_kinds: dict[str, type[StructuralPart]] = {}
+PartClass = TypeVar("PartClass", bound=type[StructuralPart])
+
+
+def register(part: PartClass) -> PartClass:
+    """Decorator of a part's class; makes it known under its `kind`."""
+    _kinds[part.kind] = part
+    return part
+
+
+def structural_parts() -> dict[str, type[StructuralPart]]:
+    """All kinds of parts by name."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return dict(sorted(_kinds.items()))
+
+
+def describe_parts(model: nn.Module) -> list[dict[str, Any]]:
+    """Where `model` has which parts, outer ones first."""
+    return [
+        {"kind": part.kind, "place": name, "spec": part.spec()}
+        for name, part in model.named_modules()
+        if isinstance(part, StructuralPart)
+    ]
+
+
+def install_parts(model: nn.Module, described: list[dict[str, Any]]) -> None:
+    """Put what `describe_parts` found into a fresh model."""
+    known = structural_parts()
+    for entry in described:
+        known[entry["kind"]].install(model, entry["place"], entry["spec"])
