@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ditq.calibration.record import RecordedCall, Trajectories
+
+HELD_OUT = 8  # every eighth condition judges what was learned on the others
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +26,22 @@ class CallBatch:
     branches: int = 1
 
 
-def sampled_batches(trajectories: Trajectories, samples: int, batch: int, seed: int = 0) -> list[CallBatch]:
+def held_out_conditions(trajectories: Trajectories) -> list[int]:
+    """The conditions, by number, that nothing is learned from: every eighth, or the last of fewer. None of a single one."""
+    count = len(trajectories.conditions)
+    return list(range(count))[HELD_OUT - 1 :: HELD_OUT] or list(range(count))[-1:][: count - 1]
+
+
+def sampled_batches(
+    trajectories: Trajectories, samples: int, batch: int, seed: int = 0, conditions: Collection[int] | None = None
+) -> list[CallBatch]:
     """About `samples` samples in batches of at most `batch`: evenly from all steps, mixed in every batch.
 
     All guidance branches of a step are taken together, in one call or in several, where their arguments have the same shapes;
-    only such calls are joined. The same seed gives the same batches.
+    only such calls are joined. The same seed gives the same batches. `conditions`: numbers of those to take calls from.
     """
     generator = torch.Generator().manual_seed(seed)
-    units = _units(trajectories)
+    units = units_of(trajectories, conditions)
     steps = [trajectories.steps_of_calls()[unit[0]] for unit in units]
     mixed = torch.randperm(len(units), generator=generator).tolist()
     by_step = sorted(mixed, key=steps.__getitem__)  # the units of a step stay mixed
@@ -52,11 +62,12 @@ def sampled_batches(trajectories: Trajectories, samples: int, batch: int, seed: 
     return batches + [_batch(rest, size) for rest in waiting.values()]
 
 
-def _units(trajectories: Trajectories) -> list[list[int]]:
+def units_of(trajectories: Trajectories, conditions: Collection[int] | None = None) -> list[list[int]]:
     """Numbers of the calls that are taken together: those of a condition's step, or each alone where shapes differ."""
     together: dict[tuple[int, int], list[int]] = {}
     for number, place in enumerate(trajectories.places_of_calls()):
-        together.setdefault(place, []).append(number)
+        if conditions is None or place[0] in conditions:
+            together.setdefault(place, []).append(number)
     first = next(iter(together.values()))
     shapes = {repr(shapes_of(call.arguments)) for call in trajectories.calls(chosen=frozenset(first))}
     same = len(shapes) == 1 and {len(unit) for unit in together.values()} == {len(first)}

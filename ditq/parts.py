@@ -133,3 +133,36 @@ class Block:
     name: str
     stack: str
     sites: tuple[str, ...]
+
+
+Part = Literal["token linears", "feed-forward", "attention scores", "modulation", "rest"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a linear, an attention or what stands in its place costs in one call of the denoiser, for one sample.
+
+    `macs`: multiply-adds. `parameters`: numbers in memory. `activated`: those of them that one token passes through; fewer than
+    all where tokens are sent to some experts only. `moved`: numbers of activations read and written. `operations`: kernels that
+    are started.
+    """
+
+    part: Part
+    macs: int
+    parameters: int = 0
+    activated: int = 0
+    moved: int = 0
+    operations: int = 1
+
+    @classmethod
+    def of_linear(cls, part: Part, tokens: int, inputs: int, outputs: int) -> Work:
+        """A linear [outputs, inputs] over so many tokens."""
+        weights = inputs * outputs
+        return cls(part, tokens * weights, weights, weights, tokens * (inputs + outputs))
+
+    @classmethod
+    def of_attention(cls, queries: int, keys: int, width: int) -> Work:
+        """Softmax attention of so many queries to so many keys each, all heads together `width` channels, as one fused kernel:
+        Q K^T and P V, section 3.2.1 of Vaswani et al., arXiv 1706.03762.
+        """
+        return cls("attention scores", 2 * queries * keys * width, moved=2 * (queries + keys) * width)

@@ -169,6 +169,8 @@ def _check_value(where: str, value: Any, described: Any) -> None:
     words = described.metadata.get("words") or ()
     if value in words:
         return
+    if default in words:
+        default = described.metadata["otherwise"]
     numeric = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
     if type(value) is not type(default) and not numeric:
         raise DitqError(f"{where} is {value!r}, must be {' or '.join([_kind(default), *words])}")

@@ -17,16 +17,23 @@ from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn.input_transform import InputTransform, RotatedRange
 from ditq.numerics.weight_code import WeightCode
+from ditq.parts import Work
 from ditq.progress import ProgressSetting, progress_bar
 
 Item = TypeVar("Item")
 
 
-def setting(default: Any, help: str, choices: tuple[Any, ...] | None = None, words: tuple[str, ...] = ()) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    choices: tuple[Any, ...] | None = None,
+    words: tuple[str, ...] = (),
+    otherwise: Any = None,
+) -> Any:
     """A dataclass field of a pass: its default, what it means, the values it may take if only some, and words that may stand
-    in place of a value of the default's type.
+    in place of a value of the default's type, or of the type of `otherwise` where the default is a word itself.
     """
-    metadata = {"help": help, "choices": choices, "words": words}
+    metadata = {"help": help, "choices": choices, "words": words, "otherwise": otherwise}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -241,6 +248,13 @@ class Pass(ABC):
     def runtime_cost(self, graph: DiTGraph) -> tuple[int, int]:
         """Multiply-adds that this pass adds to one forward of one sample at run time: the least and the most it may be."""
         return 0, 0
+
+    def costs(self, graph: DiTGraph) -> dict[str, Work]:
+        """What this pass leaves in the place of linears and attentions, by their names in `graph.sites` and
+        `graph.attentions`, for the cost model of `ditq inspect`: only those whose cost it changes. The graph is the one that
+        the first pass of the recipe gets.
+        """
+        return {}
 
     def check(self) -> None:  # noqa: B027  most passes have nothing to check
         """Raise DitqError for settings that do not fit each other; called before anything runs."""

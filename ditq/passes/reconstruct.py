@@ -12,19 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ditq.calibration.batches import CallBatch, sampled_batches
-from ditq.calibration.sampler import LATENTS, Sampler, find_sampler, without_variance
+from ditq.calibration.sampler import LATENTS, Sampler, find_sampler
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn.learned_linear import LearnedLinear
 from ditq.nn.quant_linear import QuantLinear
 from ditq.passes.base import Context, Pass, PassReport, register, setting
 from ditq.passes.block_records import BlockOutputs, Call, block_inputs, record_outputs, tensors_of
+from ditq.passes.guided_error import guidance_of, squared, told
 
 SCOPES = ("auto", "model", "block")
 BYTES_A_WEIGHT = 16  # a latent value, its gradient and Adam's two moments in float32
-ALONE = (
-    0.25  # what an answer's own error counts beside that of the guided answer: few steps say much of their difference
-)
 HELD_OUT = 8  # every eighth batch judges what was learned on the others
 
 
@@ -140,7 +138,7 @@ class Reconstruct(Pass):
         kept = [row["error after"] / row["error before"] for row in report.rows if "error after" in row]
         if kept:
             if self.guided and self._units(graph) == [""]:
-                report.summary["branches joined as"] = _told(sampler)
+                report.summary["branches joined as"] = told(sampler)
             report.summary |= {"blocks": len(report.rows), "mean share of the error left": sum(kept) / len(kept)}
         return report
 
@@ -161,7 +159,7 @@ class Reconstruct(Pass):
                 given,
                 outputs.get(unit, number),
                 context.step_weights(batch.steps, self.step_weights),
-                _guidance(batch, sampler),
+                guidance_of(batch, sampler),
             )
             for number, (batch, given) in enumerate(zip(batches, inputs, strict=True))
         ]
@@ -219,19 +217,6 @@ def _layers(model: nn.Module, unit: str, context: Context) -> dict[str, QuantLin
     return found
 
 
-def _told(sampler: Sampler | None) -> str:
-    """For the report: what errors of the branches counted as."""
-    if sampler is None:
-        return "not known, each alone: the sampler's steps are not linear in the answers"
-    return ", ".join(f"{weight:.3g}" for weight in sampler.guidance()[0].tolist())
-
-
-def _guidance(batch: CallBatch, sampler: Sampler | None) -> Tensor | None:
-    if sampler is None or sampler.branches == 1 or batch.branches != sampler.branches:
-        return None
-    return sampler.guidance()[batch.steps[:: batch.branches]]
-
-
 def _loss(module: nn.Module, example: _Example) -> Tensor:
     """Sum over the outputs of the weighted squared distance to what the original gave."""
     arguments, keywords = example.inputs
@@ -244,22 +229,9 @@ def _energy(example: _Example) -> Tensor:
 
 
 def _weighted(tensors: Sequence[Tensor], example: _Example) -> Tensor:
-    """sum_b w_b ||values_b||^2, or of the branches as guidance joins them and a little of each alone; a tensor that is not by
-    sample counts with the mean weight.
-    """
-    weights, total = example.weights, torch.zeros(())
-    for values in tensors:
-        if values.shape[0] != len(weights):
-            total = total + values.float().square().sum() * weights.mean()
-            continue
-        rows, share = values.float().flatten(1), 1.0
-        if example.guidance is not None:
-            rows, share = without_variance(values, example.inputs[1][LATENTS]).float().flatten(1), ALONE
-            branches = rows.unflatten(0, example.guidance.shape)
-            joined = torch.einsum("sbe,sb->se", branches, example.guidance)
-            total = total + joined.square().sum(1) @ weights[:: branches.shape[1]]
-        total = total + share * (rows.square().sum(1) @ weights)
-    return total
+    """sum_b w_b ||values_b||^2, or of the branches as guidance joins them and a little of each alone."""
+    latents = None if example.guidance is None else example.inputs[1][LATENTS]
+    return squared(tensors, example.weights, example.guidance, latents)
 
 
 @torch.no_grad()

@@ -19,7 +19,8 @@ from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.nn import QuantLinear
 from ditq.passes import Context
-from ditq.passes.reconstruct import Reconstruct, _energy, _Example, _guidance
+from ditq.passes.guided_error import guidance_of
+from ditq.passes.reconstruct import Reconstruct, _energy, _Example
 from ditq.recipe import Recipe
 from ditq.site_cache import FolderSiteCache
 from tests.small_checkpoint import write_pipeline
@@ -206,7 +207,7 @@ def test_branches_of_a_step_are_learned_together_as_guidance_joins_them(
     torch.testing.assert_close(sampler.guidance(), torch.tensor([[4.0, -3.0]] * 3), rtol=1e-3, atol=1e-3)
     generator = torch.Generator().manual_seed(0)
     lost = torch.randn(batch.arguments["hidden_states"].shape, generator=generator)
-    example = _Example(((), batch.arguments), [lost], torch.ones(12), _guidance(batch, sampler))
+    example = _Example(((), batch.arguments), [lost], torch.ones(12), guidance_of(batch, sampler))
     joined_loss = (4 * lost[0::2] - 3 * lost[1::2]).square().sum()
     torch.testing.assert_close(_energy(example), joined_loss + 0.25 * lost.square().sum(), rtol=1e-3, atol=0)
     report = _run(_graph(checkpoint), guided, {"steps": 2, "samples": 12, "batch": 4})
