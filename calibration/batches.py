@@ -62,6 +62,43 @@ def sampled_batches(
     return batches + [_batch(rest, size) for rest in waiting.values()]
 
 
+@dataclass(frozen=True, eq=False)
+class CallStream:
+    """Batches of recorded calls without end, by number: mixed anew in every round, read from disk when asked for.
+
+    Attributes:
+        units: numbers of calls that are taken together, the guidance branches of a step.
+        together: units in a batch.
+    """
+
+    trajectories: Trajectories
+    units: list[list[int]]
+    together: int
+    seed: int
+
+    @classmethod
+    def of(cls, trajectories: Trajectories, conditions: Collection[int], batch: int, seed: int = 0) -> CallStream:
+        """Of the calls of these conditions, about `batch` samples at a time."""
+        units = units_of(trajectories, conditions)
+        first = trajectories.calls(chosen=frozenset(units[0]))
+        size = sum(batch_size(call.arguments) for call in first)
+        return cls(trajectories, units, min(max(1, batch // size), len(units)), seed)
+
+    def batch(self, number: int) -> list[CallBatch]:
+        """The batch of that number; several where its calls have different shapes and cannot be joined."""
+        turn, place = divmod(number, len(self.units) // self.together)
+        generator = torch.Generator().manual_seed((self.seed + 7919 * turn) % 2**63)
+        mixed = torch.randperm(len(self.units), generator=generator).tolist()
+        chosen = [self.units[index] for index in mixed[place * self.together : (place + 1) * self.together]]
+        numbers = sorted(call for unit in chosen for call in unit)
+        found = dict(zip(numbers, self.trajectories.calls(chosen=frozenset(numbers)), strict=True))
+        alike: dict[Any, list[RecordedCall]] = {}
+        branches = len(chosen[0]) * batch_size(found[chosen[0][0]].arguments)
+        for unit in chosen:
+            alike.setdefault(shapes_of(found[unit[0]].arguments), []).extend(found[call] for call in unit)
+        return [_batch(calls, branches) for calls in alike.values()]
+
+
 def units_of(trajectories: Trajectories, conditions: Collection[int] | None = None) -> list[list[int]]:
     """Numbers of the calls that are taken together: those of a condition's step, or each alone where shapes differ."""
     together: dict[tuple[int, int], list[int]] = {}

@@ -134,6 +134,9 @@ class Trajectories:
         number = -1
         for condition, record in enumerate(self._records):
             path = self.file(condition)
+            if chosen is not None and not any(number + 1 + i in chosen for i in range(len(record["calls"]))):
+                number += len(record["calls"])
+                continue
             try:
                 with safe_open(str(path), framework="pt") as tensors:
                     for call in record["calls"]:

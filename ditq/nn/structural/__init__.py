@@ -10,15 +10,20 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class StructuralPart(nn.Module, ABC):
     """What a structural pass puts into a model at a module's place."""
 
     kind: ClassVar[str]
+    fitted_by: ClassVar[Literal["l1", "l2"]] = "l2"
+    """The distance by which it is fitted alone to what stood there: l2 for feed-forwards, l1 for attentions, as in Grafting
+    (Chandrasegaran et al., arXiv 2506.05340)."""
+    same_input: ClassVar[bool] = True
+    """Does it get what the module in its place got in the original model?"""
 
     @abstractmethod
     def spec(self) -> dict[str, Any]:
@@ -28,6 +33,12 @@ class StructuralPart(nn.Module, ABC):
     @abstractmethod
     def install(cls, model: nn.Module, place: str, spec: Mapping[str, Any]) -> None:
         """Put a part of this spec into `model` at the module path `place`; its weights are loaded afterwards."""
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """What its last forward in training mode asks for besides the model's answer, such as a balanced load: a scalar with
+        a gradient, 0 where all is well. None where it asks for nothing.
+        """
+        return None
 
 
 _kinds: dict[str, type[StructuralPart]] = {}
