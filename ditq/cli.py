@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,10 @@ def compile_command(checkpoint: str, out: Path, recipe: str, budget: str | None,
     ditq compile mini -o engine --budget size=4MB
     ditq compile mini -o engine --target tensorrt --gpu sm89
     """
+    from ditq import processes
     from ditq.budget.request import Budget
     from ditq.checkpoint import Checkpoint
-    from ditq.compiler import CompileOptions, compile
+    from ditq.compiler import CompileOptions, compile, take_part
     from ditq.export.targets import target as export_target
     from ditq.report.budget_files import front_table, write_budget
     from ditq.report.engine_report import report_on
@@ -98,6 +100,9 @@ def compile_command(checkpoint: str, out: Path, recipe: str, budget: str | None,
                              budget=asked, seed=seed, resume=resume, force=force, cache_text=cache_text, gpus=gpus,
                              sizes=sizes)  # fmt: skip
     opened = Checkpoint.open(checkpoint, config)
+    if not processes.is_first():
+        take_part(opened, recipe, replace(options, progress=False))
+        return
     result = compile(opened, out, recipe, options)
     if asked is not None:
         found = result.reports[0].to_json()

@@ -11,11 +11,12 @@ import shutil
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from ditq import processes
 from ditq.budget import Budget
 from ditq.budget.fit import BudgetFit, fit_budget, quantize_step
 from ditq.calibration.calibrate import TRAJECTORIES, calibrate, pipeline_class
@@ -34,6 +35,7 @@ from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.nn import QuantLinear
 from ditq.passes import Context, PassReport
+from ditq.passes.distill import Distill
 from ditq.passes.quantize import Quantize
 from ditq.progress import ProgressSetting
 from ditq.recipe import DEFAULT, Recipe, load_recipe
@@ -104,6 +106,7 @@ def compile(
     """
     out = Path(out)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    _check_processes(options)
     check_output(out, options.force)
     check_replaceable(out)
     wanted = target(options.target)
@@ -161,6 +164,32 @@ def compile(
             engine, plans = make_plans(engine, gpus, options.sizes, options.progress)
             clock.lap("plans")
     return CompileResult(engine, recipe, reports, clock.seconds, peak_memory(), text_sites, plans)
+
+
+def take_part(
+    checkpoint: Checkpoint | str | Path,
+    recipe: Recipe | str | Path = DEFAULT,
+    options: CompileOptions = CompileOptions(),
+) -> None:
+    """What a process other than the first does of a compile: its share of each distillation. Nothing is written.
+
+    Raises:
+        DitqError: as `compile`, for what both read.
+    """
+    _check_processes(options)
+    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    shared = max((number for number, step in enumerate(recipe.passes, 1) if isinstance(step, Distill)), default=0)
+    graph = DiTGraph(checkpoint.load_model(), example_inputs(checkpoint))
+    statistics = Statistics.open(str(options.statistics), fingerprint=checkpoint.fingerprint(), graph=graph)
+    run_passes(graph, replace(recipe, passes=recipe.passes[:shared]), statistics, options=options)
+
+
+def _check_processes(options: CompileOptions) -> None:
+    if processes.count() > 1 and options.statistics is None:
+        raise DitqError(
+            f"{processes.count()} processes compile together and none calibrates: run `ditq calibrate` once and give --stats"
+        )
 
 
 def _kinds_of_gpu(wanted: Target, options: CompileOptions) -> list[str]:

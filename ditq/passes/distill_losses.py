@@ -60,11 +60,11 @@ def distillation_losses(
 ) -> dict[str, Tensor]:
     """`total`, and what it is made of: `output`, `features` (their mean relative error) and `balance`."""
     output = answer_loss(student[0], teacher[0], energy, guidance, latents)
-    lost, norms = feature_losses(student[1], teacher[1])
-    total = output + balance * student[2]
+    total, features = output + balance * student[2], output.new_zeros(())
     if feature:
-        total = total + feature * weighted_features(output, lost, norms)
-    return {"total": total, "output": output, "features": lost.mean(), "balance": student[2]}
+        lost, norms = feature_losses(student[1], teacher[1])
+        total, features = total + feature * weighted_features(output, lost, norms), lost.mean()
+    return {"total": total, "output": output, "features": features, "balance": student[2]}
 
 
 def regression_losses(

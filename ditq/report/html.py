@@ -76,7 +76,7 @@ def render(
     size = 0
     lead, cost = sections.lead(evaluation, engine_info), sections.cost(engine_info)
     steps, charts = sections.steps(evaluation), sections.layer_charts(evaluation)
-    histograms = sections.histograms(evaluation)
+    histograms, distilled = sections.histograms(evaluation), sections.distillation(pass_reports)
     for pictures, rows in AMOUNTS:
         parts = [
             ("pictures", "Pictures", sections.pictures(evaluation, pictures)),
@@ -86,6 +86,7 @@ def render(
             ("histograms", "Weights and activations", histograms),
             ("cost", "Size, memory and speed", cost),
             ("budget", "Size against error", sections.budget(pass_reports)),
+            ("learning", "Distillation", distilled),
             ("passes", "What each pass did", sections.passes(pass_reports, rows)),
             ("recipe", "Recipe", sections.recipe(recipe)),
             ("measured", "How it was measured", sections.measured(evaluation)),

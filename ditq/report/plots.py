@@ -276,6 +276,33 @@ def _front_figure(points: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def learning(curves: Sequence[Mapping[str, float]], held_out: Sequence[Mapping[str, float]], name: str) -> str:
+    """Losses by step, and the denoiser's error on held-out calls, of one distillation (`curves`, `held out` in its report)."""
+    with rc_context(STYLE):
+        figure, (losses, errors) = _figure(2.9, columns=2)
+        steps = [point["step"] for point in curves]
+        for key, label, color, line in (
+            ("output", "answers", ORANGE, "-"),
+            ("features", "blocks' outputs", BLUE, "--"),
+            ("balance", "what parts ask for", GREEN, ":"),
+        ):
+            values = [point[key] if point[key] > 0 else math.nan for point in curves]
+            if any(math.isfinite(value) for value in values):
+                losses.plot(steps, values, line, color=color, linewidth=1.4, label=label)
+        if losses.lines:
+            losses.set_yscale("log")
+            losses.legend(loc="best", fontsize=10.5)
+        losses.set_ylabel("relative error")
+        judged = sorted(held_out, key=lambda point: point["step"])
+        errors.plot([point["step"] for point in judged], [point["error, dB"] for point in judged], "o-", color=PURPLE,
+                    markersize=4, linewidth=1.4)  # fmt: skip
+        errors.set_ylabel("error on held-out calls, dB")
+        for axes in (losses, errors):
+            axes.set_xlabel("step")
+            axes.grid()
+        return _svg(figure, name, "Losses and held-out error of the distillation by step")
+
+
 def _density(shown: Histogram) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Edges in units of the RMS [bins + 1] and density [bins]."""
     counts = np.asarray(shown.counts, dtype=np.float64)

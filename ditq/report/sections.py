@@ -310,6 +310,24 @@ def budget(reports: Reports) -> str:
     )
 
 
+def distillation(reports: Reports) -> str:
+    """Losses and held-out errors on the way, of each training; nothing where there was none."""
+    shown = ""
+    for place, report in enumerate(reports, start=1):
+        if not (report.get("curves") and report.get("held out")):
+            continue
+        drawn = plots.learning(report["curves"], report["held out"], f"learning{place}")
+        first, last = report["summary"].get("error before, dB"), report["summary"].get("error after, dB")
+        said = "kept" if report["summary"].get("kept") else "not kept, since it was no better"
+        shown += (
+            f"<h3>Pass {place}: {text(report.get('pass', ''))}</h3>"
+            f'<div class="wide">{drawn}</div>'
+            f"<p>Held-out calls of conditions that taught nothing: from {number(first, '.1f')} dB to {number(last, '.1f')} dB, "
+            f"{said}. Means of neighbouring steps on the left.</p>"
+        )
+    return shown
+
+
 def passes(reports: Reports, rows: int) -> str:
     """One block a pass: its settings and figures, and its tables."""
     parts = []

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ditq.calibration.batches import CallStream, held_out_conditions
@@ -173,7 +178,8 @@ def test_only_what_is_to_learn_changes(checkpoint: Checkpoint, statistics: Stati
 
 def test_what_parts_ask_for_is_learned_too(checkpoint: Checkpoint, statistics: Statistics) -> None:
     """The part asks for a share of 0.1 for every token; with nothing else to learn, its loss falls."""
-    _, report = _distilled(checkpoint, statistics, steps=15, train="routers", balance=1000.0, rate=0.002, warmup=0)
+    _, report = _distilled(checkpoint, statistics, steps=15, train="routers", balance=1000.0, feature=0.0, rate=0.002,
+                           warmup=0)  # fmt: skip
     assert report.curves[0]["balance"] == pytest.approx(0.01)  # the router starts at 0
     assert report.curves[-1]["balance"] < 0.005
 
@@ -263,3 +269,49 @@ def test_watching_changes_nothing_and_sees_every_block(family: str) -> None:
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, object], said: str) -> None:
     with pytest.raises(DitqError, match=said):
         Recipe.from_dict({"passes": [{"distill": settings}]}, "test")
+
+
+TOGETHER = """
+import sys
+import torch
+from ditq.calibration.statistics import Statistics
+from ditq.checkpoint import Checkpoint
+from ditq.compiler import run_passes
+from ditq.passes.distill import Distill
+from ditq.recipe import Recipe
+from safetensors.torch import save_file
+from tests.passes.test_distill import Halve, _graph
+
+torch.set_num_threads(1)
+graph = _graph(Checkpoint.open(sys.argv[1]))
+distill = Distill(steps=3, layerwise=2, batch=4, rate=0.002, clip=0.0)
+run_passes(graph, Recipe("test", "", (Halve(), distill)), Statistics.open(sys.argv[2]))
+save_file(graph.model.state_dict(), sys.argv[3])
+"""
+
+
+def test_two_processes_learn_what_one_does_with_twice_the_batches(
+    checkpoint: Checkpoint, statistics: Statistics, tmp_path: Path
+) -> None:
+    """Each of two processes takes every other batch; one process that accumulates two batches takes the same ones."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    started = []
+    for rank in (0, 1):
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, "-c", TOGETHER, checkpoint.pipeline_root, statistics.folder, tmp_path / str(rank)]
+        environment = {**os.environ, **{key: str(value) for key, value in group.items()}, "ACCELERATE_USE_CPU": "true"}
+        started.append(subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        for process in started:
+            _, said = process.communicate(timeout=300)
+            assert process.returncode == 0, said[-3000:]
+    finally:
+        for process in started:
+            process.kill()
+    first, second = (load_file(tmp_path / str(rank)) for rank in (0, 1))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    alone, _ = _distilled(checkpoint, statistics, steps=3, layerwise=2, rate=0.002, clip=0.0, accumulate=2)
+    for name, tensor in alone.model.state_dict().items():
+        torch.testing.assert_close(first[name], tensor, rtol=0, atol=1e-4)  # Adam's steps are 0.002 at most
