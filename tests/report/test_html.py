@@ -156,6 +156,20 @@ def test_every_section_is_there(page: str) -> None:
     assert '<td class="n" data-v="20.0">20.0</td>' in page
 
 
+def test_each_distillation_is_drawn_with_what_became_of_it() -> None:
+    curves = [
+        {"step": 1, "output": 0.1, "features": 0.2, "balance": 0.0},
+        {"step": 2, "output": 0.05, "features": 0.1, "balance": 0.0},
+    ]
+    summary = {"error before, dB": -5.0, "error after, dB": -8.25, "kept": True}
+    held_out = [{"step": 0, "error, dB": -5.0}, {"step": 2, "error, dB": -8.25}]
+    report = {"pass": "distill", "settings": {}, "summary": summary, "curves": curves, "held out": held_out}
+    found = render(evaluation(), {}, [report, {**report, "summary": {**summary, "kept": False}}], {})
+    assert check(found).tags.count("svg") == 7 - 1  # two more, and no sizes
+    words = Page(found).words
+    assert "from -5.0 dB to -8.2 dB, kept." in words and "not kept, since it was no better" in words
+
+
 @pytest.mark.parametrize(
     ("prompts", "sites", "engine", "reports", "recipe"),
     [(1, 0, {}, [], {}), (0, 0, {}, [], {}), (1, 1, ENGINE, PASSES, RECIPE)],
