@@ -47,7 +47,7 @@ Feed = LinearModulation | TableModulation | NormModulation
 
 @dataclass(frozen=True)
 class LinearSite:
-    """One nn.Linear of the model. `macs` and `tokens` are for one sample of the example inputs.
+    """One nn.Linear of the model. Linears that see tokens have a kind; `router` is one that chooses experts. `macs` and `tokens` are for one sample of the example inputs.
 
     `arguments` are those of the model's forward that the linear's input is made of.
     """
@@ -118,12 +118,23 @@ class Attention:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """inputs -> activation -> output, with the channels of the output linear's input that it fills."""
+    """inputs -> activation -> output, with the channels of the output linear's input that it fills.
+
+    `module` is the one that does this and nothing else, if there is one; else `activation_module` is one that only turns what
+    the one input linear gives into the hidden channels, if there is such a one.
+    """
 
     name: str
     inputs: tuple[str, ...]
     output: ChannelRange
     activation: str
+    module: str = ""
+    activation_module: str = ""
+
+    @property
+    def hidden(self) -> int:
+        """Hidden channels."""
+        return self.output.stop - self.output.start
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ modulation), where its output goes (scores, values, a broadcast over tokens), an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -82,6 +83,15 @@ class Structure:
         for call in self.trace.consumers.get(value, []):
             if call.function in SAME:
                 yield from self._readers(call.outputs[0])
+            else:
+                yield call
+
+    def _readers_through_views(self, value: Value) -> Iterator[Call]:
+        """The calls that read `value`, seen through views of it."""
+        for call in self.trace.consumers.get(value, []):
+            if call.function in VIEWS:
+                for output in call.outputs:
+                    yield from self._readers_through_views(output)
             else:
                 yield call
 
@@ -192,8 +202,39 @@ class Structure:
                 inputs = [name for name in inputs if self._block_of.get(name) == self._block_of[site]]
                 if activation and inputs:
                     target = ChannelRange(site, start, start + value.shape[-1])
-                    found[site] = FeedForward(site, tuple(inputs), target, activation)
+                    module = self._does_only(inputs, site)
+                    alone = "" if module or len(inputs) > 1 else self._activates_only(value)
+                    found[site] = FeedForward(site, tuple(inputs), target, activation, module, alone)
         return found
+
+    def _does_only(self, inputs: list[str], output: str) -> str:
+        """The module around these linears, if all that is called in it makes the one's input of the others' outputs; else
+        nothing.
+        """
+        module = _common_module([*inputs, output])
+        while isinstance(self.model.get_submodule(module), nn.ModuleList | nn.ModuleDict):
+            module = module.rpartition(".")[0]
+        given = self.trace.module_inputs.get(module, {})
+        if module in self.blocks or not module or len([v for v in tree_leaves(given) if isinstance(v, Value)]) != 1:
+            return ""
+        for call in self.trace.calls:
+            if call.module != module and not call.module.startswith(f"{module}."):
+                continue
+            if call.function == "linear" and call.module not in (*inputs, output):
+                return ""
+            if call.function not in {"linear", "mul"} | VIEWS | ACTIVATIONS:
+                return ""
+        return module
+
+    def _activates_only(self, value: Value) -> str:
+        """The leaf module whose calls make `value` of a linear's output, if it does nothing else; else nothing."""
+        call = self.trace.producer.get(self._source(value))
+        if call is None or call.module in self.blocks or list(self.model.get_submodule(call.module).children()):
+            return ""
+        inside = [other for other in self.trace.calls if other.module == call.module]
+        given = [v for other in inside for v in other.inputs if not any(v in made.outputs for made in inside)]
+        known = all(other.function in {"mul"} | VIEWS | ACTIVATIONS for other in inside)
+        return call.module if known and len(set(given)) == 1 and given[0] in self._site_of else ""
 
     def _activated(self, value: Value) -> tuple[list[str], str]:
         """Linears from which `value` is made through an activation, views and products alone; and which activation."""
@@ -216,13 +257,52 @@ class Structure:
     def _find_groups(self) -> dict[str, InputGroup]:
         members: dict[Value, list[str]] = {}
         for site, call in self.calls.items():
-            members.setdefault(self._source(call.inputs[0]), []).append(site)
+            members.setdefault(self._rows_behind(self._source(call.inputs[0])), []).append(site)
         groups = {}
         for value, sites in members.items():
-            only_these = all(c.function == "linear" and c.module in sites for c in self._readers(value))
+            only_these = all(c.function == "linear" and c.module in sites for c in self._readers_of_rows(value))
             feed = self._feed_of(value) if only_these else None
             groups[sites[0]] = InputGroup(sites[0], tuple(sites), value.shape[-1], feed)
         return groups
+
+    def _rows_behind(self, value: Value) -> Value:
+        """The value of which `value` is a choice of rows, as experts read it; else itself."""
+        chosen, seen = value, value
+        while (call := self.trace.producer.get(seen)) and seen.shape[-1] == value.shape[-1]:
+            if call.function == "index_select" and call.argument(1, "dim") == 0:
+                chosen = self._behind_views(call.inputs[0])
+            elif call.function not in VIEWS or len(call.inputs) != 1:
+                break
+            seen = call.inputs[0]
+        return chosen
+
+    def _behind_views(self, value: Value) -> Value:
+        """What `value` was before its rows were counted otherwise."""
+        while (call := self.trace.producer.get(value)) and call.function in VIEWS and len(call.inputs) == 1:
+            if call.inputs[0].shape[-1] != value.shape[-1]:
+                break
+            value = call.inputs[0]
+        return value
+
+    def _readers_of_rows(self, value: Value) -> Iterator[Call]:
+        """The calls that read `value`, seen through choices of its rows."""
+        for call in self._readers(value):
+            views = call.function in VIEWS and any(
+                reader.function == "index_select" for reader in self._readers(call.outputs[0])
+            )
+            chosen = call.function == "index_select" and call.argument(1, "dim") == 0
+            if views or chosen:
+                yield from self._readers_of_chosen(call.outputs[0])
+            else:
+                yield call
+
+    def _readers_of_chosen(self, value: Value) -> Iterator[Call]:
+        for call in self._readers(value):
+            if call.function in VIEWS | {"index_select"}:
+                for output in call.outputs:
+                    yield from self._readers_of_chosen(output)
+            else:
+                yield call
 
     def _feed_of(self, value: Value) -> Feed | None:
         call = self.trace.producer.get(value)
@@ -387,6 +467,9 @@ class Structure:
             for site in feed_forward.inputs:
                 kinds.setdefault(site, []).append("feed_forward_in")
             kinds.setdefault(feed_forward.output.site, []).append("feed_forward_out")
+        for site, call in self.calls.items():
+            if any(reader.function == "topk" for reader in self._readers_through_views(call.outputs[0])):
+                kinds.setdefault(site, []).append("router")
         return {site: "+".join(dict.fromkeys(names)) for site, names in kinds.items()}
 
     def _find_sites(self) -> dict[str, LinearSite]:
@@ -403,6 +486,13 @@ class Structure:
                 group_of.get(name, name), tokens, () if call is None else self._arguments_of(call.inputs[0]),
             )  # fmt: skip
         return sites
+
+
+def _common_module(names: list[str]) -> str:
+    """The deepest module that holds all of them."""
+    paths = [name.split(".")[:-1] for name in names]
+    shared = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+    return ".".join(level[0] for level in shared)
 
 
 def _size(value: Value) -> int:

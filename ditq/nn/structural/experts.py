@@ -1,0 +1,188 @@
+"""A mixture of experts in the place of a feed-forward: one shared expert for all tokens, routed experts for some each.
+
+Everything has a fixed size for a given number of tokens: each expert has C slots for the tokens of a sample, and what it
+makes is gathered back, never scattered with a sum. So the same form runs under torch, ONNX Runtime and TensorRT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ditq.nn.sliced import FeedForwardForm, linear_of, sliced
+from ditq.nn.structural import StructuralPart, register
+
+FINENESS = 64  # capacities are kept in 64ths, so that the number of slots is whole arithmetic on the number of tokens
+
+
+class RepresentativeRouter(nn.Module):
+    """|hidden channels| of a few channels of the dense feed-forward, one for each expert."""
+
+    def __init__(self, channels: nn.Module) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.channels(x).abs()
+
+
+@register
+class MixtureOfExperts(StructuralPart):
+    """y = shared(x) + sum of the chosen experts e of expert_e(x), x [B, N, D].
+
+    With `choice: token` each token asks the `top` experts of the highest scores, and each expert answers those of the
+    highest score among the tokens that ask it, as many as it has slots for; with `choice: expert` each expert answers the
+    tokens of the highest scores whoever asked, so every slot is used, and a token may get more experts or fewer.
+
+    Slots of an expert: ceil(N top capacity / E). What an expert makes is the difference from its mean output, which is in the
+    shared expert's bias, so that a token without it gets the mean. In training the chosen experts' outputs carry a gradient
+    to the router through a gate that is 1 (a straight-through softmax).
+
+    Sources: Dense2MoE (arXiv 2510.09094), expert choice (Zhou et al., arXiv 2202.09368).
+    """
+
+    kind: ClassVar[str] = "mixture_of_experts"
+
+    def __init__(
+        self,
+        shared: nn.Module,
+        experts: Sequence[nn.Module],
+        router: nn.Module,
+        form: FeedForwardForm,
+        *,
+        top: int,
+        capacity: float,
+        choice: str,
+    ) -> None:
+        super().__init__()
+        self.shared, self.experts, self.router = shared, nn.ModuleList(experts), router
+        self.balance = nn.Parameter(torch.zeros(len(experts)), requires_grad=False)
+        self.form, self.top, self.choice = form, top, choice
+        self.capacity = min(round(capacity * FINENESS), len(experts) * FINENESS // top)
+        self._balance_loss: Tensor | None = None
+        self.chosen: list[Tensor] | None = (
+            None  # where a list is put here, each forward adds who answers whom [B, E, N]
+        )
+
+    def slots(self, tokens: int) -> int:
+        """Tokens of a sample that one expert answers at most."""
+        whole = len(self.experts) * FINENESS
+        return (tokens * self.top * self.capacity + whole - 1) // whole
+
+    def scores(self, x: Tensor) -> Tensor:
+        """[B, N, E]."""
+        return self.router(x) + self.balance
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, tokens, width = x.shape
+        experts, slots = len(self.experts), self.slots(tokens)
+        y, scores = self.shared(x), self.scores(x)
+        asked = scores.topk(self.top, dim=-1).indices  # [B, N, k]
+        wanted = scores
+        if self.choice == "token":
+            every = torch.arange(experts, device=x.device)
+            asks = (asked[..., None] == every).any(dim=2)
+            wanted = torch.where(asks, scores, -torch.inf)
+        best, token = wanted.transpose(1, 2).topk(slots, dim=-1)  # [B, E, C]
+        rows = (token + torch.arange(samples, device=x.device)[:, None, None] * tokens).reshape(-1)
+        taken = x.reshape(-1, width).index_select(0, rows).reshape(samples, experts, slots, width)
+        made = [expert(part) for expert, part in zip(self.experts, taken.unbind(1), strict=True)]
+        if self.training:
+            made = self._gated(made, scores, token, asked)
+        nothing = torch.zeros_like(y[:, :1])
+        answers = torch.cat([*made, nothing], dim=1)  # [B, E C + 1, D]
+        last = experts * slots
+        slot = torch.arange(last, device=x.device).reshape(1, experts, slots)
+        slot = torch.where(best > -torch.inf, slot, last)
+        place = torch.full_like(scores, last, dtype=torch.int64).transpose(1, 2).scatter(2, token, slot)  # [B, E, N]
+        if self.chosen is not None:
+            self.chosen.append((place < last).detach())
+        place = place.transpose(1, 2)
+        if self.choice == "token":
+            place = place.gather(2, asked)
+        place = place + torch.arange(samples, device=x.device)[:, None, None] * (last + 1)
+        answers = answers.reshape(-1, width)
+        for each in place.unbind(2):
+            y = y + answers.index_select(0, each.reshape(-1)).reshape(y.shape)
+        return y
+
+    def _gated(self, made: list[Tensor], scores: Tensor, token: Tensor, asked: Tensor) -> list[Tensor]:
+        """The same values, with a gradient to the router; notes how unequal the load is."""
+        share = scores.softmax(dim=-1)
+        load = torch.bincount(asked.flatten(), minlength=len(made)).to(share) / asked.numel()
+        self._balance_loss = len(made) * (load * share.mean(dim=(0, 1))).sum() - 1
+        gate = share.transpose(1, 2).gather(2, token)  # [B, E, C]
+        gate = 1 + gate - gate.detach()
+        return [values * each[..., None] for values, each in zip(made, gate.unbind(1), strict=True)]
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """E sum_e f_e P_e - 1 of the last forward in training (Fedus et al., arXiv 2101.03961, eq. 4): 0 for equal loads."""
+        return self._balance_loss
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "form": self.form.spec(),
+            "experts": len(self.experts),
+            "width": linear_of(self.experts[0], self.form.output).in_features,
+            "router": "representative" if isinstance(self.router, RepresentativeRouter) else "linear",
+            "top": self.top,
+            "capacity": self.capacity / FINENESS,
+            "choice": self.choice,
+        }
+
+    @classmethod
+    def install(cls, model: nn.Module, place: str, spec: Mapping[str, Any]) -> None:
+        form = FeedForwardForm.from_spec(spec["form"])
+        shared = form.hidden - spec["experts"] * spec["width"]
+        parts = torch.arange(shared, form.hidden).reshape(spec["experts"], spec["width"])
+        representatives = parts[:, 0] if spec["router"] == "representative" else None
+        model.set_submodule(
+            place,
+            divided(
+                model.get_submodule(place),
+                form,
+                torch.arange(shared),
+                parts,
+                representatives,
+                **{key: spec[key] for key in ("top", "capacity", "choice")},
+            ),
+        )
+
+
+def divided(
+    dense: nn.Module,
+    form: FeedForwardForm,
+    shared: Tensor,
+    parts: Tensor,
+    representatives: Tensor | None = None,
+    *,
+    top: int,
+    capacity: float,
+    choice: str,
+) -> MixtureOfExperts:
+    """The dense feed-forward with its hidden channels divided: `shared` [S] for all tokens, a row of `parts` [E, W] an expert.
+
+    The router is a linear with zero weights, or, given a channel of each expert [E], made of those channels. The shared expert
+    has the dense bias, the experts biases of zero. With all experts chosen for all tokens it is the dense one, exactly.
+    """
+    output = linear_of(dense, form.output)
+    zero = torch.zeros(output.out_features, dtype=output.weight.dtype)
+    bias = zero if output.bias is None else output.bias.detach().clone()
+    made = []
+    for channels, own in ((shared, bias), *((part, zero.clone()) for part in parts)):
+        made.append(sliced(dense, form, channels))
+        linear_of(made[-1], form.output).bias = nn.Parameter(own, requires_grad=False)
+    width = linear_of(dense, form.inputs[0]).in_features
+    router: nn.Module = nn.Linear(width, len(parts), dtype=output.weight.dtype).requires_grad_(False)
+    if representatives is None:
+        nn.init.zeros_(router.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(router.bias)  # type: ignore[arg-type]
+    else:
+        channels_alone = sliced(dense, form, representatives)
+        channels_alone.set_submodule(form.output, nn.Identity())
+        router = RepresentativeRouter(channels_alone)
+    mixture = MixtureOfExperts(made[0], made[1:], router, form, top=top, capacity=capacity, choice=choice)
+    return mixture.train(dense.training)

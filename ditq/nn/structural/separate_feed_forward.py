@@ -1,0 +1,68 @@
+"""A feed-forward that shares its output linear with an attention, as in FLUX's single blocks, made a module of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ditq.nn.sliced import FeedForwardForm
+from ditq.nn.structural import StructuralPart, register
+
+FORM_NAMES = ("linear_in", "activation", "linear_out")
+
+
+class FeedForwardOfBlock(nn.Module):
+    """linear_out(activation(linear_in(x)))."""
+
+    def __init__(self, linear_in: nn.Linear, activation: nn.Module, linear_out: nn.Linear) -> None:
+        super().__init__()
+        self.linear_in, self.activation, self.linear_out = linear_in, activation, linear_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_out(self.activation(self.linear_in(x)))
+
+    def form(self) -> FeedForwardForm:
+        return FeedForwardForm(("linear_in",), "linear_out", self.linear_out.in_features)
+
+
+@register
+class SeparateFeedForward(StructuralPart):
+    """Stands in the place of the output linear: y = other(z) + feed_forward(x), where the input is z and x side by side.
+
+    The linear and the activation that made the hidden channels before have become identities, so that x arrives instead.
+    Exact. Only where the hidden channels are the last ones of the linear's input.
+    """
+
+    kind: ClassVar[str] = "separate_feed_forward"
+
+    def __init__(self, other: nn.Linear, feed_forward: nn.Module, linear_in: str, activation: str) -> None:
+        super().__init__()
+        self.other, self.feed_forward = other, feed_forward
+        self.linear_in, self.activation = linear_in, activation
+        self.split = other.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(x[..., : self.split]) + self.feed_forward(x[..., self.split :])
+
+    def spec(self) -> dict[str, Any]:
+        return {"linear_in": self.linear_in, "activation": self.activation, "split": self.split}
+
+    @classmethod
+    def install(cls, model: nn.Module, place: str, spec: Mapping[str, Any]) -> None:
+        joint, linear_in = model.get_submodule(place), model.get_submodule(spec["linear_in"])
+        activation, split = model.get_submodule(spec["activation"]), spec["split"]
+        assert isinstance(joint, nn.Linear) and isinstance(linear_in, nn.Linear)
+        other = nn.Linear(split, joint.out_features, joint.bias is not None, device="meta")
+        other.weight = nn.Parameter(joint.weight[:, :split].detach().clone(), requires_grad=False)
+        if joint.bias is not None:
+            other.bias = nn.Parameter(joint.bias.detach().clone(), requires_grad=False)
+        out = nn.Linear(joint.in_features - split, joint.out_features, device="meta")
+        out.weight = nn.Parameter(joint.weight[:, split:].detach().clone(), requires_grad=False)
+        out.bias = nn.Parameter(torch.zeros_like(joint.weight[:, 0]), requires_grad=False)
+        made = FeedForwardOfBlock(linear_in, activation, out)
+        model.set_submodule(place, cls(other, made, spec["linear_in"], spec["activation"]))
+        for name in (spec["linear_in"], spec["activation"]):
+            model.set_submodule(name, nn.Identity())

@@ -1,0 +1,243 @@
+"""moe: dense feed-forwards become mixtures of experts, with no new weights but those of a small router."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ditq.calibration.batches import CallBatch, sampled_batches
+from ditq.errors import DitqError
+from ditq.graph import DiTGraph
+from ditq.nn.sliced import linear_of
+from ditq.nn.structural import StructuralPart
+from ditq.nn.structural.experts import MixtureOfExperts, divided
+from ditq.numerics.experts import balance_offset, cluster_channels, contributions, ridge, weighted_mean
+from ditq.passes.base import Context, Pass, PassReport, register, setting
+from ditq.passes.expert_load import measure_load
+from ditq.passes.feed_forwards import (
+    IMPORTANCES,
+    WEIGHTINGS,
+    Place,
+    Tokens,
+    importance_of,
+    isolate,
+    selected,
+    taylor_importances,
+    tokens_of_places,
+)
+from ditq.passes.prune import pruned
+
+CLUSTERED = 4096  # tokens that channels are clustered by
+
+
+@register
+@dataclass(frozen=True)
+class MixtureOfExpertsPass(Pass):
+    """Each feed-forward becomes one shared expert for all tokens and routed experts of which a token gets `top`.
+
+    The hidden channels are divided: the most important make the shared expert, channels that are active for the same tokens an
+    expert each. What an expert's channels are in the mean goes into the bias, so that a token without the expert gets that.
+    The router predicts how far each expert would move the output of a token. Last, the output linear is fitted anew by least
+    squares to what the dense feed-forward gave, with the experts chosen as the router chooses them.
+
+    With the defaults 62.5 % fewer parameters of feed-forwards are active for a token. `choose: better` keeps a pruned
+    feed-forward of the same active width where experts are not at least `margin` better on held-out tokens: it needs no
+    routing.
+
+    Sources: Dense2MoE (arXiv 2510.09094), clustering of CMoE (arXiv 2502.04416).
+
+    Example:
+        - moe: {experts: 12, top: 2}
+        - distill: {steps: 300}
+        - quantize: {format: w4a8}
+    """
+
+    name: ClassVar[str] = "moe"
+    structural: ClassVar[bool] = True
+    not_after: ClassVar[tuple[str, ...]] = ("moe", "prune")
+    shared: float = setting(0.25, "share of the hidden channels that are for all tokens")
+    experts: int = setting(12, "routed experts")
+    top: int = setting(2, "experts that a token gets")
+    capacity: float = setting(1.25, "slots of an expert over its equal share of the tokens; those beyond it go without")
+    choice: str = setting(
+        "token", "tokens choose experts, or each expert the tokens of its sample", ("token", "expert")
+    )
+    importance: str = setting("needed", "what tells which channels are shared; see the table of `prune`", IMPORTANCES)
+    split: str = setting("cluster", "how the others are divided", ("cluster", "rank", "random"))
+    router: str = setting(
+        "ridge",
+        "fitted to the experts' contributions, or a representative channel of each",
+        ("ridge", "representative"),
+    )
+    refit: bool = setting(True, "fit the output linear anew by least squares")
+    choose: str = setting(
+        "experts", "experts everywhere, or pruned ones where experts are no better", ("experts", "better")
+    )
+    margin: float = setting(0.1, "`choose: better`: by what share of its error a mixture must be better")
+    samples: int = setting(256, "recorded denoiser calls that tokens are taken from")
+    weighting: str = setting(
+        "answer", "what a token counts: its effect on the model's answer, or all alike", WEIGHTINGS
+    )
+    rows: int = setting(16384, "tokens of each feed-forward; at least four a hidden channel are taken")
+    select: list[str] = setting(["*"], "which feed-forwards, as patterns of their output linears' names")
+
+    def check(self) -> None:
+        if self.experts < 2 or not 1 <= self.top <= self.experts:
+            raise DitqError("pass 'moe': experts must be 2 or more, and top from 1 to experts")
+        if not 0 <= self.shared < 1:
+            raise DitqError(f"pass 'moe': shared is {self.shared}, must be at least 0 and below 1")
+        if self.capacity < 1:
+            raise DitqError(f"pass 'moe': capacity is {self.capacity}, must be 1 or more")
+        if not 0 <= self.margin < 1:
+            raise DitqError(f"pass 'moe': margin is {self.margin}, must be at least 0 and below 1")
+        if self.samples < 1 or self.rows < 16:
+            raise DitqError("pass 'moe': samples must be 1 or more, and rows 16 or more")
+
+    def _widths(self, hidden: int) -> tuple[int, int]:
+        """Hidden channels of the shared expert, and of each routed one."""
+        routed = round(hidden * (1 - self.shared)) // self.experts
+        return hidden - routed * self.experts, routed
+
+    def active(self, hidden: int) -> int:
+        """Hidden channels that a token passes through."""
+        shared, routed = self._widths(hidden)
+        return shared + self.top * routed
+
+    def preview(self, graph: DiTGraph) -> dict[str, str]:
+        said: dict[str, str] = {}
+        for each in selected(graph, self.select, self.name):
+            shared, routed = self._widths(each.hidden)
+            if not routed or not shared:
+                raise DitqError(
+                    f"pass 'moe': {each.name} has {each.hidden} hidden channels, too few for {self.experts} experts"
+                )
+            what = f"experts {shared}+{self.top}x{routed} of {each.hidden}"
+            said |= dict.fromkeys((*each.inputs, each.output.site), what)
+        return said
+
+    def run(self, graph: DiTGraph, context: Context) -> PassReport:
+        report = PassReport(self.name, self.settings())
+        places = [isolate(graph, each) for each in selected(graph, self.select, self.name)]
+        batches = sampled_batches(context.trajectories(), self.samples, 8, context.seed)
+        taylor = taylor_importances(graph.model, places, batches, context) if self.importance == "taylor" else {}
+        for place, tokens in tokens_of_places(graph.model, places, batches, self.rows, self.weighting, context):
+            made, error = self._mixture(graph.model, place, tokens, taylor, context.seed)
+            row = {"feed-forward": place.name, "hidden": place.form.hidden, "active": self.active(place.form.hidden)}
+            better, row["error"] = made, error
+            if self.choose == "better":
+                better, row = self._better(graph.model, place, tokens, made, row, context.seed)
+            graph.replace(place.module, better)
+            report.rows.append(row)
+        self._add_loads(graph.model, places, batches, report, context)
+        graph.refresh()
+        errors: list[Any] = [row["error"] for row in report.rows]
+        report.summary |= {"feed-forwards": len(errors), "mean error": sum(errors) / len(errors)}
+        return report
+
+    def _mixture(
+        self, model: nn.Module, place: Place, tokens: Tokens, taylor: dict[str, Tensor], seed: int
+    ) -> tuple[MixtureOfExperts, float]:
+        """The mixture, and its relative error on held-out tokens."""
+        dense, form = model.get_submodule(place.module), place.form
+        shared_width, width = self._widths(form.hidden)
+        importance = importance_of(self.importance, place, tokens, shared_width, taylor, seed)
+        order = importance.argsort(descending=True)
+        shared, routed = order[:shared_width].sort().values, order[shared_width:]
+        lessons = tokens.lessons
+        a, mean = tokens.a[lessons], tokens.mean
+        parts = self._divide(a[:, routed], routed, seed)
+        given = torch.full((form.hidden,), -1).scatter(
+            0, parts.flatten(), torch.arange(self.experts).repeat_interleave(width)
+        )
+        representatives = _central(a, parts) if self.router == "representative" else None
+        mixture = divided(
+            dense, form, shared, parts, representatives, top=self.top, capacity=self.capacity, choice=self.choice
+        )
+        if representatives is None:
+            targets = contributions(a, mean, tokens.weight, given, self.experts)
+            matrix, bias = ridge(tokens.x[lessons], targets / targets.std(), tokens.counts[lessons])
+            mixture.router.weight.copy_(matrix)  # type: ignore[operator, union-attr]
+            mixture.router.bias.copy_(bias)  # type: ignore[operator, union-attr]
+        dtype = linear_of(dense, form.output).weight.dtype
+        scores = mixture.scores(tokens.x[lessons].to(dtype)[None])[0].float()
+        mixture.balance.copy_(balance_offset(scores, self.top, self.capacity))
+        self._set_outputs(mixture, tokens, shared, parts)
+        return mixture, tokens.error(mixture(tokens.x[tokens.judges].to(dtype)[None])[0])
+
+    def _divide(self, a: Tensor, routed: Tensor, seed: int) -> Tensor:
+        """The routed channels [R], most important first, a row of them an expert: [E, W]."""
+        if self.split == "cluster":
+            given = cluster_channels(a[:: max(1, len(a) // CLUSTERED)], self.experts, seed)
+            return torch.stack([routed[given == group].sort().values for group in range(self.experts)])
+        if self.split == "random":
+            routed = routed[torch.randperm(len(routed), generator=torch.Generator().manual_seed(seed))]
+        return routed.view(self.experts, -1)
+
+    def _set_outputs(self, mixture: MixtureOfExperts, tokens: Tokens, shared: Tensor, parts: Tensor) -> None:
+        """Output linears of all experts: means in the biases, weights fitted to y under the router's own choice."""
+        lessons, mean, form = tokens.lessons, tokens.mean, mixture.form
+        order = torch.cat((shared, parts.flatten()))
+        fitted = tokens.weight[:, order].double()
+        bias = weighted_mean(tokens.y[lessons], tokens.counts[lessons])
+        if self.refit:
+            mixture.chosen = []
+            mixture(tokens.x[lessons].to(mixture.balance.dtype)[None])
+            answered = mixture.chosen.pop()[0].T  # [M, E]
+            mixture.chosen = None
+            mask = answered.repeat_interleave(parts.shape[1], dim=1)
+            centred = tokens.a[lessons][:, order] - mean[order]
+            features = torch.cat((centred[:, : len(shared)], centred[:, len(shared) :] * mask), dim=1)
+            fitted, bias = ridge(features, tokens.y[lessons], tokens.counts[lessons], fitted)
+        columns = fitted.split([len(shared), *[parts.shape[1]] * self.experts], dim=1)
+        _set(linear_of(mixture.shared, form.output), columns[0], bias - columns[0] @ mean[shared].double())
+        for expert, part, column in zip(mixture.experts, parts, columns[1:], strict=True):
+            _set(linear_of(expert, form.output), column, -(column @ mean[part].double()))
+
+    def _better(
+        self, model: nn.Module, place: Place, tokens: Tokens, made: MixtureOfExperts, row: dict[str, Any], seed: int
+    ) -> tuple[StructuralPart, dict[str, Any]]:
+        """The mixture, or a pruned feed-forward of the same active width where that is no worse by `margin`."""
+        active = self.active(place.form.hidden)
+        importance = importance_of("needed", place, tokens, active, {}, seed)
+        channels = importance.topk(active).indices.sort().values
+        smaller, error = pruned(model.get_submodule(place.module), place.form, channels, tokens, self.refit)
+        row |= {"error of pruned": error}
+        if row["error"] <= (1 - self.margin) * error:
+            return made, row | {"form": "experts"}
+        return smaller, row | {"form": "pruned", "error": error}
+
+    def _add_loads(
+        self, model: nn.Module, places: list[Place], batches: list[CallBatch], report: PassReport, context: Context
+    ) -> None:
+        """Shares of tokens by expert, and what came too late, over whole samples."""
+        loads = measure_load(model, [place.module for place in places], batches, context)
+        for place, row in zip(places, report.rows, strict=True):
+            if (load := loads.get(place.module)) is not None:
+                row |= load.row()
+        if loads:
+            report.summary |= {
+                "least and most of the tokens an expert gets": [
+                    min(float(load.share.min()) for load in loads.values()),
+                    max(float(load.share.max()) for load in loads.values()),
+                ],
+                "answers that found no slot": max(load.dropped for load in loads.values()),
+            }
+
+
+def _central(a: Tensor, parts: Tensor) -> Tensor:
+    """The channel of each expert that is most like the mean of its channels: [E]."""
+    standard = (a - a.mean(dim=0)) / a.std(dim=0).clamp_min(1e-12)
+    found = []
+    for part in parts:
+        middle = standard[:, part].mean(dim=1)
+        found.append(part[(standard[:, part].T @ middle).argmax()])
+    return torch.stack(found)
+
+
+def _set(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    linear.weight.copy_(weight)
+    assert linear.bias is not None
+    linear.bias.copy_(bias)
