@@ -124,8 +124,10 @@ def compile(
         model = checkpoint.load_model()
         inputs = example_inputs(checkpoint)
         graph = DiTGraph(model, inputs)
-        recipe.preview(graph)
-        _check_products(recipe, graph, wanted)
+        # A sketch of what structural passes would leave needs no weights.
+        sketch = DiTGraph(checkpoint.skeleton(), inputs) if recipe.changes_structure else graph
+        recipe.preview(sketch)
+        _check_products(recipe, sketch, wanted)
         clock.lap("load")
         statistics, fitted = None, None
         if budget is not None or any(step.requires_statistics for step in recipe.passes):
@@ -285,9 +287,9 @@ def _collected_again(graph: DiTGraph, context: Context, options: CompileOptions)
 
 def _check_products(recipe: Recipe, graph: DiTGraph, wanted: Target) -> None:
     """Whether the target can multiply what the recipe makes, before an hour is spent on making it."""
-    for step in recipe.passes:
+    for step, found in recipe.stages(graph):
         if isinstance(step, Quantize):
-            for site, settings in step.plan(graph).items():
+            for site, settings in step.plan(found).items():
                 wanted.check_product(site, settings.carrier, settings.bits)
 
 

@@ -47,8 +47,9 @@ Feed = LinearModulation | TableModulation | NormModulation
 
 @dataclass(frozen=True)
 class LinearSite:
-    """One nn.Linear of the model. Linears that see tokens have a kind; `router` is one that chooses experts. `macs` and `tokens` are for one sample of the example inputs.
+    """One nn.Linear of the model. `macs` and `tokens` are for one sample of the example inputs.
 
+    Those that see tokens have a kind; a `router` chooses experts for them.
     `arguments` are those of the model's forward that the linear's input is made of.
     """
 

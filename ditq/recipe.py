@@ -10,8 +10,9 @@ budget: bits=4.25   # optional: choose the bits of each linear, as `--budget` do
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,8 +55,8 @@ class Recipe:
         """
         plan: dict[str, list[str]] = {}
         done: dict[str, list[str]] = {}
-        for step in self.passes:
-            for site, what in step.preview(graph).items():
+        for step, found in self.stages(graph):
+            for site, what in step.preview(found).items():
                 before = done.setdefault(site, [])
                 if spoiled := next((name for name in before if name in step.not_after), None):
                     raise DitqError(
@@ -65,6 +66,19 @@ class Recipe:
                 before.append(step.name)
                 plan.setdefault(site, []).append(what)
         return plan
+
+    def stages(self, graph: DiTGraph) -> Iterator[tuple[Pass, DiTGraph]]:
+        """Each pass with the graph that it gets, as sketched by the structural passes before it; `graph` stays as it is."""
+        present = graph
+        for step in self.passes:
+            yield step, present
+            if step.structural:
+                present = copy.deepcopy(present) if present is graph else present
+                step.sketch(present)
+
+    @property
+    def changes_structure(self) -> bool:
+        return any(step.structural for step in self.passes)
 
     @classmethod
     def from_dict(cls, values: Any, where: str) -> Recipe:

@@ -1,10 +1,12 @@
-"""Dividing a feed-forward's hidden channels among experts: what matters most, what is active together, who is asked for a token.
+"""Dividing a feed-forward's hidden channels among experts: what matters most, what is active together, whom a token asks.
 
 a [M, H] are hidden activations of M tokens, W [O, H] the linear that reads them, y = a W^T + b. Tokens may count differently,
 by weights w [M]: means and squares are weighted everywhere.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -96,7 +98,7 @@ def balanced_assignment(cost: Tensor) -> Tensor:
         look_at(group)
     while bool((count > size).any()):
         path = _shortest_path(step, count > size, count < size)
-        movers = [int(mover[a, b]) for a, b in zip(path, path[1:], strict=False)]
+        movers = [int(mover[a, b]) for a, b in pairwise(path)]
         for thing, to in zip(movers, path[1:], strict=True):
             given[thing] = to
         count[path[0]] -= 1
@@ -161,7 +163,7 @@ def ridge(
 ) -> tuple[Tensor, Tensor]:
     """(W [O, I], b [O]) with the least sum_m w_m ||W x_m + b - y_m||^2 + a little ||W - start||^2, x [M, I], y [M, O].
 
-    W = W0 + (Y - X W0^T)^T X (X^T X + damping)^-1 of what is centred, as the intercept is free; W0 is `start`, or zero. Float64.
+    W = W0 + (Y - X W0^T)^T X (X^T X + damping)^-1 of what is centred, as the intercept is free; W0 is `start`, or zero.
     """
     x, y, w = x.double(), y.double(), w.double()
     mean_x, mean_y = weighted_mean(x, w), weighted_mean(y, w)

@@ -245,6 +245,11 @@ class Pass(ABC):
         """
         return {}
 
+    def sketch(self, graph: DiTGraph) -> None:  # noqa: B027  most passes leave the linears where they are
+        """Put the parts that `run` would put in into the graph, with any values, and refresh it: passes behind a structural one
+        are checked on that before anything is computed. The model may have no values (torch's meta device).
+        """
+
     def runtime_cost(self, graph: DiTGraph) -> tuple[int, int]:
         """Multiply-adds that this pass adds to one forward of one sample at run time: the least and the most it may be."""
         return 0, 0

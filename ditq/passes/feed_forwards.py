@@ -192,19 +192,9 @@ def taylor_importances(
     some = batches[:: max(1, len(batches) // PROBED)][:PROBED]
     generator = torch.Generator().manual_seed(context.seed)
     for batch in context.track("taylor importance", some):
-        factors: dict[str, Tensor] = {}
-
-        def scale(name: str, factors: dict[str, Tensor] = factors) -> object:
-            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-                hidden = inputs[0]
-                mean = hidden.detach().mean(dim=tuple(range(hidden.dim() - 1)), keepdim=True)
-                factors[name] = torch.ones_like(hidden[:, :1]).requires_grad_()
-                return (mean + (hidden - mean) * factors[name],)
-
-            return hook
-
+        scaled = {place.module: _Scaled() for place in places}
         hooks = [
-            linear_of(model.get_submodule(p.module), p.form.output).register_forward_pre_hook(scale(p.module))  # type: ignore[arg-type]
+            linear_of(model.get_submodule(p.module), p.form.output).register_forward_pre_hook(scaled[p.module])
             for p in places
         ]
         try:
@@ -215,10 +205,27 @@ def taylor_importances(
         finally:
             for hook in hooks:
                 hook.remove()
-        for name, factor in factors.items():
-            assert factor.grad is not None
-            sums[name] += factor.grad.double().square().sum(dim=tuple(range(factor.dim() - 1)))
+        for name, hook in scaled.items():
+            sums[name] += hook.squares()
     return sums
+
+
+class _Scaled:
+    """Forward pre-hook of an output linear: a factor of 1 on each sample's channels' differences from their mean."""
+
+    def __init__(self) -> None:
+        self.factor: Tensor | None = None
+
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        hidden = inputs[0]
+        mean = hidden.detach().mean(dim=tuple(range(hidden.dim() - 1)), keepdim=True)
+        self.factor = torch.ones_like(hidden[:, :1]).requires_grad_()
+        return (mean + (hidden - mean) * self.factor,)
+
+    def squares(self) -> Tensor:
+        """Sum over the samples of the factor's squared gradient: float64 [H]."""
+        assert self.factor is not None and self.factor.grad is not None
+        return self.factor.grad.double().square().sum(dim=tuple(range(self.factor.dim() - 1))).cpu()
 
 
 def importance_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from ditq.nn.sliced import linear_of
 from ditq.nn.structural import StructuralPart
 from ditq.nn.structural.experts import MixtureOfExperts, divided
 from ditq.numerics.experts import balance_offset, cluster_channels, contributions, ridge, weighted_mean
+from ditq.parts import Work
 from ditq.passes.base import Context, Pass, PassReport, register, setting
 from ditq.passes.expert_load import measure_load
 from ditq.passes.feed_forwards import (
@@ -28,6 +30,7 @@ from ditq.passes.feed_forwards import (
     taylor_importances,
     tokens_of_places,
 )
+from ditq.passes.gate import gated, limit_setting
 from ditq.passes.prune import pruned
 
 CLUSTERED = 4096  # tokens that channels are clustered by
@@ -83,6 +86,7 @@ class MixtureOfExpertsPass(Pass):
     )
     rows: int = setting(16384, "tokens of each feed-forward; at least four a hidden channel are taken")
     select: list[str] = setting(["*"], "which feed-forwards, as patterns of their output linears' names")
+    limit: float | str = limit_setting()
 
     def check(self) -> None:
         if self.experts < 2 or not 1 <= self.top <= self.experts:
@@ -118,6 +122,44 @@ class MixtureOfExpertsPass(Pass):
             said |= dict.fromkeys((*each.inputs, each.output.site), what)
         return said
 
+    def sketch(self, graph: DiTGraph) -> None:
+        for place in [isolate(graph, each) for each in selected(graph, self.select, self.name)]:
+            MixtureOfExperts.install(graph.model, place.module, self._spec(place))
+        graph.refresh()
+
+    def _spec(self, place: Place) -> dict[str, Any]:
+        return {
+            "form": place.form.spec(),
+            "experts": self.experts,
+            "width": self._widths(place.form.hidden)[1],
+            "router": "representative" if self.router == "representative" else "linear",
+            "top": self.top,
+            "capacity": self.capacity,
+            "choice": self.choice,
+        }
+
+    def costs(self, graph: DiTGraph) -> dict[str, Work]:
+        found: dict[str, Work] = {}
+        for each in selected(graph, self.select, self.name):
+            shared, routed = self._widths(each.hidden)
+            answered = min(self.top * self.capacity, self.experts)
+            slots = self.experts * max(1, math.ceil(graph.sites[each.output.site].tokens * answered / self.experts))
+            for name in (*each.inputs, each.output.site):
+                site = graph.sites[name]
+                last = name == each.output.site
+                a_channel = site.out_features if last else site.parameters // each.hidden
+                other = (site.in_features - each.hidden) * site.out_features if last else 0
+                router = self.experts * site.in_features if name == each.inputs[0] else 0
+                found[name] = Work(
+                    "feed-forward",
+                    site.tokens * (other + shared * a_channel + router) + slots * routed * a_channel,
+                    other + each.hidden * a_channel + router,
+                    other + (shared + self.top * routed) * a_channel + router,
+                    (site.tokens + slots) * (site.in_features + site.out_features),
+                    2 + self.experts,
+                )
+        return found
+
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
         places = [isolate(graph, each) for each in selected(graph, self.select, self.name)]
@@ -135,7 +177,7 @@ class MixtureOfExpertsPass(Pass):
         graph.refresh()
         errors: list[Any] = [row["error"] for row in report.rows]
         report.summary |= {"feed-forwards": len(errors), "mean error": sum(errors) / len(errors)}
-        return report
+        return gated(report, graph, context, self.limit)
 
     def _mixture(
         self, model: nn.Module, place: Place, tokens: Tokens, taylor: dict[str, Tensor], seed: int

@@ -13,6 +13,7 @@ from ditq.graph import DiTGraph
 from ditq.nn.sliced import FeedForwardForm, set_output, sliced
 from ditq.nn.structural.pruned import PrunedFeedForward
 from ditq.numerics.experts import ridge, weighted_mean
+from ditq.parts import Work
 from ditq.passes.base import Context, Pass, PassReport, register, setting
 from ditq.passes.feed_forwards import (
     IMPORTANCES,
@@ -24,6 +25,7 @@ from ditq.passes.feed_forwards import (
     taylor_importances,
     tokens_of_places,
 )
+from ditq.passes.gate import gated, limit_setting
 
 
 @register
@@ -51,6 +53,7 @@ class Prune(Pass):
     )
     rows: int = setting(16384, "tokens of each feed-forward; at least four a hidden channel are taken")
     select: list[str] = setting(["*"], "which feed-forwards, as patterns of their output linears' names")
+    limit: float | str = limit_setting()
 
     def check(self) -> None:
         if not 0 < self.keep <= 1:
@@ -64,6 +67,27 @@ class Prune(Pass):
             site: said for each in selected(graph, self.select, self.name) for site in (*each.inputs, each.output.site)
         }
 
+    def sketch(self, graph: DiTGraph) -> None:
+        for place in [isolate(graph, each) for each in selected(graph, self.select, self.name)]:
+            spec = {"form": place.form.spec(), "width": self._kept(place.form.hidden)}
+            PrunedFeedForward.install(graph.model, place.module, spec)
+        graph.refresh()
+
+    def _kept(self, hidden: int) -> int:
+        return max(1, round(self.keep * hidden))
+
+    def costs(self, graph: DiTGraph) -> dict[str, Work]:
+        found: dict[str, Work] = {}
+        for each in selected(graph, self.select, self.name):
+            kept, output = self._kept(each.hidden), graph.sites[each.output.site]
+            for name in each.inputs:
+                site = graph.sites[name]
+                rows = kept * site.out_features // each.hidden
+                found[name] = Work.of_linear("feed-forward", site.tokens, site.in_features, rows)
+            left = output.in_features - each.hidden + kept
+            found[output.name] = Work.of_linear("feed-forward", output.tokens, left, output.out_features)
+        return found
+
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
         places = [isolate(graph, each) for each in selected(graph, self.select, self.name)]
@@ -71,7 +95,7 @@ class Prune(Pass):
         taylor = taylor_importances(graph.model, places, batches, context) if self.importance == "taylor" else {}
         for place, tokens in tokens_of_places(graph.model, places, batches, self.rows, self.weighting, context):
             dense = graph.model.get_submodule(place.module)
-            keep = max(1, round(self.keep * place.form.hidden))
+            keep = self._kept(place.form.hidden)
             importance = importance_of(self.importance, place, tokens, keep, taylor, context.seed)
             channels = importance.topk(keep).indices.sort().values
             made, error = pruned(dense, place.form, channels, tokens, self.refit)
@@ -80,7 +104,7 @@ class Prune(Pass):
         graph.refresh()
         errors: list[Any] = [row["error"] for row in report.rows]
         report.summary = {"feed-forwards": len(errors), "mean error": sum(errors) / len(errors)}
-        return report
+        return gated(report, graph, context, self.limit)
 
 
 def pruned(

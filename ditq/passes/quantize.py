@@ -113,7 +113,7 @@ class Quantize(Pass):
     step_weights: str = setting(
         "none", "what a step's rows count for: all the same, or by what an error there costs in the end", STEP_WEIGHTS
     )
-    select: list[str] = setting(["role:token"], "which linears")
+    select: list[str] = setting(["role:token"], "which linears; routers of experts only by a rule")
     rules: list[dict[str, Any]] = setting([], "overrides: {select: pattern or list, settings...}; a later one wins")
 
     @property
@@ -174,7 +174,8 @@ class Quantize(Pass):
         Raises:
             DitqError: a selector that matches nothing, or a group size that does not divide a linear's inputs.
         """
-        plan = {site: self._base() for site in graph.select(self.select)}
+        # Routers choose experts: a rounded score sends a token elsewhere, and they are small.
+        plan = {site: self._base() for site in graph.select(self.select) if graph.sites[site].kind != "router"}
         for rule in self.rules:
             for site in graph.select(rule["select"]):
                 plan[site] = replace(plan.get(site, self._base()), **_overrides(rule))

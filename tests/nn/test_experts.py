@@ -24,7 +24,9 @@ def dense_feed_forward(activation: str = "gelu") -> nn.Module:
     return made.requires_grad_(False)
 
 
-def mixture_of(activation: str = "gelu", top: int = 2, capacity: float = 4.0, choice: str = "token") -> MixtureOfExperts:
+def mixture_of(
+    activation: str = "gelu", top: int = 2, capacity: float = 4.0, choice: str = "token"
+) -> MixtureOfExperts:
     """8 channels for all tokens, 4 experts of 4, with a router of random weights."""
     channels = torch.randperm(24, generator=torch.Generator().manual_seed(1))
     mixture = divided(
@@ -146,7 +148,14 @@ def test_an_engine_is_rebuilt_with_its_experts(representative):
         parts = order[64:].view(12, 16)
         dense = graph.model.get_submodule(place.module)
         mixture = divided(
-            dense, place.form, order[:64], parts, parts[:, 0] if representative else None, top=2, capacity=1.25, choice="token"
+            dense,
+            place.form,
+            order[:64],
+            parts,
+            parts[:, 0] if representative else None,
+            top=2,
+            capacity=1.25,
+            choice="token",
         )
         if not representative:
             nn.init.normal_(mixture.router.weight)
