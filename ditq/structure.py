@@ -7,12 +7,12 @@ modulation), where its output goes (scores, values, a broadcast over tokens), an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from functools import cached_property
 
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from ditq.dataflow import ATTENTION, VIEWS, Dataflow, size_of, size_of_value
 from ditq.parts import (
     Attention,
     Block,
@@ -28,27 +28,16 @@ from ditq.parts import (
 )
 from ditq.trace import Call, Trace, Value
 
-SAME = {"to", "contiguous", "clone", "detach", "dropout", "alias"}
-VIEWS = SAME | {
-    "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze", "getitem", "split",
-    "split_with_sizes", "chunk", "unbind", "cat", "expand", "narrow", "movedim", "get",
-}  # fmt: skip
 ACTIVATIONS = {"gelu", "silu", "relu", "tanh", "sigmoid", "mish", "elu", "softplus", "hardswish", "leaky_relu", "relu6"}
 NORMS = {"layer_norm", "rms_norm"}
-ATTENTION = "scaled_dot_product_attention"
 
 
-class Structure:
+class Structure(Dataflow):
     """The typed views of `model`, read off `trace`. `batch` is the batch size of the traced inputs."""
 
     def __init__(self, model: nn.Module, trace: Trace, batch: int) -> None:
-        self.model, self.trace, self.batch = model, trace, batch
-        self.linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        self.calls: dict[str, Call] = {}
-        for call in trace.calls:
-            if call.function == "linear" and call.module in self.linears:
-                self.calls.setdefault(call.module, call)
-        self._site_of = {call.outputs[0]: name for name, call in self.calls.items()}
+        super().__init__(model, trace)
+        self.batch = batch
         self.blocks = self._find_blocks()
         self._block_of = {site: block.name for block in self.blocks.values() for site in block.sites}
         self.attentions = self._find_attentions()
@@ -70,53 +59,7 @@ class Structure:
                     blocks[name] = Block(name, stack, sites)
         return blocks
 
-    # --- walks over the dataflow
-
-    def _source(self, value: Value) -> Value:
-        """The value that `value` is merely another name for."""
-        while (call := self.trace.producer.get(value)) and call.function in SAME:
-            value = call.inputs[0]
-        return value
-
-    def _readers(self, value: Value) -> Iterator[Call]:
-        """The calls that read `value`, seen through renamings of it."""
-        for call in self.trace.consumers.get(value, []):
-            if call.function in SAME:
-                yield from self._readers(call.outputs[0])
-            else:
-                yield call
-
-    def _readers_through_views(self, value: Value) -> Iterator[Call]:
-        """The calls that read `value`, seen through views of it."""
-        for call in self.trace.consumers.get(value, []):
-            if call.function in VIEWS:
-                for output in call.outputs:
-                    yield from self._readers_through_views(output)
-            else:
-                yield call
-
-    def _linears_behind(self, value: Value, pure: bool) -> tuple[list[str], bool]:
-        """Linears from which `value` is made, and whether only views lie between. `pure` stops at anything else."""
-        found: list[str] = []
-        only_views, seen, pending = True, set[Value](), [value]
-        while pending:
-            value = pending.pop()
-            if value in seen:
-                continue
-            seen.add(value)
-            call = self.trace.producer.get(value)
-            if value in self._site_of:
-                found.append(self._site_of[value])
-            elif call is None or call.function in (ATTENTION, "linear"):
-                only_views = False
-            elif call.function in VIEWS:
-                pending.extend(call.inputs)
-            else:
-                only_views = False
-                if not pure:
-                    pending.extend(call.inputs)
-        order = list(self.calls)
-        return sorted(set(found), key=order.index), only_views
+    # --- attention
 
     def _readers_of_attention(self, call: Call) -> tuple[list[ChannelRange], bool]:
         """Linears that read an attention's output through views, with the channels where it arrives."""
@@ -136,11 +79,6 @@ class Structure:
                 else:
                     pure = False
         return found, pure and bool(found)
-
-    @staticmethod
-    def _along_channels(cat: Call) -> bool:
-        dimension = cat.argument(1, "dim", 0)
-        return dimension in (-1, len(cat.outputs[0].shape) - 1)
 
     # --- attention and feed-forward
 
@@ -265,45 +203,6 @@ class Structure:
             groups[sites[0]] = InputGroup(sites[0], tuple(sites), value.shape[-1], feed)
         return groups
 
-    def _rows_behind(self, value: Value) -> Value:
-        """The value of which `value` is a choice of rows, as experts read it; else itself."""
-        chosen, seen = value, value
-        while (call := self.trace.producer.get(seen)) and seen.shape[-1] == value.shape[-1]:
-            if call.function == "index_select" and call.argument(1, "dim") == 0:
-                chosen = self._behind_views(call.inputs[0])
-            elif call.function not in VIEWS or len(call.inputs) != 1:
-                break
-            seen = call.inputs[0]
-        return chosen
-
-    def _behind_views(self, value: Value) -> Value:
-        """What `value` was before its rows were counted otherwise."""
-        while (call := self.trace.producer.get(value)) and call.function in VIEWS and len(call.inputs) == 1:
-            if call.inputs[0].shape[-1] != value.shape[-1]:
-                break
-            value = call.inputs[0]
-        return value
-
-    def _readers_of_rows(self, value: Value) -> Iterator[Call]:
-        """The calls that read `value`, seen through choices of its rows."""
-        for call in self._readers(value):
-            views = call.function in VIEWS and any(
-                reader.function == "index_select" for reader in self._readers(call.outputs[0])
-            )
-            chosen = call.function == "index_select" and call.argument(1, "dim") == 0
-            if views or chosen:
-                yield from self._readers_of_chosen(call.outputs[0])
-            else:
-                yield call
-
-    def _readers_of_chosen(self, value: Value) -> Iterator[Call]:
-        for call in self._readers(value):
-            if call.function in VIEWS | {"index_select"}:
-                for output in call.outputs:
-                    yield from self._readers_of_chosen(output)
-            else:
-                yield call
-
     def _feed_of(self, value: Value) -> Feed | None:
         call = self.trace.producer.get(value)
         if call is None:
@@ -350,8 +249,8 @@ class Structure:
         call = self.trace.producer.get(self._source(value))
         if call is None or call.function != function or len(call.inputs) != 2:
             return None
-        first, second = sorted(call.inputs, key=_size, reverse=True)
-        if first.shape != call.outputs[0].shape or _size(second) >= _size(first):
+        first, second = sorted(call.inputs, key=size_of_value, reverse=True)
+        if first.shape != call.outputs[0].shape or size_of_value(second) >= size_of_value(first):
             return None
         return first, second
 
@@ -406,10 +305,6 @@ class Structure:
 
     # --- sites
 
-    @staticmethod
-    def _sees_tokens(call: Call) -> bool:
-        return _size_of(call.inputs[0].shape[1:-1]) > 1
-
     @cached_property
     def _last_block_call(self) -> int:
         return max((self.calls[site].index for site in self._block_of), default=-1)
@@ -434,7 +329,9 @@ class Structure:
                 if reader.function == "linear":
                     return None
                 output = reader.outputs[0]
-                if reader.function in ("add", "mul", "addcmul", "sub") and _size(output) > 2 * _size(value):
+                if reader.function in ("add", "mul", "addcmul", "sub") and size_of_value(output) > 2 * size_of_value(
+                    value
+                ):
                     met = met or reader
                 elif len(pending) < 256:
                     pending.extend(reader.outputs)
@@ -479,7 +376,7 @@ class Structure:
         for name, linear in self.linears.items():
             call = self.calls.get(name)
             role: Role = "unused" if call is None else self._role(name, call)
-            tokens = 0 if call is None else max(1, _size_of(call.inputs[0].shape[:-1]) // self.batch)
+            tokens = 0 if call is None else max(1, size_of(call.inputs[0].shape[:-1]) // self.batch)
             kind = kinds.get(name, "") if role == "token" else ""
             sites[name] = LinearSite(
                 name, linear.in_features, linear.out_features, role, kind, self._block_of.get(name),
@@ -493,14 +390,3 @@ def _common_module(names: list[str]) -> str:
     paths = [name.split(".")[:-1] for name in names]
     shared = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
     return ".".join(level[0] for level in shared)
-
-
-def _size(value: Value) -> int:
-    return _size_of(value.shape)
-
-
-def _size_of(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size

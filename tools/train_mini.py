@@ -7,6 +7,7 @@ import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -156,12 +157,13 @@ def kept_latents(vae: DiffusersModel, latents: Tensor) -> Tensor:
 
 def load_transformer(family: Family, folder: Path) -> None:
     """Go on from the transformer of a pipeline folder of the same family."""
+    transformer: Any = family.transformer
     try:
-        found = type(family.transformer).from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32)
+        found = type(transformer).from_pretrained(folder, subfolder="transformer", torch_dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise TrainingError(f"cannot read a transformer from {folder}: {first_line(error)}") from error
     try:
-        family.transformer.load_state_dict(found.state_dict())
+        transformer.load_state_dict(found.state_dict())
     except RuntimeError as error:
         raise TrainingError(f"the transformer of {folder} is of another shape than --family makes") from error
 

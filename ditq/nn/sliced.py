@@ -72,4 +72,5 @@ def set_output(module: nn.Module, form: FeedForwardForm, weight: Tensor, bias: T
     """Give the output linear another weight [O, H], and a bias or none, in its own dtype."""
     linear = linear_of(module, form.output)
     linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
-    linear.bias = None if bias is None else nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
+    given = None if bias is None else nn.Parameter(bias.to(linear.weight.dtype), requires_grad=False)
+    linear.register_parameter("bias", given)

@@ -205,8 +205,8 @@ def taylor_importances(
         finally:
             for hook in hooks:
                 hook.remove()
-        for name, hook in scaled.items():
-            sums[name] += hook.squares()
+        for name, scale in scaled.items():
+            sums[name] += scale.squares()
     return sums
 
 

@@ -167,11 +167,16 @@ class MixtureOfExpertsPass(Pass):
         taylor = taylor_importances(graph.model, places, batches, context) if self.importance == "taylor" else {}
         for place, tokens in tokens_of_places(graph.model, places, batches, self.rows, self.weighting, context):
             made, error = self._mixture(graph.model, place, tokens, taylor, context.seed)
-            row = {"feed-forward": place.name, "hidden": place.form.hidden, "active": self.active(place.form.hidden)}
-            better, row["error"] = made, error
+            row: dict[str, Any] = {
+                "feed-forward": place.name,
+                "hidden": place.form.hidden,
+                "active": self.active(place.form.hidden),
+            }
+            row["error"] = error
+            part: StructuralPart = made
             if self.choose == "better":
-                better, row = self._better(graph.model, place, tokens, made, row, context.seed)
-            graph.replace(place.module, better)
+                part, row = self._better(graph.model, place, tokens, made, row, context.seed)
+            graph.replace(place.module, part)
             report.rows.append(row)
         self._add_loads(graph.model, places, batches, report, context)
         graph.refresh()

@@ -61,6 +61,7 @@ class MixtureOfExperts(StructuralPart):
         self.shared, self.experts, self.router = shared, nn.ModuleList(experts), router
         self.balance = nn.Parameter(torch.zeros(len(experts)), requires_grad=False)
         self.form, self.top, self.choice = form, top, choice
+        self.width = linear_of(experts[0], form.output).in_features
         self.capacity = min(round(capacity * FINENESS), len(experts) * FINENESS // top)
         self._balance_loss: Tensor | None = None
         self.chosen: list[Tensor] | None = (
@@ -126,7 +127,7 @@ class MixtureOfExperts(StructuralPart):
         return {
             "form": self.form.spec(),
             "experts": len(self.experts),
-            "width": linear_of(self.experts[0], self.form.output).in_features,
+            "width": self.width,
             "router": "representative" if isinstance(self.router, RepresentativeRouter) else "linear",
             "top": self.top,
             "capacity": self.capacity / FINENESS,

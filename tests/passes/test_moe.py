@@ -1,0 +1,191 @@
+"""Feed-forwards that become experts, or narrower ones."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from ditq.calibration.calibrate import calibrate
+from ditq.calibration.statistics import Statistics
+from ditq.checkpoint import Checkpoint
+from ditq.compiler import CompileOptions, compile, run_passes
+from ditq.errors import DitqError
+from ditq.export import load_engine
+from ditq.graph import DiTGraph
+from ditq.inspection import example_inputs
+from ditq.nn.structural.experts import MixtureOfExperts
+from ditq.nn.structural.pruned import PrunedFeedForward
+from ditq.parts import LinearModulation
+from ditq.passes.gate import ERROR
+from ditq.recipe import Recipe
+from tests.families_small import forward, small_graph
+from tests.small_checkpoint import write_pipeline
+
+PROMPTS = ["red apple", "blue fish", "green leaf", "a star"]
+EXPERTS = {"experts": 6, "samples": 24, "rows": 512}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(write_pipeline(tmp_path_factory.mktemp("moe") / "pipeline"))
+
+
+@pytest.fixture(scope="module")
+def statistics(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+    return calibrate(checkpoint, tmp_path_factory.mktemp("moe") / "stats", conditions=PROMPTS, steps=4, progress=False)
+
+
+def graph_of(checkpoint: Checkpoint) -> DiTGraph:
+    return DiTGraph(checkpoint.load_model(), example_inputs(checkpoint))
+
+
+def run(graph: DiTGraph, statistics: Statistics, *steps: dict) -> list:
+    return run_passes(graph, Recipe.from_dict({"passes": list(steps)}, "test"), statistics)
+
+
+def test_every_feed_forward_becomes_a_mixture_of_its_own_channels(checkpoint, statistics):
+    graph = graph_of(checkpoint)
+    before = copy.deepcopy(graph.model)
+    count = len(graph.feed_forwards)
+    report = run(graph, statistics, {"moe": EXPERTS})[0]
+    mixtures = [part for part in graph.model.modules() if isinstance(part, MixtureOfExperts)]
+    assert len(mixtures) == count == len(report.rows)
+    for row in report.rows:
+        assert 0 <= row["error"] < 1 and sum(row["load"]) == pytest.approx(2 * (1 - row["dropped"]), abs=1e-3)
+    # nothing new but routers: what is left of the parameters of linears is what was there
+    weights = sum(p.numel() for name, p in graph.model.named_parameters() if p.dim() > 1 and ".router." not in name)
+    assert weights == sum(p.numel() for p in before.parameters() if p.dim() > 1)
+
+
+def test_the_graph_knows_experts_as_linears_of_one_input(checkpoint, statistics):
+    graph = graph_of(checkpoint)
+    feeds = {ff.inputs[0]: graph.groups[graph.sites[ff.inputs[0]].group].feed for ff in graph.feed_forwards.values()}
+    run(graph, statistics, {"moe": EXPERTS | {"select": ["transformer_blocks.0.ff.net.2"]}})
+    place = "transformer_blocks.0.ff"
+    group = graph.groups[f"{place}.shared.net.0.proj"]
+    assert set(group.sites) == {
+        f"{place}.shared.net.0.proj", f"{place}.router", *(f"{place}.experts.{i}.net.0.proj" for i in range(6)),
+    }  # fmt: skip
+    assert isinstance(group.feed, LinearModulation) and group.feed == feeds[f"{place}.net.0.proj"]
+    assert graph.sites[f"{place}.router"].kind == "router"
+    assert graph.sites[f"{place}.experts.3.net.2"].kind == "feed_forward_out"
+
+
+def test_scales_shifts_and_rotations_pass_through_experts_exactly(checkpoint, statistics):
+    """smooth and rotate behind moe leave the function as it is: the router reads what they change as well."""
+    graph = graph_of(checkpoint)
+    run(graph, statistics, {"moe": EXPERTS})
+    inputs = example_inputs(checkpoint)
+    expected = forward(graph.model, inputs)
+    again = graph_of(checkpoint)
+    run(again, statistics, {"moe": EXPERTS}, {"smooth": {"alpha": 0.5}}, {"rotate": {"mode": "hadamard"}})
+    difference = (forward(again.model, inputs) - expected).norm() / expected.norm()
+    assert float(difference) < 1e-4  # the same experts for every token, and float32
+
+
+def test_pruned_feed_forwards_are_fitted_to_the_dense_ones(checkpoint, statistics):
+    errors = {}
+    for refit in (False, True):
+        graph = graph_of(checkpoint)
+        report = run(graph, statistics, {"prune": {"keep": 0.5, "refit": refit, "samples": 24, "rows": 1024}})[0]
+        assert any(isinstance(part, PrunedFeedForward) for part in graph.model.modules())
+        errors[refit] = report.summary["mean error"]
+        assert isinstance(report.summary[ERROR], float)
+    assert errors[True] < errors[False]
+
+
+@pytest.mark.parametrize("importance", ["needed", "taylor", "activation", "random"])
+def test_what_matters_is_told_in_several_ways(checkpoint, statistics, importance):
+    settings = {
+        "keep": 0.5,
+        "importance": importance,
+        "samples": 8,
+        "rows": 256,
+        "select": ["single_transformer_blocks.0.*"],
+    }
+    (report,) = run(graph_of(checkpoint), statistics, {"prune": settings})
+    assert 0 <= report.rows[0]["error"] < 1
+
+
+def test_all_channels_kept_is_the_model_as_it_was(checkpoint, statistics):
+    graph = graph_of(checkpoint)
+    inputs = example_inputs(checkpoint)
+    expected = forward(graph.model, inputs)
+    run(graph, statistics, {"prune": {"keep": 1.0, "samples": 24, "rows": 2048}})
+    assert float((forward(graph.model, inputs) - expected).norm() / expected.norm()) < 2e-3  # the fit's damping
+
+
+def test_the_better_form_is_taken_for_each_feed_forward(checkpoint, statistics):
+    graph = graph_of(checkpoint)
+    (report,) = run(graph, statistics, {"moe": EXPERTS | {"choose": "better", "margin": 0.0}})
+    for row in report.rows:
+        assert row["error"] <= row["error of pruned"] + 1e-12 and row["form"] in ("experts", "pruned")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"top": 7, "experts": 6}, "top from 1 to experts"),
+        ({"shared": 1.0}, "shared is 1.0"),
+        ({"capacity": 0.5}, "capacity is 0.5"),
+        ({"samples": 0}, "samples must be 1"),
+        ({"margin": 1.0}, "margin is 1.0"),
+        ({"split": "kmeans"}, "split"),
+    ],
+)
+def test_wrong_settings_are_one_line(settings, says):
+    with pytest.raises(DitqError, match=says) as error:
+        Recipe.from_dict({"passes": [{"moe": settings}]}, "test")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [({"select": ["nothing*"]}, "matches no feed-forward"), ({"experts": 1000}, "too few for 1000 experts")],
+)
+def test_what_does_not_fit_the_model_is_told_before_anything_is_computed(settings, says):
+    with pytest.raises(DitqError, match=says):
+        Recipe.from_dict({"passes": [{"moe": settings}]}, "test").preview(small_graph("flux"))
+
+
+def test_later_passes_are_checked_on_a_sketch_of_the_experts():
+    graph = small_graph("pixart")
+    rule = {"select": "*.experts.*", "format": "w8a8", "codebook": "uniform"}
+    recipe = Recipe.from_dict(
+        {"passes": [{"moe": {"experts": 4}}, {"quantize": {"format": "w4a8", "rules": [rule]}}]}, "x"
+    )
+    plan = recipe.preview(graph)
+    assert not any(".experts." in site for site in graph.sites)
+    assert "w8a8" in plan["transformer_blocks.0.ff.experts.2.net.2"][-1]
+    assert "transformer_blocks.0.ff.router" not in plan
+
+
+@pytest.mark.parametrize("choice", ["token", "expert"])
+def test_an_engine_of_experts_runs_low_bit_and_agrees(checkpoint, statistics, tmp_path, choice):
+    recipe = Recipe.from_dict(
+        {
+            "passes": [
+                {"moe": {"experts": 4, "choice": choice, "samples": 24, "rows": 512,
+                         "select": ["transformer_blocks.0.ff.net.2", "single_transformer_blocks.0.proj_out"]}},
+                {"smooth": {"alpha": 0.5}},
+                {"rotate": {"mode": "hadamard"}},
+                {"quantize": {"format": "w4a8"}},
+            ]
+        },
+        "test",
+    )  # fmt: skip
+    result = compile(
+        checkpoint, tmp_path / "engine", recipe, CompileOptions(statistics=statistics.folder, progress=False)
+    )
+    experts = [entry for entry in result.engine.planned if ".experts." in entry.site]
+    assert len(experts) == 16 and {entry.kind for entry in experts} == {"integer"}
+    assert result.engine.manifest["structure"]["structural"]
+    from ditq.export.fusion import prove_fusion
+
+    assert not prove_fusion(result.engine).not_fused
+    inputs = example_inputs(checkpoint)
+    torch_form = load_engine(tmp_path / "engine", target="torch")(**inputs, return_dict=False)[0]
+    onnx_form = load_engine(tmp_path / "engine", target="onnxruntime-cpu")(**inputs, return_dict=False)[0]
+    # ties of rounding may fall either way, as with every quantized engine
+    assert float((torch_form - onnx_form).norm() / torch_form.norm()) < 3e-2
