@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ditq.checkpoint import Checkpoint
+from ditq.cost_model import GPUS, Costs, costs_after, costs_before, this_processor
 from ditq.errors import DitqError
-from ditq.families import family_of
+from ditq.families import SIDE, family_of
 from ditq.graph import DiTGraph
 from ditq.recipe import Recipe
 
@@ -17,7 +19,8 @@ from ditq.recipe import Recipe
 @dataclass(frozen=True)
 class Inspection:
     """The structure of a checkpoint. `plan` says per site what each pass of the recipe would do; `online` what all of them add
-    at run time: the least and the most multiply-adds for one sample. `text_sites` see only the text.
+    at run time: the least and the most multiply-adds for one sample. `text_sites` see only the text. `before` and `after`: what
+    a call costs without and with the recipe.
     """
 
     checkpoint: Checkpoint
@@ -27,6 +30,28 @@ class Inspection:
     plan: dict[str, list[str]]
     online: tuple[int, int]
     text_sites: list[str]
+    before: Costs
+    after: Costs
+
+    def predicted(self) -> list[dict[str, Any]]:
+        """One row a device: the least milliseconds of one call before and after the recipe, by the cost model."""
+        rows = []
+        for device in (this_processor(), *GPUS):
+            before, after = (1e3 * costs.seconds(device) for costs in (self.before, self.after))
+            rows.append({"device": device.name, "source": device.source, "before_ms": before, "after_ms": after})
+        return rows
+
+    def costs(self) -> dict[str, Any]:
+        """Parameters and multiply-adds before and after the recipe, as plain values."""
+        return {
+            when: {
+                "parameters": costs.parameters,
+                "activated_parameters": costs.activated,
+                "multiply_adds": costs.macs,
+                "attention_share": costs.attention_share,
+            }
+            for when, costs in (("before", self.before), ("after", self.after))
+        }
 
     def by_role(self) -> list[dict[str, Any]]:
         """One row a role: number of linears, parameters, multiply-adds for one sample."""
@@ -62,28 +87,40 @@ class Inspection:
             "online_multiply_adds": list(self.online),
             "text_sites": self.text_sites,
             "roles": self.by_role(),
+            "costs": self.costs(),
+            "predicted_at_best": self.predicted(),
             "sites": sites,
         }
 
 
-def inspect_checkpoint(checkpoint: Checkpoint, recipe: Recipe) -> Inspection:
+def inspect_checkpoint(checkpoint: Checkpoint, recipe: Recipe, tokens: int | None = None) -> Inspection:
     """Read the structure off a model without weights; nothing is loaded but headers.
+
+    tokens: image tokens of the calls whose cost is counted, the square of their number along a side; None is few of them.
 
     Raises:
         DitqError: a class of no known family (its inputs cannot be made up), or a recipe that does not fit the model.
     """
     model = checkpoint.skeleton()
-    graph = DiTGraph(model, example_inputs(checkpoint))
+    graph = DiTGraph(model, example_inputs(checkpoint, side=None if tokens is None else _side(tokens)))
     plan = recipe.preview(graph)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     costs = [step.runtime_cost(graph) for step in recipe.passes]
     online = sum(least for least, _ in costs), sum(most for _, most in costs)
-    return Inspection(checkpoint, graph, parameters, recipe, plan, online, graph.text_sites(checkpoint.changing))
+    text_sites = graph.text_sites(checkpoint.changing)
+    before, after = costs_before(graph), costs_after(graph, recipe)
+    return Inspection(checkpoint, graph, parameters, recipe, plan, online, text_sites, before, after)
 
 
-def example_inputs(checkpoint: Checkpoint, batch: int = 2, seed: int = 0) -> dict[str, Any]:
-    """Made-up inputs of the right shapes, by the checkpoint's family."""
-    config = {**_defaults(checkpoint), **checkpoint.config}
+def _side(tokens: int) -> int:
+    if tokens < 4 or math.isqrt(tokens) ** 2 != tokens:
+        raise DitqError(f"{tokens} image tokens make no square picture; give a square number, such as 4096")
+    return math.isqrt(tokens)
+
+
+def example_inputs(checkpoint: Checkpoint, batch: int = 2, seed: int = 0, side: int | None = None) -> dict[str, Any]:
+    """Made-up inputs of the right shapes, by the checkpoint's family; `side`: image tokens along a side, if not the usual."""
+    config = {**_defaults(checkpoint), **checkpoint.config} | ({} if side is None else {SIDE: side})
     return made_up_inputs(checkpoint.name, checkpoint.class_name, config, batch, seed)
 
 

@@ -43,14 +43,16 @@ PACKAGES = (
 )
 
 
-def show(what: str, recipe: str, config: Path | None = None) -> tuple[Lines, dict[str, Any]]:
-    """What `ditq inspect` prints, and the same as JSON, for a checkpoint, an engine or a statistics folder."""
+def show(what: str, recipe: str, config: Path | None = None, tokens: int | None = None) -> tuple[Lines, dict[str, Any]]:
+    """What `ditq inspect` prints, and the same as JSON, for a checkpoint, an engine or a statistics folder. `tokens`: image
+    tokens of the calls whose cost is counted.
+    """
     folder = Path(what)
     if (folder / MANIFEST).is_file():
         return _show_engine(Engine.open(folder))
     if (folder / INDEX).is_file():
         return _show_statistics(Statistics.open(folder))
-    found = inspect_checkpoint(Checkpoint.open(what, config), load_recipe(recipe))
+    found = inspect_checkpoint(Checkpoint.open(what, config), load_recipe(recipe), tokens)
     values = found.to_json()
     total = max(sum(row["macs"] for row in values["roles"]), 1)
     roles = [
@@ -71,10 +73,36 @@ def show(what: str, recipe: str, config: Path | None = None) -> tuple[Lines, dic
         "",
         (["role", "linears", "M parameters", "M multiply-adds", "share"], roles),
         "",
+        *_costs(found, values),
+        "",
         _online_cost(found.recipe.name, found.online, total),
         *_budget(found.recipe),
         _text_share(found, total),
     ], values
+
+
+def _costs(found: Inspection, values: Mapping[str, Any]) -> Lines:
+    """What a call costs before and after the recipe, by part; and the least that it may take on some devices."""
+    before, after = values["costs"]["before"], values["costs"]["after"]
+    parts: list[list[str]] = [
+        [part, f"{count / 1e6:.1f}", f"{after['multiply_adds'][part] / 1e6:.1f}"]
+        for part, count in before["multiply_adds"].items()
+    ]
+    for name, key in (("all parameters", "parameters"), ("activated parameters", "activated_parameters")):
+        parts.append([f"{name}, M", f"{before[key] / 1e6:.2f}", f"{after[key] / 1e6:.2f}"])
+    shares = [f"{100 * costs['attention_share']:.1f}" for costs in (before, after)]
+    parts.append(["attention scores in blocks, %", *shares])
+    times = [
+        [row["device"], f"{row['before_ms']:.3f}", f"{row['after_ms']:.3f}", row["source"]]
+        for row in values["predicted_at_best"]
+    ]
+    recipe = f"with {found.recipe.name}"
+    return [
+        (["M multiply-adds of one sample", "now", recipe], parts),
+        "",
+        (["predicted at best, ms", "now", recipe, "peaks from"], times),
+        "predicted from multiply-adds and bytes of linears and attentions at a device's peaks, not measured",
+    ]
 
 
 def _budget(recipe: Recipe) -> list[str]:

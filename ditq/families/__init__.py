@@ -17,6 +17,7 @@ import torch
 Axes = Mapping[str, tuple[str | None, ...]]
 Inputs = dict[str, Any]
 Sizes = dict[str, tuple[int, int, int]]
+SIDE = "image_tokens_a_side"  # in the config for example inputs, where a picture of another size than the usual is asked for
 CHANGING = ("hidden_states", "timestep")  # diffusers' names for the noisy sample and the time
 
 
@@ -65,6 +66,11 @@ def families() -> dict[str, Family]:
 def family_of(class_name: str) -> Family | None:
     """The family of a diffusers transformer class, or None where ditq has no file for it."""
     return next((family for family in families().values() if class_name in family.class_names), None)
+
+
+def latent_side(config: Mapping[str, Any], usual: int) -> int:
+    """Height and width of example latents that are cut into patches."""
+    return int(config[SIDE] * config["patch_size"]) if SIDE in config else usual
 
 
 def noise(seed: int) -> Callable[..., torch.Tensor]:

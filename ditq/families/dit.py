@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ditq.families import Family, Inputs, Sizes, noise, register
+from ditq.families import Family, Inputs, Sizes, latent_side, noise, register
 
 
 def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
     normal = noise(seed)
-    side = config["sample_size"]
+    side = latent_side(config, config["sample_size"])
     return {
         "hidden_states": normal(batch, config["in_channels"], side, side),
         "timestep": torch.linspace(200, 900, batch).long(),

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ditq.families import Family, Inputs, Sizes, noise, register
+from ditq.families import SIDE, Family, Inputs, Sizes, noise, register
 
 
 def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
     normal = noise(seed)
-    side, text = 8, 16
+    side, text = config.get(SIDE, 8), 16
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     image_ids = torch.stack([torch.zeros(side, side), rows.float(), columns.float()], dim=-1).view(-1, 3)
     inputs = {

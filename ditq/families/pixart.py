@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ditq.families import Family, Inputs, Sizes, noise, register
+from ditq.families import Family, Inputs, Sizes, latent_side, noise, register
 
 
 def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
     normal = noise(seed)
-    side, text = config["sample_size"], 24
+    side, text = latent_side(config, config["sample_size"]), 24
     mask = torch.ones(batch, text, dtype=torch.int64)
     mask[-1, text // 2 :] = 0
     conditions: dict[str, Any] = {"resolution": None, "aspect_ratio": None}

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ditq.families import Family, Inputs, Sizes, noise, register
+from ditq.families import Family, Inputs, Sizes, latent_side, noise, register
 
 
 def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
     normal = noise(seed)
-    side = min(config["sample_size"], 16)
+    side = latent_side(config, min(config["sample_size"], 16))
     return {
         "hidden_states": normal(batch, config["in_channels"], side, side),
         "encoder_hidden_states": normal(batch, 24, config["joint_attention_dim"]),
