@@ -32,6 +32,12 @@ def held_out_conditions(trajectories: Trajectories) -> list[int]:
     return list(range(count))[HELD_OUT - 1 :: HELD_OUT] or list(range(count))[-1:][: count - 1]
 
 
+def teaching_conditions(trajectories: Trajectories) -> list[int]:
+    """The conditions, by number, that may be learned from: all that are not held out."""
+    judging = set(held_out_conditions(trajectories))
+    return [number for number in range(len(trajectories.conditions)) if number not in judging]
+
+
 def sampled_batches(
     trajectories: Trajectories, samples: int, batch: int, seed: int = 0, conditions: Collection[int] | None = None
 ) -> list[CallBatch]:

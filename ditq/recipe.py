@@ -100,6 +100,9 @@ class Recipe:
             if step.only_after and not any(earlier.name in step.only_after for earlier in made[:number]):
                 first = " or ".join(step.only_after)
                 raise DitqError(f"{where}: pass {step.name!r} works on what {first} made; put {first} before it")
+            if step.trains and not any(earlier.structural and not earlier.trains for earlier in made[:number]):
+                first = " or ".join(name for name, known in passes().items() if known.structural and not known.trains)
+                raise DitqError(f"{where}: pass {step.name!r} trains what another changed; put {first} before it")
             if step.structural and (before := next((e.name for e in made[:number] if not e.structural), None)):
                 raise DitqError(
                     f"{where}: pass {step.name!r} changes what the model computes; put it before {before!r}"

@@ -191,7 +191,7 @@ def test_the_example_in_every_passs_docstring_is_a_recipe() -> None:
 def test_every_setting_says_what_it_means_and_has_a_default_that_passes_its_own_check() -> None:
     for name, found in passes().items():
         assert all(item.metadata.get("help") for item in fields(found)), name
-        before: list[object] = [{earlier: {}} for earlier in found.only_after[:1]]
+        before: list[object] = [{earlier: {}} for earlier in found.only_after[:1]] + [{"prune": {}}] * found.trains
         Recipe.from_dict({"passes": [*before, {name: found().settings()}]}, name)
 
 

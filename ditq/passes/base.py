@@ -224,6 +224,8 @@ class Pass(ABC):
     structural: ClassVar[bool] = False
     """Does it change what the model computes? Such passes stand before all others, and the statistics are gathered anew after
     them. They leave the graph refreshed."""
+    trains: ClassVar[bool] = False
+    """Is it a structural pass that changes no structure, but trains what others changed? One of them must stand before it."""
 
     @property
     def requires_statistics(self) -> bool:

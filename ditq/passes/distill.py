@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ditq.calibration.batches import CallBatch, CallStream, held_out_conditions
+from ditq.calibration.batches import CallBatch, CallStream, held_out_conditions, teaching_conditions
 from ditq.calibration.sampler import LATENTS
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
@@ -58,11 +58,13 @@ class Distill(Pass):
     Source: Dense2MoE (arXiv 2510.09094); the fit of single parts is Grafting's (arXiv 2506.05340).
 
     Example:
+        - moe: {experts: 12, top: 2}
         - distill: {steps: 500, train: [parts]}
     """
 
     name: ClassVar[str] = "distill"
     structural: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
     steps: int = setting(500, "steps of gradient descent on the model's answers")
     layerwise: int = setting(0, "steps before them in which parts are fitted alone")
     batch: int = setting(16, "samples a step and process, guidance branches among them")
@@ -113,8 +115,7 @@ class Distill(Pass):
             key for key, _ in graph.model.named_parameters() if key.startswith(tuple(f"{unit}." for unit in units))
         ]
         present = {name: graph.model.get_parameter(name).clone() for name in {*names, *alone}}
-        teaching = set(range(len(trajectories.conditions))) - set(held_out_conditions(trajectories))
-        stream = CallStream.of(trajectories, teaching, self.batch, context.seed)
+        stream = CallStream.of(trajectories, teaching_conditions(trajectories), self.batch, context.seed)
         accelerator = _accelerator()
         with _on(accelerator.device, graph.model, context.original):
             before = held_out.error(graph.model)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ditq.calibration.batches import sampled_batches
+from ditq.calibration.batches import sampled_batches, teaching_conditions
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn.sliced import FeedForwardForm, set_output, sliced
@@ -91,7 +91,8 @@ class Prune(Pass):
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
         places = [isolate(graph, each) for each in selected(graph, self.select, self.name)]
-        batches = sampled_batches(context.trajectories(), self.samples, 8, context.seed)
+        trajectories = context.trajectories()
+        batches = sampled_batches(trajectories, self.samples, 8, context.seed, teaching_conditions(trajectories))
         taylor = taylor_importances(graph.model, places, batches, context) if self.importance == "taylor" else {}
         for place, tokens in tokens_of_places(graph.model, places, batches, self.rows, self.weighting, context):
             dense = graph.model.get_submodule(place.module)

@@ -255,6 +255,34 @@ def test_watching_changes_nothing_and_sees_every_block(family: str) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in graph.model.modules())
 
 
+def test_there_must_be_something_to_learn_back() -> None:
+    with pytest.raises(DitqError, match=r"'distill' trains what another changed; put .*moe or prune.* before it"):
+        Recipe.from_dict({"passes": [{"distill": {}}, {"quantize": {}}]}, "test")
+    stages = [{"prune": {}}, {"distill": {"train": ["parts"]}}, {"distill": {}}, {"quantize": {}}]
+    assert [step.name for step in Recipe.from_dict({"passes": stages}, "test").passes][1:3] == ["distill"] * 2
+
+
+def test_a_mixture_learns_with_its_router_and_can_be_copied_afterwards(
+    checkpoint: Checkpoint, statistics: Statistics
+) -> None:
+    """Real experts, first fitted alone, in both kinds of blocks; then only routers, with the balance of their loads."""
+    graph = _graph(checkpoint)
+    stages = [
+        {"moe": {"experts": 4, "top": 1, "samples": 8, "rows": 1024}},
+        {"distill": {"layerwise": 3, "steps": 4, "batch": 4, "train": ["parts"]}},
+        {"distill": {"steps": 2, "batch": 4, "train": "routers"}},
+    ]
+    reports = run_passes(graph, Recipe.from_dict({"passes": stages}, "test"), statistics)
+    assert fitted_alone(graph.model, checkpoint.load_model()) == {
+        "transformer_blocks.0.ff": "l2", "transformer_blocks.0.ff_context": "l2", "single_transformer_blocks.0": "l2"
+    }  # fmt: skip
+    told = [report.to_json() for report in reports]
+    assert any(point["balance"] != 0 for report in told[1:] for point in report["curves"])
+    assert told[1]["summary"]["error of the denoiser, dB"] <= told[0]["summary"]["error of the denoiser, dB"]
+    copied = copy.deepcopy(graph.model)
+    assert not any(tensor.requires_grad for tensor in copied.parameters())
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

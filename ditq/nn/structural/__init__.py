@@ -36,7 +36,7 @@ class StructuralPart(nn.Module, ABC):
 
     def auxiliary_loss(self) -> Tensor | None:
         """What its last forward in training mode asks for besides the model's answer, such as a balanced load: a scalar with
-        a gradient, 0 where all is well. None where it asks for nothing.
+        a gradient, 0 where all is well, given once. None where it asks for nothing.
         """
         return None
 

@@ -120,8 +120,12 @@ class MixtureOfExperts(StructuralPart):
         return [values * each[..., None] for values, each in zip(made, gate.unbind(1), strict=True)]
 
     def auxiliary_loss(self) -> Tensor | None:
-        """E sum_e f_e P_e - 1 of the last forward in training (Fedus et al., arXiv 2101.03961, eq. 4): 0 for equal loads."""
-        return self._balance_loss
+        """E sum_e f_e P_e - 1 of the last forward in training (Fedus et al., arXiv 2101.03961, eq. 4): 0 for equal loads.
+
+        Given once, so that the mixture holds no graph of gradients.
+        """
+        loss, self._balance_loss = self._balance_loss, None
+        return loss
 
     def spec(self) -> dict[str, Any]:
         return {

@@ -37,6 +37,7 @@ class SeparateFeedForward(StructuralPart):
     """
 
     kind: ClassVar[str] = "separate_feed_forward"
+    same_input: ClassVar[bool] = False
 
     def __init__(self, other: nn.Linear, feed_forward: nn.Module, linear_in: str, activation: str) -> None:
         super().__init__()
