@@ -14,7 +14,7 @@ VIEWS = SAME | {
     "split_with_sizes", "chunk", "unbind", "cat", "expand", "narrow", "movedim", "get",
 }  # fmt: skip
 
-ATTENTION = "scaled_dot_product_attention"
+ATTENTION = {"scaled_dot_product_attention", "token_attention", "channel_attention"}
 
 
 class Dataflow:
@@ -104,7 +104,7 @@ class Dataflow:
             call = self.trace.producer.get(value)
             if value in self._site_of:
                 found.append(self._site_of[value])
-            elif call is None or call.function in (ATTENTION, "linear"):
+            elif call is None or call.function in ATTENTION | {"linear"}:
                 only_views = False
             elif call.function in VIEWS:
                 pending.extend(call.inputs)

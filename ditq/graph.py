@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from ditq.errors import DitqError
+from ditq.families import family_of
+from ditq.numerics.token_layout import TokenLayout
 from ditq.parts import Attention, Block, FeedForward, InputGroup, LinearSite
 from ditq.structure import Structure
 from ditq.trace import trace_forward
@@ -59,6 +61,12 @@ class DiTGraph:
             raise DitqError(
                 f"{type(model).__name__}: no repeated blocks with linears found; not a diffusion transformer?"
             )
+
+    @property
+    def layout(self) -> TokenLayout | None:
+        """Where the picture lies among the tokens of attentions, as the model's family tells; None where that is not known."""
+        family, config = family_of(type(self.model).__name__), getattr(self.model, "config", None)
+        return None if family is None or config is None else family.layout(config)
 
     def linear(self, name: str) -> nn.Module:
         """The module that stands at a site now: an nn.Linear or what a pass has put in its place."""

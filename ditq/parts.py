@@ -101,7 +101,8 @@ class Attention:
 
     `foldable`: only reshapes and concatenations of tokens lie between the value linears and the score product and between
     it and the outputs, so an orthogonal matrix a head can be moved from one to the other. `module`: where it is called;
-    `plain`: neither causal nor with fewer heads of keys than of queries.
+    `plain`: neither causal nor with fewer heads of keys than of queries; `tokens`: queries of the example; `to_each_other`:
+    whether keys are of the same tokens, as many, and no mask hides any.
     """
 
     name: str
@@ -115,6 +116,8 @@ class Attention:
     macs: int
     module: str = ""
     plain: bool = True
+    tokens: int = 0
+    to_each_other: bool = True
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class Structure(Dataflow):
     def _find_attentions(self) -> dict[str, Attention]:
         found: dict[str, Attention] = {}
         for call in self.trace.calls:
-            if call.function != ATTENTION:
+            if call.function not in ATTENTION:
                 continue
             query, key, value = (call.argument(i, name) for i, name in enumerate(("query", "key", "value")))
             values, pure_in = self._linears_behind(value, pure=True)
@@ -93,7 +93,9 @@ class Structure(Dataflow):
             heads, width = value.shape[1], value.shape[-1]
             whole = all(self.linears[site].out_features == heads * width for site in values)
             same_heads = call.outputs[0].shape[1] == heads
-            name = call.module if call.module not in found else f"{call.module}#{len(found)}"
+            part = call.keywords.get("part")
+            module = call.module if part is None else part.site
+            name = module if module not in found else f"{module}#{len(found)}"
             found[name] = Attention(
                 name=name,
                 heads=call.outputs[0].shape[1],
@@ -107,12 +109,23 @@ class Structure(Dataflow):
                 and pure_out
                 and whole
                 and same_heads
+                and call.function != "channel_attention"
                 and self._feeds_only(call, values),
-                macs=2 * call.outputs[0].shape[1] * query.shape[-2] * key.shape[-2] * width,
-                module=call.module,
+                macs=self._macs_of_attention(call),
+                module=module,
                 plain=not call.argument(5, "is_causal", False) and query.shape[:2] == key.shape[:2],
+                tokens=query.shape[-2],
+                to_each_other=query.shape == key.shape and call.argument(3, "attn_mask") is None,
             )
         return found
+
+    @staticmethod
+    def _macs_of_attention(call: Call) -> int:
+        """Of one sample: q k^T and p v, or what a structural part says."""
+        if "part" in call.keywords:
+            return int(call.keywords["part"].macs(call.keywords["grid"]))
+        query, key = (call.argument(i, name) for i, name in enumerate(("query", "key")))
+        return 2 * call.outputs[0].shape[1] * query.shape[-2] * key.shape[-2] * call.outputs[0].shape[-1]
 
     def _feeds_only(self, attention: Call, values: list[str]) -> bool:
         """Do the value linears' outputs go nowhere but into this attention?"""

@@ -24,7 +24,7 @@ from torch import nn
 from ditq.errors import DitqError
 from ditq.export.arguments import flatten
 from ditq.export.engine_files import check_external_data, check_files, hash_file
-from ditq.export.onnx_graph import OUTPUT, ROUNDED_ATTENTION, export_what_varies
+from ditq.export.onnx_graph import OUTPUT, ROUNDED_ATTENTION, TOKEN_ATTENTION, export_what_varies
 from ditq.export.targets import PlannedMatMul, target
 from ditq.export.text_graph import split_text
 from ditq.export.weights_file import WEIGHTS, write_weights
@@ -276,13 +276,14 @@ def write_engine(
 
 
 def _check_lowered(graph: ir.Model, target_name: str) -> None:
-    """Raises DitqError if a rounded attention is left in the graph, which a target of an older form does not know."""
-    left = next((node for node in graph.graph if node.op_type == ROUNDED_ATTENTION), None)
+    """Raises DitqError if an attention that a pass has changed is left in the graph, which the target does not know."""
+    left = next((node for node in graph.graph if node.op_type in (ROUNDED_ATTENTION, TOKEN_ATTENTION)), None)
     if left is not None:
         site = left.attributes["site"].as_string()
-        raise DitqError(
-            f"target '{target_name}' cannot run the rounded attention of {site}; leave the pass quantize_attention out"
-        )
+        rounded = left.op_type == ROUNDED_ATTENTION
+        kind = "quantize_attention" if rounded else left.attributes["kind"].as_string()
+        what = "rounded attention" if rounded else kind.replace("_", " ")
+        raise DitqError(f"target '{target_name}' cannot run the {what} of {site}; leave the pass {kind} out")
 
 
 def check_replaceable(folder: Path) -> None:

@@ -1,5 +1,5 @@
 """A transformer -> an ONNX graph in which every QuantLinear is one node `ditq::QuantLinear`, to be lowered by a target, and
-every attention with rounded parts one node `ditq::RoundedAttention`.
+every attention with rounded parts one node `ditq::RoundedAttention`, every other token attention one `ditq::TokenAttention`.
 
 The graph comes from torch.export with named dynamic dimensions; parameters that stay in float are its initializers,
 under the names that they have in the model's state dict.
@@ -30,6 +30,8 @@ from ditq.quiet import quiet_libraries
 OPSET = 23  # the first with Attention and RMSNormalization
 DOMAIN = "ditq"
 ROUNDED_ATTENTION = "RoundedAttention"
+TOKEN_ATTENTION = "TokenAttention"
+MOST_TENSORS = 6  # parameters of one
 OUTPUT = "sample"
 _PREFIX = "model."
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
@@ -78,12 +80,34 @@ _rounded_attention_schema = OpSchema(
         OpSchema.Attribute("scale", OpSchema.AttrType.FLOAT),
     ],
 )
+_token_attention_schema = OpSchema(
+    TOKEN_ATTENTION,
+    DOMAIN,
+    1,
+    inputs=[
+        *(OpSchema.FormalParameter(name, "T") for name in ("query", "key", "value")),
+        *(OpSchema.FormalParameter(name, "tensor(int64)") for name in ("text", "height", "width")),
+        *(  # the exporter repeats the others among inputs of any number
+            OpSchema.FormalParameter(f"tensor{i}", "T", param_option=OpSchema.FormalParameterOption.Optional)
+            for i in range(MOST_TENSORS)
+        ),
+    ],
+    outputs=[OpSchema.FormalParameter("y", "T")],
+    type_constraints=[("T", _FLOATS, "")],
+    attributes=[
+        OpSchema.Attribute("site", OpSchema.AttrType.STRING),
+        OpSchema.Attribute("kind", OpSchema.AttrType.STRING),
+        OpSchema.Attribute("settings", OpSchema.AttrType.STRING),
+        OpSchema.Attribute("scale", OpSchema.AttrType.FLOAT),
+    ],
+)
 _quant_linear_op = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), "QuantLinear", _quant_linear_schema)
 
 
 _rounded_attention_op = onnxscript.values.Op(
     onnxscript.values.Opset(DOMAIN, 1), ROUNDED_ATTENTION, _rounded_attention_schema
 )
+_token_attention_op = onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), TOKEN_ATTENTION, _token_attention_schema)
 
 
 def _quant_linear(x: Any, site: str, out_features: int) -> Any:
@@ -103,6 +127,13 @@ def _rounded_attention(
 ) -> Any:
     settings = {"site": site, "number": number, "parts": parts, "smooth_keys": int(smooth_keys), "scale": scale}
     return _rounded_attention_op(query, key, value, mask, **settings)
+
+
+def _token_attention(
+    query: Any, key: Any, value: Any, grid: Any, tensors: Any, site: str, kind: str, settings: str, scale: float
+) -> Any:
+    attributes = {"site": site, "kind": kind, "settings": settings, "scale": scale}
+    return _token_attention_op(query, key, value, *grid, *tensors, **attributes)
 
 
 class _Flat(nn.Module):
@@ -200,6 +231,7 @@ def _translate(program: Any, names: list[str]) -> ir.Model:
             custom_translation_table={
                 torch.ops.ditq.quant_linear.default: _quant_linear,
                 torch.ops.ditq.rounded_attention.default: _rounded_attention,
+                torch.ops.ditq.token_attention.default: _token_attention,
             },
         )
     except torch.onnx.OnnxExporterError as error:

@@ -164,7 +164,7 @@ ARROWS = {
     "ditq/numerics": {"numerics"},
     "ditq/nn": {"nn", "numerics"},
     "ditq/kernels": {"kernels", "nn", "numerics", "errors"},
-    "ditq/families": {"families"},
+    "ditq/families": {"families", "numerics.token_layout"},
     "ditq/passes": {"passes", "graph", "parts", "nn", "numerics"} | READ_OF_CALIBRATION | HELPERS,
     "export": {"export", "kernels", "nn", "numerics"} | HELPERS,
 }

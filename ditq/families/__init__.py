@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from ditq.numerics.token_layout import TokenLayout
+
 Axes = Mapping[str, tuple[str | None, ...]]
 Inputs = dict[str, Any]
 Sizes = dict[str, tuple[int, int, int]]
@@ -34,6 +36,7 @@ class Family:
         example_inputs: (config, batch, seed) -> keyword arguments of the transformer's forward, real shapes, random values.
         sizes: (config) -> of each axis the smallest, usual and largest size, which engines are built for where a runtime wants
             to know.
+        layout: (config) -> where the picture lies among the tokens of an attention, None where that is not known.
         changing: arguments of the forward that change from step to step; the others stay the same for a prompt.
     """
 
@@ -43,6 +46,7 @@ class Family:
     axes: Axes
     example_inputs: Callable[[Mapping[str, Any], int, int], Inputs]
     sizes: Callable[[Mapping[str, Any]], Sizes] = lambda config: {}
+    layout: Callable[[Mapping[str, Any]], TokenLayout | None] = lambda config: None
     condition: Literal["prompt", "class"] = "prompt"
     changing: tuple[str, ...] = CHANGING
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ditq.families import Family, Inputs, Sizes, latent_side, noise, register
+from ditq.numerics.token_layout import TokenLayout
 
 
 def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
@@ -37,6 +38,7 @@ register(
         },
         example_inputs=example_inputs,
         sizes=sizes,
+        layout=lambda config: TokenLayout(patch=config["patch_size"]),
         condition="class",
     )
 )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ditq.families import SIDE, Family, Inputs, Sizes, noise, register
+from ditq.numerics.token_layout import TokenLayout
 
 
 def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
@@ -48,5 +49,6 @@ register(
         },
         example_inputs=example_inputs,
         sizes=sizes,
+        layout=lambda config: TokenLayout(positions="img_ids", text="encoder_hidden_states"),
     )
 )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ditq.families import Family, Inputs, Sizes, latent_side, noise, register
+from ditq.numerics.token_layout import TokenLayout
 
 
 def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
@@ -47,5 +48,6 @@ register(
         },
         example_inputs=example_inputs,
         sizes=sizes,
+        layout=lambda config: TokenLayout(patch=config["patch_size"]),
     )
 )

@@ -10,6 +10,7 @@ from ditq.kernels.fast_linear import FastLinear, on_device, why_no_kernel
 from ditq.kernels.quantize import Online
 from ditq.nn import QuantLinear, TransformedLinear
 from ditq.nn.attention_rounding import AttentionRounding
+from ditq.nn.structural.token_attention import TokenAttention
 
 DTYPE = torch.bfloat16
 
@@ -22,6 +23,10 @@ def check(model: nn.Module, capability: int | None = None) -> None:
         if isinstance(layer, AttentionRounding):
             raise DitqError(
                 f"{layer.site}: target 'cuda' has no kernel for rounded attention; leave the pass quantize_attention out"
+            )
+        if isinstance(layer, TokenAttention):
+            raise DitqError(
+                f"{layer.site}: target 'cuda' has no kernel for {layer.what}; leave the pass {layer.kind} out"
             )
 
 

@@ -1,7 +1,6 @@
 """AttentionRounding: rounds what an attention multiplies, wherever its module calls scaled_dot_product_attention.
 
-All attentions of diffusers end in that function of torch, whichever processor prepares their queries, keys and values. So
-nothing of the module is replaced: while its forward runs, the call is answered by numerics/attention_rounding.py instead.
+The call is answered by numerics/attention_rounding.py instead (nn/answered_attention.py).
 """
 
 from __future__ import annotations
@@ -14,29 +13,29 @@ import torch
 from torch import Tensor, nn
 from torch.library import custom_op
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from ditq.nn.answered_attention import AnswersAttention, answer
 from ditq.nn.quant_linear import Rounding
 from ditq.numerics.attention_rounding import AttentionFormat, rounded_attention
 
 ATTRIBUTE = "attention_rounding"
-_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
-class AttentionRounding(nn.Module):
+class AttentionRounding(AnswersAttention):
     """softmax(q k^T scale + mask) v with rounded parts, as a part of the attention module `site`.
 
     `rounding` is asked for the part `q` as `<site>/q`, and so on. `watch`, where set, is given each result and what would
     have come out without rounding.
     """
 
+    what = "rounded"
+
     def __init__(self, site: str, form: AttentionFormat) -> None:
-        super().__init__()
-        self.site, self.form = site, form
+        super().__init__(site)
+        self.form = form
         self.exporting = False
         self.rounding: Rounding | None = None
         self.watch: Callable[[Tensor, Tensor], None] | None = None
-        self.running: list[TorchFunctionMode] = []
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         if query.dim() != 4 or query.shape[:2] != key.shape[:2]:
@@ -65,48 +64,8 @@ class AttentionRounding(nn.Module):
 def attach(attention: nn.Module, site: str, form: AttentionFormat) -> AttentionRounding:
     """Round what `attention`, the module at `site`, multiplies from now on; once a module."""
     rounding = AttentionRounding(site, form)
-    attention.add_module(ATTRIBUTE, rounding)
-    attention.register_forward_pre_hook(_enter)
-    attention.register_forward_hook(_leave, always_call=True)
+    answer(attention, ATTRIBUTE, rounding)
     return rounding
-
-
-# The hooks find the rounding on the module that runs, so that a copy of a model rounds by itself.
-
-
-def _enter(attention: nn.Module, _: Any) -> None:
-    rounding = attention.get_submodule(ATTRIBUTE)
-    assert isinstance(rounding, AttentionRounding)
-    mode = _Intercept(rounding)
-    mode.__enter__()
-    rounding.running.append(mode)
-
-
-def _leave(attention: nn.Module, _: Any, __: Any) -> None:
-    rounding = attention.get_submodule(ATTRIBUTE)
-    assert isinstance(rounding, AttentionRounding)
-    if rounding.running:  # none where an earlier hook failed
-        rounding.running.pop().__exit__(None, None, None)
-
-
-class _Intercept(TorchFunctionMode):
-    """Hands calls of scaled_dot_product_attention to a rounding."""
-
-    def __init__(self, rounding: AttentionRounding) -> None:
-        super().__init__()
-        self.rounding = rounding
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") != "scaled_dot_product_attention":
-            return func(*args, **kwargs)
-        given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
-        if given.get("is_causal") or given.get("dropout_p"):
-            raise ValueError(
-                f"{self.rounding.site}: attention is rounded only if it is neither causal nor with dropout"
-            )
-        query, key, value = (given[name] for name in _ARGUMENTS[:3])
-        return self.rounding(query, key, value, given.get("attn_mask"), given.get("scale"))
 
 
 @custom_op("ditq::rounded_attention", mutates_args=())

@@ -9,15 +9,20 @@ from torch import nn
 
 from ditq.nn.attention_rounding import AttentionRounding
 from ditq.nn.quant_linear import QuantLinear, Rounding
+from ditq.nn.structural.token_attention import TokenAttention, token_attentions
 
 
 @contextmanager
 def exporting(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it every QuantLinear and rounded attention of `model` is one opaque node, which an export target lowers in its
-    own form.
+    """Within it every QuantLinear, rounded attention and token attention of `model` is one opaque node, which an export
+    target lowers in its own form.
     """
-    with _set(model, "exporting", True, False):
-        yield model
+    try:
+        with _set(model, "exporting", True, False):
+            yield model
+    finally:
+        for part in token_attentions(model).values():
+            part.grid = None  # one of tensors without values
 
 
 @contextmanager
@@ -31,7 +36,9 @@ def rounded_by(model: nn.Module, rounding: Rounding) -> Iterator[nn.Module]:
 
 @contextmanager
 def _set(model: nn.Module, name: str, within: object, after: object) -> Iterator[None]:
-    parts = [module for module in model.modules() if isinstance(module, QuantLinear | AttentionRounding)]
+    parts = [
+        module for module in model.modules() if isinstance(module, QuantLinear | AttentionRounding | TokenAttention)
+    ]
     try:
         for part in parts:
             setattr(part, name, within)

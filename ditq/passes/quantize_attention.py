@@ -15,6 +15,7 @@ from ditq.calibration.batches import sampled_batches
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn import attention_rounding
+from ditq.nn.answered_attention import answering
 from ditq.nn.attention_rounding import AttentionRounding
 from ditq.numerics.attention_rounding import FORMATS, AttentionFormat
 from ditq.parts import Attention
@@ -42,7 +43,7 @@ class QuantizeAttention(Pass):
     """
 
     name: ClassVar[str] = "quantize_attention"
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_attention",)
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_attention", "local_attention", "linear_attention")
     format: str = setting("int8", "the numbers that are multiplied", FORMATS)
     parts: str = setting("qkvp", "what is rounded: letters for queries, keys, values, probabilities")
     smooth_keys: bool = setting(True, "take the mean over the tokens out of the keys before they are rounded; exact")
@@ -79,6 +80,11 @@ class QuantizeAttention(Pass):
                 )
             wanted.update(matching)
         for name, attentions in modules.items():
+            part = answering(graph.model.get_submodule(name))
+            if name in wanted and part is not None:
+                raise DitqError(
+                    f"pass 'quantize_attention': {name} is {part.what} by now, which is not rounded; leave it out of select"
+                )
             if name in wanted and not all(found.plain for found in attentions):
                 raise DitqError(
                     f"pass 'quantize_attention': {name} is causal or shares keys between heads; leave it out of select"

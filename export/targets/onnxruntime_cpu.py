@@ -21,6 +21,7 @@ from ditq.export.lowering.attention import lower_attention
 from ditq.export.lowering.groups import Group, summed_products
 from ditq.export.lowering.layers import Made, lower_layers
 from ditq.export.lowering.rounded_attention import lower_rounded_attention
+from ditq.export.lowering.token_attentions import lower_token_attentions
 from ditq.export.lowering.writer import Writer
 from ditq.export.targets import PlannedMatMul, Runner, Target, register
 from ditq.export.text_cache import TextCache
@@ -32,10 +33,11 @@ if TYPE_CHECKING:
 
 
 def lower(model: ir.Model, layers: Mapping[str, QuantLinear]) -> list[PlannedMatMul]:
-    """Replace every ditq::QuantLinear and ditq::RoundedAttention of the graph by what it stands for, in place.
+    """Replace every ditq::QuantLinear, RoundedAttention and TokenAttention of the graph by what it stands for, in place.
 
     Layers that read the same value through the same transform share it, and share its quantized form.
     """
+    lower_token_attentions(model)
     planned = lower_rounded_attention(model)
     lower_attention(model)
     writer = Writer(model)

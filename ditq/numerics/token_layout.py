@@ -1,0 +1,97 @@
+"""Where the picture lies among the tokens of an attention: which are text, and the rows and columns of the image tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Of one call: `text` tokens beside `height` x `width` image tokens in row-major order; text stands first, or last.
+
+    While a model is exported the three numbers are int64 tensors [1], for the picture may have any size at run time.
+    """
+
+    text: Any
+    height: Any
+    width: Any
+    text_first: bool = True
+
+    @property
+    def image(self) -> Any:
+        """Number of image tokens."""
+        return self.height * self.width
+
+    def without_text(self) -> Grid:
+        """Of an attention among image tokens alone."""
+        return Grid(0 * self.text, self.height, self.width, self.text_first)
+
+    def parted(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """[.., N, d] -> (image tokens [.., HW, d], text tokens [.., N - HW, d])."""
+        first, last = tokens.split([self.text, self.image] if self.text_first else [self.image, self.text], dim=-2)
+        return (last, first) if self.text_first else (first, last)
+
+    def joined(self, image: Tensor, text: Tensor) -> Tensor:
+        """What `parted` took apart."""
+        return torch.cat([text, image] if self.text_first else [image, text], dim=-2)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How to read a grid off the arguments of a model's forward, which differ from call to call.
+
+    Attributes:
+        latents: the argument that holds the picture, [B, C, H, W], or [B, tokens, C] where there are `positions`.
+        patch: rows and columns of latents that one token stands for.
+        positions: the argument that holds rows and columns of the image tokens, [tokens, >= 3], in columns 1 and 2.
+        text: the argument that holds text tokens, [B, tokens, C], which joint attention sees beside the picture.
+        text_first: whether they stand in front of the image tokens.
+    """
+
+    latents: str = "hidden_states"
+    patch: int = 1
+    positions: str | None = None
+    text: str | None = None
+    text_first: bool = True
+
+    def grid(self, arguments: Mapping[str, Any]) -> Grid:
+        """The grid of a call. Where values of positions cannot be read (fake tensors), the squarest of that many tokens."""
+        text = 0 if self.text is None else arguments[self.text].shape[1]
+        if self.positions is None:
+            height, width = (size // self.patch for size in arguments[self.latents].shape[-2:])
+        else:
+            places = arguments[self.positions][..., 1:3]
+            if isinstance(places, FakeTensor):
+                height = next(n for n in range(isqrt(places.shape[0]), 0, -1) if places.shape[0] % n == 0)
+                width = places.shape[0] // height
+            else:
+                height, width = (int(size) for size in _sides(places))
+        return Grid(text, height, width, self.text_first)
+
+    def traced_grid(self, arguments: Mapping[str, Any]) -> Grid:
+        """The same with tensors [1] for numbers, made by operators that an exported graph keeps."""
+        device = arguments[self.latents].device
+
+        def number(size: Any) -> Tensor:
+            return torch.full((1,), size, dtype=torch.int64, device=device)
+
+        text = number(0 if self.text is None else arguments[self.text].shape[1])
+        if self.positions is None:
+            height, width = (number(size // self.patch) for size in arguments[self.latents].shape[-2:])
+        else:
+            sides = _sides(arguments[self.positions][..., 1:3])
+            height, width = sides[:1], sides[1:]
+        return Grid(text, height, width, self.text_first)
+
+
+def _sides(places: Tensor) -> Tensor:
+    """Rows and columns that positions [.., 2] span: int64 [2]."""
+    flat = places.reshape(-1, 2)
+    return (flat.amax(0) - flat.amin(0)).to(torch.int64) + 1

@@ -1,0 +1,112 @@
+"""Attention to windows as gathered blocks: one batch of small softmax attentions, keys common to all joined to their scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from ditq.export.lowering.token_attentions import lowers
+from ditq.export.lowering.token_attentions.blocks import block_indices, patch_indices
+from ditq.export.lowering.token_attentions.tokens import END, Size, Tokens
+from ditq.numerics.window import Window
+
+
+@lowers("local_attention")
+def local_attention(tokens: Tokens) -> ir.Value:
+    """As `numerics.local_attention.local_attention`."""
+    query = tokens.scaled(tokens.query)
+    (image_query, text_query), (image_key, text_key) = tokens.parted(query), tokens.parted(tokens.key)
+    image_value, text_value = tokens.parted(tokens.value)
+    common = [] if text_key is None or text_value is None else [(text_key, text_value)]
+    if pool := tokens.settings["pool"]:
+        small = [
+            _pooled(tokens, values, weights, pool)
+            for values, weights in zip((image_key, image_value), tokens.tensors, strict=True)
+        ]
+        common.append((small[0], small[1]))
+    window = Window(**tokens.settings["window"])
+    scores = window_scores(tokens, image_query, image_key, image_value, common, window)
+    image = scores.placed(scores.attended())
+    text = None if text_query is None else tokens.attended(text_query, tokens.key, tokens.value)
+    return tokens.joined(image, text)
+
+
+@dataclass(frozen=True, eq=False)
+class WindowScores:
+    """Scores of image queries in the order of blocks, [B, h, T t^2, K + G], over the K keys of their window and G common ones.
+
+    `values` [B, h, T, K, d] and `common` [B, h, G, d] are what they weigh, `places` [HW] where each token is found.
+    """
+
+    tokens: Tokens
+    scores: ir.Value
+    queries: ir.Value
+    values: ir.Value
+    common: ir.Value | None
+    places: ir.Value
+    size: Size
+    block: int
+
+    def attended(self) -> ir.Value:
+        """softmax times values, in the order of blocks: [B, h, T t^2, d]."""
+        return self.weighed(self.tokens.writer.op("Softmax", self.scores, name="weights", axis=-1))
+
+    def weighed(self, weights: ir.Value) -> ir.Value:
+        """Values summed with weights [B, h, T t^2, K + G]."""
+        tokens, writer, sizes = self.tokens, self.tokens.writer, self.tokens.sizes
+        own = weights if self.common is None else tokens.cut(weights, 0, self.size, axis=3)
+        own = writer.op("Reshape", own, sizes.shape(0, 0, -1, self.block, self.size), name="blocks")
+        y = writer.op("MatMul", own, self.values, name="attended")
+        y = writer.op("Reshape", y, sizes.shape(0, 0, -1, tokens.width), name="flat")
+        if self.common is None:
+            return y
+        rest = tokens.cut(weights, self.size, END, axis=3)
+        return writer.op("Add", y, writer.op("MatMul", rest, self.common, name="common"), name="both")
+
+    def placed(self, y: ir.Value) -> ir.Value:
+        """From the order of blocks to that of tokens: [B, h, HW, d]."""
+        return self.tokens.writer.op("Gather", y, self.places, name="placed", axis=2)
+
+
+def window_scores(
+    tokens: Tokens,
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    common: list[tuple[ir.Value, ir.Value]],
+    window: Window,
+) -> WindowScores:
+    """Of scaled image queries over image keys, and over pairs of keys and values [B, h, G, d] that all of them see."""
+    writer, sizes, made = tokens.writer, tokens.sizes, block_indices(tokens, window)
+    queries, keys, values = (
+        writer.op("Gather", found, indices, name="blocks", axis=2)
+        for found, indices in ((query, made.queries), (key, made.keys), (value, made.keys))
+    )
+    scores = writer.op("MatMul", queries, tokens.turned(keys, 5), name="scores")
+    if made.hidden is not None:
+        scores = writer.op("Add", scores, made.hidden, name="seen")
+    scores = writer.op("Reshape", scores, sizes.shape(0, 0, -1, made.size), name="flat")
+    flat = writer.op("Reshape", queries, sizes.shape(0, 0, -1, tokens.width), name="flat")
+    everywhere = None
+    if common:
+        common_key, everywhere = (
+            parts[0] if len(parts) == 1 else writer.op("Concat", *parts, name="common", axis=2)
+            for parts in zip(*common, strict=True)
+        )
+        of_common = writer.op("MatMul", flat, tokens.turned(common_key), name="common_scores")
+        scores = writer.op("Concat", scores, of_common, name="all_scores", axis=-1)
+    return WindowScores(tokens, scores, flat, values, everywhere, made.places, made.size, window.tile**2)
+
+
+def _pooled(tokens: Tokens, values: ir.Value, weights: ir.Value, patch: int) -> ir.Value:
+    """Image tokens [B, h, HW, d] summed by patches with weights [h, patch^2] over their sum: [B, h, P, d]."""
+    writer = tokens.writer
+    axis = writer.constant([-1], np.int64, name="axis")
+    total = writer.op("ReduceSum", weights, axis, name="total", keepdims=1)
+    shares = writer.op("Div", weights, total, name="shares")
+    shares = writer.op("Reshape", shares, tokens.sizes.shape(tokens.heads, 1, patch**2, 1), name="shares")
+    found = writer.op("Gather", values, patch_indices(tokens, patch), name="patches", axis=2)
+    inside = writer.constant([3], np.int64, name="axis")
+    return writer.op("ReduceSum", writer.op("Mul", found, shares, name="shared"), inside, name="pooled", keepdims=0)

@@ -1,0 +1,144 @@
+"""Token attentions as ONNX operators compute what the parts mean, for pictures of any size that the graph is run with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+
+from ditq.errors import DitqError
+from ditq.export import load_engine
+from ditq.export.onnx_graph import DOMAIN, OPSET, TOKEN_ATTENTION
+from ditq.export.session import open_session, session_options
+from ditq.export.targets.onnxruntime_cpu import lower
+from ditq.graph import DiTGraph
+from ditq.nn.structural.local_attention import LocalAttention
+from ditq.nn.structural.token_attention import TokenAttention
+from ditq.numerics.token_layout import Grid, TokenLayout
+from ditq.numerics.window import Window
+from tests.export.quantized import engine_of, relative, shallow_model
+from tests.families_small import forward, small_inputs
+from tests.nn.test_token_attention import converted, sized
+
+HEADS, WIDTH, SCALE = 2, 16, 0.3
+FLOAT, WHOLE = ir.TensorType(ir.DataType.FLOAT), ir.TensorType(ir.DataType.INT64)
+# float32 sums in another order, through at most three products
+CLOSE = 1e-5
+
+
+def graph_of(part: TokenAttention, grid: Grid, fixed: bool) -> ir.Model:
+    """The part's node alone; the picture's size is constant, or an input."""
+    shape = ir.Shape([2, HEADS, "tokens", WIDTH])
+    given = [ir.Value(name=name, shape=shape, type=FLOAT) for name in ("query", "key", "value")]
+    sizes = [ir.Value(name=name, shape=ir.Shape([1]), type=WHOLE) for name in ("text", "height", "width")]
+    if fixed:
+        for value, number in zip(sizes, (grid.text, grid.height, grid.width), strict=True):
+            value.const_value = ir.tensor([number])
+    tensors = [ir.Value(name=f"tensor{i}", const_value=ir.tensor(t.numpy())) for i, t in enumerate(part.tensors())]
+    for value in tensors:
+        assert value.const_value is not None
+        value.shape, value.type = ir.Shape(value.const_value.shape), FLOAT
+    common = {"heads": HEADS, "width": WIDTH, "text": part.text, "usual": part.usual, "text_first": grid.text_first}
+    attributes: Mapping[str, Any] = {
+        "site": "site",
+        "kind": part.kind,
+        "settings": json.dumps({**part.settings(), **common}),
+        "scale": SCALE,
+    }
+    node = ir.node(TOKEN_ATTENTION, [*given, *sizes, *tensors], attributes, domain=DOMAIN)
+    y = node.outputs[0]
+    y.name, y.type, y.shape = "y", FLOAT, shape
+    constants = [*tensors, *(sizes if fixed else ())]
+    graph = ir.Graph(
+        [*given, *(() if fixed else sizes)],
+        [y],
+        nodes=[node],
+        initializers=constants,
+        opset_imports={"": OPSET, DOMAIN: 1},
+        name="form",
+    )
+    model = ir.Model(graph, ir_version=10)
+    lower(model, {})
+    return model
+
+
+def check_form(part: TokenAttention, grid: Grid, others: list[Grid]) -> set[str]:
+    """The form with constant sizes and the one with sizes as inputs, the latter at other sizes too; operators of both."""
+    kinds: set[str] = set()
+    for fixed, grids in ((True, [grid]), (False, [grid, *others])):
+        model = graph_of(part, grid, fixed)
+        kinds |= {node.op_type for node in model.graph}
+        session = open_session(ir.to_proto(model).SerializeToString(), session_options(1))
+        for found in grids:
+            generator = torch.Generator().manual_seed(3)
+            tokens = found.text + found.image
+            given = [torch.randn(2, HEADS, tokens, WIDTH, generator=generator) for _ in range(3)]
+            part.grid = found
+            expected = part(*given, None, SCALE)
+            arrays = dict(zip(("query", "key", "value"), (tensor.numpy() for tensor in given), strict=True))
+            sizes = {"text": found.text, "height": found.height, "width": found.width}
+            if not fixed:
+                arrays |= {name: torch.tensor([size]).numpy() for name, size in sizes.items()}
+            y = torch.from_numpy(session.run(None, arrays)[0])
+            assert relative(y, expected) < CLOSE, (fixed, found)
+    return kinds
+
+
+def part_of(kind: type[TokenAttention], text: bool, **settings: Any) -> TokenAttention:
+    torch.manual_seed(0)
+    part = kind("site", TokenLayout(), HEADS, WIDTH, text, 30, **settings)
+    for parameter in part.parameters():
+        parameter.copy_(torch.rand_like(parameter) + 0.1)
+    return part
+
+
+def grids(text: bool) -> tuple[Grid, list[Grid]]:
+    others = [Grid(3, 5, 7), Grid(1, 2, 12), Grid(9, 13, 9)]
+    return Grid(6 * text, 8, 8, False), [Grid(found.text * text, found.height, found.width, False) for found in others]
+
+
+@pytest.mark.parametrize("text", [True, False], ids=["text", "image"])
+@pytest.mark.parametrize(
+    ("window", "pool"),
+    [
+        (Window("circle", 3, 4), 0),
+        (Window("tiles", 3, 2), 0),
+        (Window("tiles", 2, 3), 3),
+        (Window("circle", 2, 3), 2),
+    ],
+    ids=str,
+)
+def test_windows_compute_what_they_mean_at_every_size(window: Window, pool: int, text: bool) -> None:
+    kinds = check_form(part_of(LocalAttention, text, window=window, pool=pool), *grids(text))
+    assert not kinds & {"NonZero", "ScatterND", "ScatterElements", "Loop", "Attention"}
+
+
+def test_text_may_stand_first() -> None:
+    part = part_of(LocalAttention, True, window=Window("tiles", 1, 4))
+    check_form(part, Grid(6, 8, 8, True), [Grid(2, 5, 9, True)])
+
+
+def graph(family: str) -> DiTGraph:
+    model = shallow_model(family)
+    return DiTGraph(model, small_inputs(model))
+
+
+def test_an_engine_with_windows_runs_other_pictures_than_it_was_traced_with(tmp_path: Path) -> None:
+    model = converted(graph("flux"), window=Window("tiles", 3, 2))
+    engine = engine_of(model, tmp_path / "engine")
+    loaded, exact = load_engine(engine.folder), load_engine(engine.folder, target="torch")
+    for inputs in (small_inputs(model, 3, seed=7), sized(model, 6, 11)):
+        expected = forward(model, inputs)
+        assert relative(loaded(**inputs).sample, expected) < CLOSE
+        assert relative(exact(**inputs).sample, expected) < CLOSE
+
+
+def test_a_target_that_does_not_know_them_says_so(tmp_path: Path) -> None:
+    model = converted(graph("dit"), window=Window("tiles", 1, 2))
+    with pytest.raises(DitqError, match=r"'tensorrt' cannot run the local attention of .*attn1; leave the pass local_"):
+        engine_of(model, tmp_path / "engine", target_name="tensorrt")
