@@ -55,42 +55,26 @@ class Dataflow:
 
     def _rows_behind(self, value: Value) -> Value:
         """The value of which `value` is a choice of rows, as experts read it; else itself."""
-        chosen, seen = value, value
-        while (call := self.trace.producer.get(seen)) and seen.shape[-1] == value.shape[-1]:
-            if call.function == "index_select" and call.argument(1, "dim") == 0:
-                chosen = self._behind_views(call.inputs[0])
-            elif call.function not in VIEWS or len(call.inputs) != 1:
+        call = self.trace.producer.get(value)
+        if call is None or not _chooses_rows(call):
+            return value
+        behind = call.argument(1, "weight")
+        while (made := self.trace.producer.get(behind)) and made.function in VIEWS and len(made.inputs) == 1:
+            if made.inputs[0].shape[-1] != behind.shape[-1]:
                 break
-            seen = call.inputs[0]
-        return chosen
-
-    def _behind_views(self, value: Value) -> Value:
-        """What `value` was before its rows were counted otherwise."""
-        while (call := self.trace.producer.get(value)) and call.function in VIEWS and len(call.inputs) == 1:
-            if call.inputs[0].shape[-1] != value.shape[-1]:
-                break
-            value = call.inputs[0]
-        return value
+            behind = made.inputs[0]
+        return self._source(behind)
 
     def _readers_of_rows(self, value: Value) -> Iterator[Call]:
         """The calls that read `value`, seen through choices of its rows."""
         for call in self._readers(value):
-            views = call.function in VIEWS and any(
-                reader.function == "index_select" for reader in self._readers(call.outputs[0])
-            )
-            chosen = call.function == "index_select" and call.argument(1, "dim") == 0
-            if views or chosen:
-                yield from self._readers_of_chosen(call.outputs[0])
-            else:
-                yield call
-
-    def _readers_of_chosen(self, value: Value) -> Iterator[Call]:
-        for call in self._readers(value):
-            if call.function in VIEWS | {"index_select"}:
-                for output in call.outputs:
-                    yield from self._readers_of_chosen(output)
-            else:
-                yield call
+            if call.function in VIEWS and call.outputs[0].shape[-1] == value.shape[-1]:
+                chosen = list(self._readers(call.outputs[0]))
+                if chosen and all(_chooses_rows(reader) for reader in chosen):
+                    for reader in chosen:
+                        yield from self._readers(reader.outputs[0])
+                    continue
+            yield call
 
     def _linears_behind(self, value: Value, pure: bool) -> tuple[list[str], bool]:
         """Linears from which `value` is made, and whether only views lie between. `pure` stops at anything else."""
@@ -134,3 +118,8 @@ def size_of(shape: tuple[int, ...]) -> int:
     for length in shape:
         size *= length
     return size
+
+
+def _chooses_rows(call: Call) -> bool:
+    """Is it a lookup of rows in what was computed, not in a table of parameters?"""
+    return call.function == "embedding" and call.argument(1, "weight").parameter is None

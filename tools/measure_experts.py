@@ -2,10 +2,10 @@
 
     python -m tools.measure_experts mini --stats stats --forms moe,random,prune --active 0.75,0.5625,0.375 --steps 0,100
 
-`moe` is the pass with its defaults but for `top`; `random` divides the channels at random; `better` lets each feed-forward choose;
-`prune` keeps the channels needed most, `taylor` those of the highest Taylor importance. `--steps` are those of `distill`
-behind it. All are measured on held-out prompts that nothing was learned from: the denoiser's error along the original's
-trajectories, and pictures drawn from the same noise.
+`moe` is the pass with its defaults but for `top`; `random` divides the channels at random; `better` lets each feed-forward
+choose; `prune` keeps the channels needed most, `taylor` those of the highest Taylor importance. `--steps` are those of
+`distill` behind it. All are measured on held-out prompts that nothing was learned from: the denoiser's error along the
+original's trajectories, and pictures drawn from the same noise.
 """
 
 from __future__ import annotations

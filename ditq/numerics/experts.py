@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,50 +80,48 @@ def balanced_assignment(cost: Tensor) -> Tensor:
     n, g = cost.shape
     if n % g:
         raise ValueError(f"{n} things cannot be given to {g} groups of one size")
-    cost = cost.double()
-    given = cost.argmin(dim=1)
-    count = torch.bincount(given, minlength=g)
-    size = n // g
+    costs = cost.double().numpy()
+    given = costs.argmin(axis=1)
+    count, size = np.bincount(given, minlength=g), n // g
     # step[e, f]: the least that moving one thing of group e to f costs, and which thing that is
-    step, mover = torch.full((g, g), torch.inf, dtype=torch.float64), torch.zeros((g, g), dtype=torch.int64)
+    step, mover = np.full((g, g), np.inf), np.zeros((g, g), dtype=np.int64)
 
     def look_at(group: int) -> None:
-        held = (given == group).nonzero().flatten()
-        step[group] = torch.inf
+        held = np.flatnonzero(given == group)
+        step[group] = np.inf
         if len(held):
-            least = (cost[held] - cost[held, group, None]).min(dim=0)
-            step[group], mover[group] = least.values, held[least.indices]
-            step[group, group] = torch.inf
+            more = costs[held] - costs[held, group, None]
+            least = more.argmin(axis=0)
+            step[group], mover[group] = more[least, np.arange(g)], held[least]
+            step[group, group] = np.inf
 
     for group in range(g):
         look_at(group)
-    while bool((count > size).any()):
+    while (count > size).any():
         path = _shortest_path(step, count > size, count < size)
-        movers = [int(mover[a, b]) for a, b in pairwise(path)]
-        for thing, to in zip(movers, path[1:], strict=True):
-            given[thing] = to
+        movers = [mover[a, b] for a, b in pairwise(path)]
+        given[movers] = path[1:]
         count[path[0]] -= 1
         count[path[-1]] += 1
         for group in path:
             look_at(group)
-    return given
+    return torch.from_numpy(given)
 
 
-def _shortest_path(step: Tensor, full: Tensor, open_: Tensor) -> list[int]:
+def _shortest_path(step: np.ndarray, full: np.ndarray, open_: np.ndarray) -> list[int]:
     """Groups on the cheapest way from a full one to an open one (Bellman and Ford)."""
-    distance = torch.where(full, 0.0, torch.inf).double()
-    before = torch.full((len(step),), -1, dtype=torch.int64)
+    distance = np.where(full, 0.0, np.inf)
+    before = np.full(len(step), -1)
     for _ in range(len(step)):
         through = distance[:, None] + step
-        best = through.min(dim=0)
-        better = best.values < distance - 1e-12
-        if not bool(better.any()):
+        best = through.argmin(axis=0)
+        shorter = through[best, np.arange(len(step))]
+        better = shorter < distance - 1e-12
+        if not better.any():
             break
-        distance = torch.where(better, best.values, distance)
-        before = torch.where(better, best.indices, before)
-    group = int(torch.where(open_, distance, torch.inf).argmin())
-    path = [group]
-    while int(before[path[-1]]) >= 0:
+        distance, before = np.where(better, shorter, distance), np.where(better, best, before)
+    path = [int(np.where(open_, distance, np.inf).argmin())]
+    while before[path[-1]] >= 0:
         path.append(int(before[path[-1]]))
     return path[::-1]
 
@@ -133,7 +132,6 @@ def cluster_channels(a: Tensor, groups: int, seed: int = 0, rounds: int = 8) -> 
     Balanced k-means by the cosine of the standardized activations, as CMoE (Pei et al., arXiv 2502.04416) does with an exact
     assignment, from starting points drawn as by k-means++.
     """
-    a = a.double()
     standard = (a - a.mean(dim=0)) / a.std(dim=0).clamp_min(1e-12)
     points = torch.nn.functional.normalize(standard.T, dim=1)
     generator = torch.Generator().manual_seed(seed)

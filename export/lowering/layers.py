@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from ditq.export.lowering.transforms import apply_transform, fingerprint
@@ -26,14 +27,47 @@ class Made:
     groups: Sequence[ir.Value] = ()
 
 
-Make = Callable[[ir.Value, int, QuantLinear], Made]
-"""(transformed input, its number of dimensions, layer) -> what the target makes of them."""
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a value that an expert reads: `source` [..., I], and which, as numbers into all of its rows."""
+
+    source: ir.Value
+    numbers: ir.Value
 
 
-def lower_layers(writer: Writer, layers: Mapping[str, QuantLinear], make: Make) -> list[PlannedMatMul]:
+Make = Callable[[ir.Value, int, QuantLinear, ir.Value | None], Made]
+"""(transformed input, its number of dimensions, layer, which rows of it the layer reads or None for all) -> what the target
+makes of them."""
+
+
+def rows_of(x: ir.Value) -> Rows | None:
+    """What x was looked up in, if it is Gather(Reshape(source to [rows, I]), numbers)."""
+    node = x.producer()
+    if node is None or node.op_type != "Gather" or node.domain or node.attributes.get_int("axis", 0) != 0:
+        return None
+    lines, numbers = node.inputs
+    flat = None if lines is None else lines.producer()
+    if lines is None or numbers is None or flat is None or flat.op_type != "Reshape" or lines.is_initializer():
+        return None
+    source = flat.inputs[0]
+    if source is None or source.shape is None or lines.shape is None or source.shape[-1] != lines.shape[-1]:
+        return None
+    return Rows(source, numbers)
+
+
+def choose_rows(writer: Writer, value: ir.Value, width: int, numbers: ir.Value) -> ir.Value:
+    """Rows of value [..., width]."""
+    shape = writer.constant([-1, width], np.int64, name="shape")
+    return writer.op("Gather", writer.op("Reshape", value, shape, name="lines"), numbers, name="rows", axis=0)
+
+
+def lower_layers(
+    writer: Writer, layers: Mapping[str, QuantLinear], make: Make, rows_last: bool = False
+) -> list[PlannedMatMul]:
     """Replace every ditq::QuantLinear of the graph by its transform and what `make` writes, in place.
 
-    Layers that read the same value through the same transform share it.
+    Layers that read the same value through the same transform share it. With `rows_last`, layers that read some rows of it
+    share it too, and `make` chooses the rows.
     """
     graph = writer.graph
     transformed: dict[tuple[ir.Value, str], ir.Value] = {}
@@ -45,11 +79,14 @@ def lower_layers(writer: Writer, layers: Mapping[str, QuantLinear], make: Make) 
         writer.move(node, layer.site)
         x = node.inputs[0]
         assert x is not None and x.shape is not None
-        rank = len(x.shape)
-        key = (x, fingerprint(layer.transform))
+        rows = rows_of(x) if rows_last and layer.activation.granularity == "token" and not layer.rank else None
+        read = x if rows is None else rows.source
+        assert read.shape is not None
+        rank = len(read.shape)
+        key = (read, fingerprint(layer.transform))
         if key not in transformed:
-            transformed[key] = apply_transform(writer, x, rank, layer.in_features, layer.transform)
-        made = make(transformed[key], rank, layer)
+            transformed[key] = apply_transform(writer, read, rank, layer.in_features, layer.transform)
+        made = make(transformed[key], rank, layer, None if rows is None else rows.numbers)
         planned.append(_placed(writer, node, layer, made))
     writer.model.graph.opset_imports.pop(DOMAIN, None)
     return planned

@@ -19,7 +19,7 @@ from ditq.export.fusion_report import FusionReport
 from ditq.export.lowering import activations, low_rank, weights
 from ditq.export.lowering.attention import lower_attention
 from ditq.export.lowering.groups import Group, summed_products
-from ditq.export.lowering.layers import Made, lower_layers
+from ditq.export.lowering.layers import Made, choose_rows, lower_layers
 from ditq.export.lowering.rounded_attention import lower_rounded_attention
 from ditq.export.lowering.token_attentions import lower_token_attentions
 from ditq.export.lowering.writer import Writer
@@ -41,7 +41,7 @@ def lower(model: ir.Model, layers: Mapping[str, QuantLinear]) -> list[PlannedMat
     planned = lower_rounded_attention(model)
     lower_attention(model)
     writer = Writer(model)
-    return planned + lower_layers(writer, layers, _Lowering(writer).made)
+    return planned + lower_layers(writer, layers, _Lowering(writer).made, rows_last=True)
 
 
 @dataclass
@@ -50,16 +50,19 @@ class _Lowering:
     quantized: dict[tuple[ir.Value, ActivationFormat, tuple[float, ...]], tuple[ir.Value, ir.Value]] = field(
         default_factory=dict
     )
+    chosen: dict[tuple[ir.Value, ActivationFormat, ir.Value], tuple[ir.Value, ir.Value]] = field(default_factory=dict)
     grouped: dict[tuple[ir.Value, ActivationFormat], list[Group]] = field(default_factory=dict)
     static: dict[tuple[ir.Value, float, ActivationFormat], ir.Value] = field(default_factory=dict)
 
-    def made(self, x: ir.Value, rank: int, layer: QuantLinear) -> Made:
-        """All that the layer makes of the transformed input."""
+    def made(self, x: ir.Value, rank: int, layer: QuantLinear, rows: ir.Value | None) -> Made:
+        """All that the layer makes of the transformed input, or of those rows of it."""
         writer = self.writer
         if layer.activation.grid == FLOAT8.name:
             TARGET.check_product(layer.site, FLOAT8.name, layer.activation.bits)
         if layer.activation.granularity in ("token", "timestep"):
             integers, scale = self._unit_scale(x, layer)
+            if rows is not None:
+                integers, scale = self._rows(x, integers, scale, rows, layer)
             product, inner = self._integer_products(integers, layer)
             y = writer.op("Mul", product, scale, name="rescaled")
             scaled = None if inner is None else writer.op("Mul", inner, scale, name="inner.rescaled")
@@ -91,6 +94,21 @@ class _Lowering:
                 scale = writer.state(f"{layer.site}.activation_scale", calibrated)
                 self.quantized[key] = activations.per_timestep(writer, x, scale, form)
         return self.quantized[key]
+
+    def _rows(
+        self, x: ir.Value, integers: ir.Value, scale: ir.Value, rows: ir.Value, layer: QuantLinear
+    ) -> tuple[ir.Value, ir.Value]:
+        """The same of some rows of x: bytes are moved, not floats."""
+        key = (x, layer.activation, rows)
+        if key not in self.chosen:
+            writer, dequantize = self.writer, integers.producer()
+            assert dequantize is not None
+            q, *others = dequantize.inputs
+            assert q is not None
+            some = choose_rows(writer, q, layer.in_features, rows)
+            integers = writer.op("DequantizeLinear", some, *others, name="dequantized")
+            self.chosen[key] = integers, choose_rows(writer, scale, 1, rows)
+        return self.chosen[key]
 
     def _static_product(self, x: ir.Value, rank: int, layer: QuantLinear) -> Made:
         writer, scale = self.writer, layer.activation_scale

@@ -44,8 +44,9 @@ class _Lowering:
     numbers: dict[tuple[ir.Value, ActivationFormat, tuple[float, ...]], eight_bit.Numbers] = field(default_factory=dict)
     matmuls: set[ir.Value] = field(default_factory=set)
 
-    def made(self, x: ir.Value, rank: int, layer: QuantLinear) -> Made:
-        """All that the layer makes of the transformed input."""
+    def made(self, x: ir.Value, rank: int, layer: QuantLinear, rows: ir.Value | None) -> Made:
+        """All that the layer makes of the transformed input; rows are chosen in front of it here."""
+        assert rows is None
         if layer.activation.granularity != "none":
             return self._eight_bit(x, rank, layer)
         writer, kind, inner = self.writer, _DEQUANTIZED, None

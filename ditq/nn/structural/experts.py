@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ditq.nn.sliced import FeedForwardForm, linear_of, sliced
 from ditq.nn.structural import StructuralPart, register
@@ -88,13 +89,14 @@ class MixtureOfExperts(StructuralPart):
             asks = (asked[..., None] == every).any(dim=2)
             wanted = torch.where(asks, scores, -torch.inf)
         best, token = wanted.transpose(1, 2).topk(slots, dim=-1)  # [B, E, C]
-        rows = (token + torch.arange(samples, device=x.device)[:, None, None] * tokens).reshape(-1)
-        taken = x.reshape(-1, width).index_select(0, rows).reshape(samples, experts, slots, width)
-        made = [expert(part) for expert, part in zip(self.experts, taken.unbind(1), strict=True)]
+        sample = torch.arange(samples, device=x.device)[:, None, None]
+        # Embedding is the lookup of rows: one operator in every runtime, which reads nothing twice.
+        rows, lines = token + sample * tokens, x.reshape(-1, width)
+        made = [expert(F.embedding(row, lines)) for expert, row in zip(self.experts, rows.unbind(1), strict=True)]
         if self.training:
             made = self._gated(made, scores, token, asked)
         nothing = torch.zeros_like(y[:, :1])
-        answers = torch.cat([*made, nothing], dim=1)  # [B, E C + 1, D]
+        answers = torch.cat([*made, nothing], dim=1).reshape(-1, width)  # of a sample E C + 1
         last = experts * slots
         slot = torch.arange(last, device=x.device).reshape(1, experts, slots)
         slot = torch.where(best > -torch.inf, slot, last)
@@ -104,10 +106,8 @@ class MixtureOfExperts(StructuralPart):
         place = place.transpose(1, 2)
         if self.choice == "token":
             place = place.gather(2, asked)
-        place = place + torch.arange(samples, device=x.device)[:, None, None] * (last + 1)
-        answers = answers.reshape(-1, width)
-        for each in place.unbind(2):
-            y = y + answers.index_select(0, each.reshape(-1)).reshape(y.shape)
+        for each in (place + sample * (last + 1)).unbind(2):
+            y = y + F.embedding(each, answers)
         return y
 
     def _gated(self, made: list[Tensor], scores: Tensor, token: Tensor, asked: Tensor) -> list[Tensor]:
