@@ -5,8 +5,9 @@ Rules:
      TensorRT computes in the kernels that stand there anyway. Residual sums so never leave the range of float16. A linear of
      single rows (Gemm) is a MatMul, with its bias behind it in float32.
   2. What ends in a Sin or Cos stays in float32: a timestep of 1000 or a position times a frequency needs all its digits.
-  3. Attention likewise, as one node where TensorRT has a kernel for the width of its heads. With a mask, or of another width,
-     it is MatMul, Softmax in float32, MatMul, which TensorRT for RTX makes the same kernel of.
+  3. So do the scores that a TopK compares: half a digit less sends a token to another expert.
+  4. Attention is a product of rule 1, as one node where TensorRT has a kernel for the width of its heads. With a mask, or of
+     another width, it is MatMul, Softmax in float32, MatMul, which TensorRT for RTX makes the same kernel of.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def multiply_in_half(writer: Writer, low_bit: Collection[ir.Value] = ()) -> None
             writer.move(node, node.name or "linear")
             put_in_place(writer, node, _with_bias_behind(writer, node))
     casts: dict[ir.Value, ir.Value] = {}
-    exact = _behind_sines(writer.graph)
+    exact = _behind_sines(writer.graph) | _scores(writer.graph)
     for node in list(writer.graph):
         if node.op_type in _PRODUCTS and node.domain == "" and node not in exact and node.outputs[0] not in low_bit:
             _in_half(writer, node, casts)
@@ -68,6 +69,24 @@ def _behind_sines(graph: ir.Graph) -> set[ir.Node]:
             seen.add(node)
             left += [maker for value in node.inputs if value is not None and (maker := value.producer()) is not None]
     return seen
+
+
+def _scores(graph: ir.Graph) -> set[ir.Node]:
+    """The products whose results a TopK compares, with no other product between."""
+    left = [node for node in graph if node.op_type == "TopK"]
+    found: set[ir.Node] = set()
+    seen: set[ir.Node] = set()
+    while left:
+        for value in left.pop().inputs:
+            maker = None if value is None else value.producer()
+            if maker is None or maker in seen:
+                continue
+            seen.add(maker)
+            if maker.op_type in _PRODUCTS:
+                found.add(maker)
+            else:
+                left.append(maker)
+    return found
 
 
 def _in_half(writer: Writer, node: ir.Node, casts: dict[ir.Value, ir.Value]) -> None:

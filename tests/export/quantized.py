@@ -63,9 +63,9 @@ def rotations(width: int) -> Rotation:
 
 
 def quantize_blocks(model: nn.Module, weight_only: bool = False) -> nn.Module:
-    """Every linear of the blocks as w4a8, rotated; modulation (and all of it, if so asked) as w4 with float inputs."""
+    """Every linear of the blocks but routers as w4a8, rotated; modulation (all, if so asked) as w4 with float inputs."""
     for name, linear in list(model.named_modules()):
-        if not isinstance(linear, nn.Linear) or "blocks" not in name:
+        if not isinstance(linear, nn.Linear) or "blocks" not in name or name.endswith("router"):
             continue
         parent, _, leaf = name.rpartition(".")
         if weight_only or "norm" in name:

@@ -1,0 +1,52 @@
+"""Engines with experts: TensorRT takes their form, and what it builds multiplies in few bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from ditq.export import Engine, site_agreement
+from ditq.export.plans.library import libraries
+from ditq.export.plans.make import make_plans
+from ditq.export.plans.proof import prove
+from ditq.graph import DiTGraph
+from ditq.nn.structural.experts import divided
+from ditq.parts import FeedForward
+from ditq.passes.feed_forwards import isolate
+from tests.export.quantized import engine_of, quantize_blocks, shallow_model
+from tests.export.test_plans import sizes_for
+from tests.families_small import small_inputs
+
+
+def with_experts(family: str, choice: str) -> nn.Module:
+    """A shallow model whose last feed-forward is 4 experts, quantized."""
+    model = shallow_model(family)
+    graph = DiTGraph(model, small_inputs(model))
+    found: FeedForward = list(graph.feed_forwards.values())[-1]
+    place = isolate(graph, found)
+    order = torch.randperm(place.form.hidden, generator=torch.Generator().manual_seed(0))
+    shared, parts = order[: place.form.hidden // 4], order[place.form.hidden // 4 :].view(4, -1)
+    mixture = divided(model.get_submodule(place.module), place.form, shared, parts, top=2, capacity=1.25, choice=choice)
+    nn.init.normal_(mixture.router.weight)  # type: ignore[arg-type]
+    graph.replace(place.module, mixture)
+    return quantize_blocks(model)
+
+
+@pytest.mark.skipif(not libraries(), reason="neither TensorRT nor TensorRT for RTX is installed")
+@pytest.mark.parametrize(("family", "choice"), [("flux", "token"), ("dit", "expert")])
+def test_a_plan_of_experts_multiplies_every_expert_in_few_bits(family: str, choice: str, tmp_path: Path) -> None:
+    engine = engine_of(with_experts(family, choice), tmp_path / "engine", target_name="tensorrt")
+    assert sum(".experts." in entry.site for entry in engine.planned) == 8
+    engine, _ = make_plans(engine, ("sm89",), sizes_for(engine))
+    for proof in prove(Engine.open(engine.folder)).values():
+        assert proof.complete, str(proof)
+    # With half precision in front of it a router may decide near ties otherwise, so layers are compared, each on its own input.
+    assert max(site_agreement(engine, small_inputs(shallow_model(family))).values()) < 1e-3
+    graph = onnx.load(str(engine.folder / "model.onnx"), load_external_data=False).graph
+    makers = {output: node for node in graph.node for output in node.output}
+    products = [node for node in graph.node if node.op_type == "MatMul" and "router" in node.name]
+    assert len(products) == 1 and makers[products[0].input[0]].op_type != "Cast"
