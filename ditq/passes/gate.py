@@ -57,7 +57,11 @@ class HeldOutCalls:
         """About `SAMPLES` samples of the held-out conditions; of a recording with one condition, of that one."""
         sampler = find_sampler(original, trajectories)
         conditions = held_out_conditions(trajectories) or None
-        batches = sampled_batches(trajectories, SAMPLES, TOGETHER, seed, conditions)
+        return cls.judging(original, sampled_batches(trajectories, SAMPLES, TOGETHER, seed, conditions), sampler)
+
+    @classmethod
+    def judging(cls, original: nn.Module, batches: list[CallBatch], sampler: Sampler | None) -> HeldOutCalls:
+        """Given calls, for a choice that the held-out ones must not shape."""
         wanted = [answers(original, batch) for batch in batches]
         energy = sum(_counted(given, batch, sampler) for given, batch in zip(wanted, batches, strict=True))
         return cls(batches, wanted, sampler, energy)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ditq.calibration.batches import CallBatch, sampled_batches, teaching_conditions
+from ditq.calibration.sampler import find_sampler
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn.sliced import linear_of
@@ -30,10 +31,11 @@ from ditq.passes.feed_forwards import (
     taylor_importances,
     tokens_of_places,
 )
-from ditq.passes.gate import gated, limit_setting
+from ditq.passes.gate import HeldOutCalls, gated, limit_setting
 from ditq.passes.prune import pruned
 
 CLUSTERED = 4096  # tokens that channels are clustered by
+JUDGED = 4  # batches that `choose: better` judges by
 
 
 @register
@@ -46,9 +48,9 @@ class MixtureOfExpertsPass(Pass):
     The router predicts how far each expert would move the output of a token. Last, the output linear is fitted anew by least
     squares to what the dense feed-forward gave, with the experts chosen as the router chooses them.
 
-    With the defaults 62.5 % fewer parameters of feed-forwards are active for a token. `choose: better` keeps a pruned
-    feed-forward of the same active width where experts are not at least `margin` better on held-out tokens: it needs no
-    routing.
+    With the defaults 62.5 % fewer parameters of feed-forwards are active for a token. `choose: better` puts a pruned
+    feed-forward of the same active width, which needs no routing, where the model's answers do not lose less by at least
+    `margin` with experts.
 
     Sources: Dense2MoE (arXiv 2510.09094), clustering of CMoE (arXiv 2502.04416).
 
@@ -79,7 +81,7 @@ class MixtureOfExpertsPass(Pass):
     choose: str = setting(
         "experts", "experts everywhere, or pruned ones where experts are no better", ("experts", "better")
     )
-    margin: float = setting(0.1, "`choose: better`: by what share of its error a mixture must be better")
+    margin: float = setting(0.1, "`choose: better`: by what share less the answers must lose with a mixture")
     samples: int = setting(256, "recorded denoiser calls that tokens are taken from")
     weighting: str = setting(
         "answer", "what a token counts: its effect on the model's answer, or all alike", WEIGHTINGS
@@ -166,6 +168,11 @@ class MixtureOfExpertsPass(Pass):
         trajectories = context.trajectories()
         batches = sampled_batches(trajectories, self.samples, 8, context.seed, teaching_conditions(trajectories))
         taylor = taylor_importances(graph.model, places, batches, context) if self.importance == "taylor" else {}
+        judge = None
+        if self.choose == "better":
+            assert context.original is not None
+            sampler = find_sampler(context.original, trajectories)
+            judge = HeldOutCalls.judging(context.original, batches[:JUDGED], sampler)
         for place, tokens in tokens_of_places(graph.model, places, batches, self.rows, self.weighting, context):
             made, error = self._mixture(graph.model, place, tokens, taylor, context.seed)
             row: dict[str, Any] = {
@@ -176,7 +183,9 @@ class MixtureOfExpertsPass(Pass):
             row["error"] = error
             part: StructuralPart = made
             if self.choose == "better":
-                part, row = self._better(graph.model, place, tokens, made, row, context.seed)
+                assert judge is not None
+                part, found = self._better(graph, place, tokens, made, judge, context.seed)
+                row |= found
             graph.replace(place.module, part)
             report.rows.append(row)
         self._add_loads(graph.model, places, batches, report, context)
@@ -245,17 +254,26 @@ class MixtureOfExpertsPass(Pass):
             _set(linear_of(expert, form.output), column, -(column @ mean[part].double()))
 
     def _better(
-        self, model: nn.Module, place: Place, tokens: Tokens, made: MixtureOfExperts, row: dict[str, Any], seed: int
+        self, graph: DiTGraph, place: Place, tokens: Tokens, made: MixtureOfExperts, judge: HeldOutCalls, seed: int
     ) -> tuple[StructuralPart, dict[str, Any]]:
-        """The mixture, or a pruned feed-forward of the same active width where that is no worse by `margin`."""
-        active = self.active(place.form.hidden)
+        """The mixture, or a pruned feed-forward of the same active width where the model's answers lose no more by it.
+
+        The error of a feed-forward's own output misleads: errors that are alike for many tokens add up in the answer.
+        """
+        dense, active = graph.linear(place.module), self.active(place.form.hidden)
         importance = importance_of("needed", place, tokens, active, {}, seed)
         channels = importance.topk(active).indices.sort().values
-        smaller, error = pruned(model.get_submodule(place.module), place.form, channels, tokens, self.refit)
-        row |= {"error of pruned": error}
-        if row["error"] <= (1 - self.margin) * error:
-            return made, row | {"form": "experts"}
-        return smaller, row | {"form": "pruned", "error": error}
+        smaller, error = pruned(dense, place.form, channels, tokens, self.refit)
+        before = judge.error(graph.model)
+        lost: dict[str, float] = {}
+        parts: dict[str, StructuralPart] = {"experts": made, "pruned": smaller}
+        for name, part in parts.items():
+            graph.replace(place.module, part)
+            lost[name] = judge.error(graph.model) - before
+        graph.replace(place.module, dense)
+        form = "experts" if lost["experts"] <= (1 - self.margin) * lost["pruned"] else "pruned"
+        row = {"form": form, "answers lose": lost["experts"], "with pruned": lost["pruned"]}
+        return parts[form], row | ({"error": error} if form == "pruned" else {})
 
     def _add_loads(
         self, model: nn.Module, places: list[Place], batches: list[CallBatch], report: PassReport, context: Context

@@ -120,7 +120,11 @@ def test_the_better_form_is_taken_for_each_feed_forward(checkpoint, statistics):
     graph = graph_of(checkpoint)
     (report,) = run(graph, statistics, {"moe": EXPERTS | {"choose": "better", "margin": 0.0}})
     for row in report.rows:
-        assert row["error"] <= row["error of pruned"] + 1e-12 and row["form"] in ("experts", "pruned")
+        assert (row["form"] == "experts") == (row["answers lose"] <= row["with pruned"])
+    forms = [
+        type(part).__name__ for part in graph.model.modules() if isinstance(part, (MixtureOfExperts, PrunedFeedForward))
+    ]
+    assert len(forms) == len(report.rows)
 
 
 @pytest.mark.parametrize(
