@@ -119,12 +119,23 @@ def costs_after(graph: DiTGraph, recipe: Recipe) -> Costs:
     before = costs_before(graph)
     works = dict(before.works)
     formats: dict[str, BitFormat] = {}
-    for step in recipe.passes:
+    for step, found in recipe.stages(graph):
         works |= step.costs(graph)
         if isinstance(step, Quantize):
-            formats |= {site: BitFormat.parse(settings.format) for site, settings in step.plan(graph).items()}
+            plan = {site: BitFormat.parse(settings.format) for site, settings in step.plan(found).items()}
+            formats |= {name: form for name in works if (form := _format_at(name, graph, found, plan)) is not None}
     more = sum(work.parameters for work in works.values()) - sum(work.parameters for work in before.works.values())
     return Costs(works, before.parameters + more, formats)
+
+
+def _format_at(name: str, graph: DiTGraph, found: DiTGraph, plan: Mapping[str, BitFormat]) -> BitFormat | None:
+    """The format of an original linear, or where a structural pass has put others in its place that of the first of them."""
+    if name in found.sites or name not in graph.sites:
+        return plan.get(name)
+    site = graph.sites[name]
+    kinds = set(site.kind.split("+"))
+    others = (new for new in found.sites.values() if new.block == site.block and kinds & set(new.kind.split("+")))
+    return next((plan[new.name] for new in others if new.name in plan and new.name not in graph.sites), None)
 
 
 def _of_site(site: LinearSite) -> Work:

@@ -100,9 +100,10 @@ class Dataflow:
         return sorted(set(found), key=order.index), only_views
 
     @staticmethod
-    def _along_channels(cat: Call) -> bool:
-        dimension = cat.argument(1, "dim", 0)
-        return dimension in (-1, len(cat.outputs[0].shape) - 1)
+    def _along_channels(call: Call, place: int = 1) -> bool:
+        """Does a concatenation, or a split whose argument of that place is its dimension, run along the last one?"""
+        dimension = call.argument(place, "dim", 0)
+        return dimension in (-1, len(call.outputs[0].shape) - 1)
 
     @staticmethod
     def _sees_tokens(call: Call) -> bool:

@@ -105,7 +105,7 @@ def inspect_checkpoint(checkpoint: Checkpoint, recipe: Recipe, tokens: int | Non
     graph = DiTGraph(model, example_inputs(checkpoint, side=None if tokens is None else _side(tokens)))
     plan = recipe.preview(graph)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    costs = [step.runtime_cost(graph) for step in recipe.passes]
+    costs = [step.runtime_cost(found) for step, found in recipe.stages(graph)]
     online = sum(least for least, _ in costs), sum(most for _, most in costs)
     text_sites = graph.text_sites(checkpoint.changing)
     before, after = costs_before(graph), costs_after(graph, recipe)

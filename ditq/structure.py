@@ -74,6 +74,11 @@ class Structure(Dataflow):
                 elif reader.function == "cat" and self._along_channels(reader):
                     before = [v for v in reader.inputs[: reader.inputs.index(value)]]
                     pending.append((reader.outputs[0], start + sum(v.shape[-1] for v in before)))
+                elif reader.function in ("split", "split_with_sizes") and self._along_channels(reader, 2):
+                    for output in reader.outputs:
+                        if start < output.shape[-1] and start + width > 0:
+                            pending.append((output, start))
+                        start -= output.shape[-1]
                 elif reader.function in VIEWS:
                     pending.extend((output, start) for output in reader.outputs)
                 else:

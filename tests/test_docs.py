@@ -17,12 +17,14 @@ import click
 import pytest
 import yaml
 
+from ditq.checkpoint import Checkpoint
 from ditq.cli import cli
 from ditq.export.engine import _KEYS
 from ditq.export.targets import targets
 from ditq.families import families
+from ditq.inspection import inspect_checkpoint
 from ditq.passes import passes
-from ditq.recipe import SHIPPED, Recipe, shipped_recipes
+from ditq.recipe import SHIPPED, Recipe, load_recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -75,6 +77,14 @@ def command_lines() -> Iterator[tuple[str, str, bool]]:
                             yield page.name, part.strip(), True
         for code in re.findall(r"`(ditq [^`]*)`", prose(text)):
             yield page.name, " ".join(code.split()), False
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "docs" / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("checkpoint", ["mini", "mini-pixart"])
+def test_every_example_recipe_fits_the_built_in_checkpoints(recipe: Path, checkpoint: str) -> None:
+    found = load_recipe(recipe)
+    assert found.name == recipe.stem and found.description
+    assert inspect_checkpoint(Checkpoint.open(checkpoint), found).plan
 
 
 @pytest.mark.parametrize(("page", "line", "complete"), command_lines())

@@ -64,11 +64,7 @@ def isolate(graph: DiTGraph, found: FeedForward) -> Place:
         return Place(found.name, found.module, FeedForwardForm(tuple(inner[:-1]), inner[-1], found.hidden))
     spec = {"linear_in": found.inputs[0], "activation": found.activation_module, "split": found.output.start}
     SeparateFeedForward.install(graph.model, found.output.site, spec)
-    return Place(
-        found.name,
-        f"{found.output.site}.feed_forward",
-        FeedForwardForm(("linear_in",), "linear_out", found.hidden),
-    )
+    return Place(found.name, found.inputs[0], FeedForwardForm(("linear_in",), "linear_out", found.hidden))
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,6 +72,22 @@ def test_the_graph_knows_experts_as_linears_of_one_input(checkpoint, statistics)
     assert graph.sites[f"{place}.experts.3.net.2"].kind == "feed_forward_out"
 
 
+def test_an_attention_beside_separate_experts_keeps_its_folds(checkpoint, statistics):
+    graph = graph_of(checkpoint)
+    place = "single_transformer_blocks.0"
+    before, group = graph.attentions[f"{place}.attn"], graph.sites[f"{place}.proj_mlp"].group
+    feed = graph.groups[group].feed
+    run(graph, statistics, {"moe": EXPERTS | {"select": [f"{place}.proj_out"]}})
+    (output,) = graph.attentions[f"{place}.attn"].outputs
+    assert (output.site, output.start, output.stop) == (f"{place}.proj_out.other", 0, before.outputs[0].stop)
+    assert graph.attentions[f"{place}.attn"].foldable and before.foldable
+    shared = graph.groups[graph.sites[f"{place}.proj_mlp.shared.linear_in"].group]
+    assert shared.feed == feed and isinstance(feed, LinearModulation)
+    assert {f"{place}.attn.to_q", f"{place}.proj_mlp.router", f"{place}.proj_mlp.experts.5.linear_in"} <= set(
+        shared.sites
+    )
+
+
 def test_scales_shifts_and_rotations_pass_through_experts_exactly(checkpoint, statistics):
     """smooth and rotate behind moe leave the function as it is: the router reads what they change as well."""
     graph = graph_of(checkpoint)

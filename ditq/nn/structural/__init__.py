@@ -25,6 +25,9 @@ class StructuralPart(nn.Module, ABC):
     same_input: ClassVar[bool] = True
     """Does it get what the module in its place got in the original model?"""
 
+    first: ClassVar[bool] = False
+    """Is it put in before others, which stand where it makes room for them?"""
+
     @abstractmethod
     def spec(self) -> dict[str, Any]:
         """As JSON, all that `install` needs; without the weights, which are in the model's state dict."""
@@ -70,5 +73,5 @@ def describe_parts(model: nn.Module) -> list[dict[str, Any]]:
 def install_parts(model: nn.Module, described: list[dict[str, Any]]) -> None:
     """Put what `describe_parts` found into a fresh model."""
     known = structural_parts()
-    for entry in described:
+    for entry in sorted(described, key=lambda entry: not known[entry["kind"]].first):
         known[entry["kind"]].install(model, entry["place"], entry["spec"])

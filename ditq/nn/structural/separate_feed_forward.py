@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from ditq.nn.sliced import FeedForwardForm
 from ditq.nn.structural import StructuralPart, register
 
-FORM_NAMES = ("linear_in", "activation", "linear_out")
-
 
 class FeedForwardOfBlock(nn.Module):
     """linear_out(activation(linear_in(x)))."""
@@ -30,26 +28,28 @@ class FeedForwardOfBlock(nn.Module):
 
 @register
 class SeparateFeedForward(StructuralPart):
-    """Stands in the place of the output linear: y = other(z) + feed_forward(x), where the input is z and x side by side.
+    """Stands in the place of the output linear: y = other(z) + f, where the input is z and f side by side.
 
-    The linear and the activation that made the hidden channels before have become identities, so that x arrives instead.
-    Exact. Only where the hidden channels are the last ones of the linear's input.
+    The feed-forward, with its own part of the output linear, stands in the place of its input linear and makes f; the
+    activation between them has become an identity. Exact. Only where the hidden channels are the last ones of the linear's
+    input.
     """
 
     kind: ClassVar[str] = "separate_feed_forward"
     same_input: ClassVar[bool] = False
+    first: ClassVar[bool] = True
 
-    def __init__(self, other: nn.Linear, feed_forward: nn.Module, linear_in: str, activation: str) -> None:
+    def __init__(self, other: nn.Linear, linear_in: str, activation: str) -> None:
         super().__init__()
-        self.other, self.feed_forward = other, feed_forward
-        self.linear_in, self.activation = linear_in, activation
-        self.split = other.in_features
+        self.other, self.linear_in, self.activation = other, linear_in, activation
+        self.widths = [other.in_features, other.out_features]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.other(x[..., : self.split]) + self.feed_forward(x[..., self.split :])
+        z, made = x.split(self.widths, dim=-1)
+        return self.other(z) + made
 
     def spec(self) -> dict[str, Any]:
-        return {"linear_in": self.linear_in, "activation": self.activation, "split": self.split}
+        return {"linear_in": self.linear_in, "activation": self.activation, "split": self.widths[0]}
 
     @classmethod
     def install(cls, model: nn.Module, place: str, spec: Mapping[str, Any]) -> None:
@@ -63,7 +63,6 @@ class SeparateFeedForward(StructuralPart):
         out = nn.Linear(joint.in_features - split, joint.out_features, device="meta")
         out.weight = nn.Parameter(joint.weight[:, split:].detach().clone(), requires_grad=False)
         out.bias = nn.Parameter(torch.zeros_like(joint.weight[:, 0]), requires_grad=False)
-        made = FeedForwardOfBlock(linear_in, activation, out)
-        model.set_submodule(place, cls(other, made, spec["linear_in"], spec["activation"]))
-        for name in (spec["linear_in"], spec["activation"]):
-            model.set_submodule(name, nn.Identity())
+        model.set_submodule(place, cls(other, spec["linear_in"], spec["activation"]))
+        model.set_submodule(spec["linear_in"], FeedForwardOfBlock(linear_in, activation, out))
+        model.set_submodule(spec["activation"], nn.Identity())
