@@ -339,12 +339,15 @@ class Structure(Dataflow):
         return "modulation" if any(broadcast.module.startswith(name) for name in self.blocks) else "final"
 
     def _broadcast_over_tokens(self, call: Call) -> Call | None:
-        """The first product or sum in which the output of this vector linear meets tokens; None if it feeds a linear."""
+        """The first product or sum in which the output of this vector linear meets tokens; None if it feeds a linear.
+
+        A linear that gets it unchanged is the second half of one in two factors, and looked through.
+        """
         pending, met = [call.outputs[0]], None
         while pending:
             value = pending.pop(0)
             for reader in self.trace.consumers.get(value, []):
-                if reader.function == "linear":
+                if reader.function == "linear" and self._source(value) != call.outputs[0]:
                     return None
                 output = reader.outputs[0]
                 if reader.function in ("add", "mul", "addcmul", "sub") and size_of_value(output) > 2 * size_of_value(

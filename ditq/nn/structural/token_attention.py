@@ -38,6 +38,7 @@ class TokenAttention(AnswersAttention, StructuralPart):
         usual: tokens of the calls that it was made for; above them scores are multiplied by `temperature`. 0: never.
     """
 
+    fitted_by = "l1"
     channelwise = False
     """Whether channels of a head are treated differently, or weights of the tokens may add up to something other than 1."""
 

@@ -1,0 +1,154 @@
+"""slim_modulation: modulation linears as two thin ones, since what they give varies in few directions only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ditq.calibration.batches import sampled_batches, teaching_conditions
+from ditq.errors import DitqError
+from ditq.graph import DiTGraph
+from ditq.nn.structural.low_rank_linear import LowRankLinear
+from ditq.numerics.principal_outputs import principal_outputs, rank_for
+from ditq.parts import LinearSite, Work
+from ditq.passes.base import Context, Pass, PassReport, register, setting
+from ditq.passes.block_records import call
+from ditq.passes.folding import plain_linear
+from ditq.passes.gate import gated, limit_setting
+
+UNSEEN = 1e-8  # variance of every channel besides what calibration saw, as a share of the mean: decides where that says nothing
+
+
+@register
+@dataclass(frozen=True)
+class SlimModulation(Pass):
+    """W x + b becomes U (U^T W) x + b', U [O, r] the directions in which the modulation varies most over the calibration.
+
+        y - E y = W (x - E x)        W' = U_r U_r^T W        b' = b + (W - W') E x
+
+    U_r holds the r leading principal directions of the output, so that the variance of what is lost is least (Eckart-Young,
+    weighted with the covariance of the input), and the mean is exact. Modulation is made of time and pooled text alone and is a
+    large share of the parameters where each block has its own (27 % of FLUX's), of which few directions are ever used.
+
+    The rank of each linear is the least that keeps `keep` of the variance, or `rank`, rounded up to a multiple of
+    `multiple`; a linear that would not become smaller stays. Both linears are quantized like others of the role `modulation`.
+
+    Source: that modulation can be shared or thinned is Dense2MoE's observation (arXiv 2510.09094).
+
+    Example:
+        - slim_modulation: {keep: 0.9999}
+    """
+
+    name: ClassVar[str] = "slim_modulation"
+    structural: ClassVar[bool] = True
+    not_after: ClassVar[tuple[str, ...]] = ("slim_modulation",)
+    keep: float = setting(0.9999, "share of the output's variance over the calibration that is kept")
+    rank: int = setting(0, "the rank of all, instead of `keep`; 0 goes by `keep`")
+    multiple: int = setting(64, "ranks are multiples of this, so that groups of columns fit")
+    samples: int = setting(1024, "samples of recorded calls whose modulation tells the directions")
+    select: list[str] = setting(["role:modulation"], "which linears")
+    limit: float | str = limit_setting()
+
+    def check(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise DitqError(f"pass 'slim_modulation': keep is {self.keep}, must be above 0 and at most 1")
+        if self.rank < 0 or self.multiple < 1 or self.samples < 2:
+            raise DitqError("pass 'slim_modulation': rank must be 0 or more, multiple 1 or more, and samples 2 or more")
+
+    def preview(self, graph: DiTGraph) -> dict[str, str]:
+        chosen = graph.select(self.select)
+        if wrong := next((site for site in chosen if graph.sites[site].role != "modulation"), None):
+            raise DitqError(f"pass 'slim_modulation': {wrong} is no modulation; select among role:modulation")
+        what = f"rank {self.rank}" if self.rank else f"rank for {self.keep:g}"
+        return dict.fromkeys(chosen, what)
+
+    def costs(self, graph: DiTGraph) -> dict[str, Work]:
+        """Of a given rank; what `keep` asks for is known only after calibration."""
+        sites = [graph.sites[name] for name in graph.select(self.select)] if self.rank else []
+        return {site.name: self._work(site) for site in sites if self._smaller(site, self._rounded(self.rank))}
+
+    def _work(self, site: LinearSite) -> Work:
+        rank = self._rounded(self.rank)
+        numbers = rank * (site.in_features + site.out_features)
+        moved = site.tokens * (site.in_features + 2 * rank + site.out_features)
+        return Work("modulation", site.tokens * numbers, numbers, numbers, moved, 2)
+
+    def _rounded(self, rank: int) -> int:
+        return -(-rank // self.multiple) * self.multiple
+
+    @staticmethod
+    def _smaller(site: LinearSite, rank: int) -> bool:
+        return rank * (site.in_features + site.out_features) < site.parameters
+
+    def run(self, graph: DiTGraph, context: Context) -> PassReport:
+        report = PassReport(self.name, self.settings())
+        moments = _moments(graph, context, list(self.preview(graph)), self.samples)
+        before = after = 0
+        for name in context.track(self.name, list(self.preview(graph))):
+            site, linear = graph.sites[name], plain_linear(graph, name)
+            mean, covariance = moments[name]
+            covariance.diagonal().add_(UNSEEN * covariance.diagonal().mean())
+            directions, energies = principal_outputs(linear.weight, covariance)
+            rank = self._rounded(self.rank or rank_for(energies, self.keep))
+            row = {"site": name, "shape": f"{site.out_features}x{site.in_features}", "rank": rank}
+            before += site.parameters
+            if not self._smaller(site, rank):
+                report.rows.append({**row, "rank": None, "variance lost": 0.0})
+                after += site.parameters
+                continue
+            weight, up = linear.weight.double(), directions[:, :rank]
+            part = LowRankLinear.of(linear, rank)
+            down = up.T @ weight
+            bias = weight.new_zeros(site.out_features) if linear.bias is None else linear.bias.double()
+            bias = bias + (weight - up @ down) @ mean
+            missing = rank - up.shape[1]  # fewer directions than asked for: the rest of them say nothing
+            part.set(torch.nn.functional.pad(down, (0, 0, 0, missing)), torch.nn.functional.pad(up, (0, missing)), bias)
+            graph.replace(name, part)
+            after += rank * (site.in_features + site.out_features)
+            report.rows.append({**row, "variance lost": float(energies[rank:].sum() / energies.sum())})
+        graph.refresh()
+        report.summary = {"linears": len(report.rows), "weights before": before, "weights after": after}
+        return gated(report, graph, context, self.limit)
+
+
+@torch.no_grad()
+def _moments(graph: DiTGraph, context: Context, sites: list[str], samples: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each linear's input the mean [I] and the covariance [I, I], over recorded calls of conditions that do not judge.
+
+    How far unseen prompts reach beyond the directions of those that were seen is what is lost most, and only conditions left
+    out can tell. Without recorded calls, those of the statistics.
+    """
+    if not context.has_trajectories:
+        found = {site: context.statistics(graph.sites[site].group) for site in sites}
+        return {site: _centred(known.mean().double(), known.hessian().double()) for site, known in found.items()}
+    trajectories = context.trajectories()
+    sums = {site: torch.zeros(graph.sites[site].in_features, dtype=torch.float64) for site in sites}
+    squares = {site: total.outer(total) for site, total in sums.items()}
+    counts = dict.fromkeys(sites, 0)
+
+    def seen(site: str) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            rows = arguments[0].reshape(-1, arguments[0].shape[-1]).double()
+            sums[site] += rows.sum(0)
+            squares[site] += rows.T @ rows
+            counts[site] += len(rows)
+
+        return hook
+
+    handles = [graph.linear(site).register_forward_pre_hook(seen(site)) for site in sites]
+    try:
+        batches = sampled_batches(trajectories, samples, 16, context.seed, teaching_conditions(trajectories))
+        for batch in context.track("modulation", batches):
+            call(graph.model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {site: _centred(sums[site] / counts[site], squares[site] / counts[site]) for site in sites}
+
+
+def _centred(mean: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean [I], E[x x^T] - mean mean^T [I, I])."""
+    return mean, moment - torch.outer(mean, mean)

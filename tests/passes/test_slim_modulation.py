@@ -1,0 +1,103 @@
+"""slim_modulation: what the calibration moves is kept with few directions, measured against brute force, in every family."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from ditq.cost_model import costs_after, costs_before
+from ditq.errors import DitqError
+from ditq.graph import DiTGraph
+from ditq.nn.rebuild import describe, rebuild
+from ditq.nn.structural.low_rank_linear import LowRankLinear
+from ditq.numerics.principal_outputs import principal_outputs, rank_for
+from ditq.passes import Context
+from ditq.passes.quantize import Quantize
+from ditq.passes.slim_modulation import SlimModulation
+from ditq.recipe import Recipe
+from tests.families_small import FAMILIES, forward, small_graph, small_inputs, small_model, statistics_of
+
+
+def test_the_directions_are_those_of_a_singular_value_decomposition() -> None:
+    """The error of each rank is the tail of the exact decomposition of W C^(1/2), which no other matrix of that rank beats."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 8, generator=generator, dtype=torch.float64)
+    rows = torch.randn(100, 8, generator=generator, dtype=torch.float64) * torch.logspace(0, -3, 8)
+    covariance = torch.cov(rows.T)
+    directions, energies = principal_outputs(weight, covariance)
+    exact = torch.linalg.svdvals(weight @ torch.linalg.cholesky(covariance)).square()
+    torch.testing.assert_close(energies, exact, rtol=1e-9, atol=1e-12 * float(exact[0]))
+    torch.testing.assert_close(directions.T @ directions, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-12)
+    for rank in (1, 3, 7):
+        up = directions[:, :rank]
+        left = weight - up @ (up.T @ weight)
+        lost = torch.trace(left @ covariance @ left.T)
+        torch.testing.assert_close(lost, exact[rank:].sum(), rtol=1e-6, atol=0)
+    assert rank_for(torch.tensor([8.0, 1.0, 1.0]), 0.85) == 2 and rank_for(torch.tensor([8.0, 1.0, 1.0]), 0.8) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_calibration_saw_is_kept(family: str) -> None:
+    """Few forwards span few directions, so that a rank of 16 holds all of them: the same answers, from fewer weights."""
+    graph = small_graph(family)
+    inputs = [small_inputs(graph.model, seed=seed) for seed in range(3)]
+    statistics = statistics_of(graph, inputs=inputs)
+    before = [forward(graph.model, given) for given in inputs]
+    roles = [site.name for site in graph.sites.values() if site.role == "modulation"]
+    report = SlimModulation(keep=1 - 1e-7, multiple=16).run(graph, Context(statistics))
+    assert [row["site"] for row in report.rows] == roles
+    assert report.summary["weights after"] < 0.6 * report.summary["weights before"]
+    for given, wanted in zip(inputs, before, strict=True):
+        found = forward(graph.model, given)
+        # What is dropped has at most 1e-7 of the variance, 3e-4 in amplitude; ten times that for what the network makes of it.
+        assert float((found - wanted).norm() / wanted.norm()) < 3e-3
+    halves = [f"{name}.{half}" for name in roles for half in ("down", "up")]
+    assert [site.name for site in graph.sites.values() if site.role == "modulation"] == halves
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_quantized_like_other_modulation_and_loaded_again(family: str) -> None:
+    graph = small_graph(family)
+    context = Context(statistics_of(graph))
+    SlimModulation(rank=16, multiple=16).run(graph, context)
+    context.restructured(statistics_of(graph))
+    Quantize(format="w8a16", select=["role:modulation"]).run(graph, context)
+    fresh = small_model(family, seed=1)
+    rebuild(fresh, describe(graph.model), copy.deepcopy(graph.model.state_dict()))
+    inputs = small_inputs(graph.model, seed=5)
+    assert torch.equal(forward(fresh, inputs), forward(graph.model, inputs))
+    parts = [module for module in fresh.modules() if isinstance(module, LowRankLinear)]
+    assert parts and all(type(part.up).__name__ == "QuantLinear" for part in parts)
+
+
+def test_a_linear_that_would_not_become_smaller_stays() -> None:
+    """64 x 384 in two factors is smaller up to a rank of 54; ranks of 64 are not."""
+    graph = small_graph("dit")
+    before = {name: tensor.clone() for name, tensor in graph.model.state_dict().items()}
+    report = SlimModulation(rank=5, multiple=64).run(graph, Context(statistics_of(graph)))
+    assert all(row["rank"] is None for row in report.rows)
+    assert report.summary["weights after"] == report.summary["weights before"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in graph.model.state_dict().items())
+
+
+def test_its_cost_is_told_before_anything_is_done() -> None:
+    """Of 2 x 6 D^2 weights, 2 x r 7 D are left."""
+    graph, d, rank = small_graph("dit"), 64, 16
+    recipe = Recipe("test", "", (SlimModulation(rank=rank, multiple=16),))
+    before, after = costs_before(graph), costs_after(graph, recipe)
+    assert before.macs["modulation"] - after.macs["modulation"] == 2 * (6 * d * d - rank * 7 * d)
+    slim = DiTGraph(copy.deepcopy(graph.model), graph.example_inputs)
+    recipe.passes[0].run(slim, Context(statistics_of(slim)))
+    assert after.parameters == costs_before(slim).parameters
+    assert after.macs == costs_before(slim).macs
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"keep": 0.0}, "keep is 0"), ({"rank": -1}, "rank must be"), ({"select": ["role:token"]}, "is no modulation")],
+)
+def test_what_makes_no_sense_is_refused(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(DitqError, match=said):
+        Recipe.from_dict({"passes": [{"slim_modulation": settings}]}, "test").preview(small_graph("dit"))
