@@ -18,6 +18,7 @@ from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.passes.base import Context, Pass, PassReport, register, setting
 from ditq.passes.distill_losses import distillation_losses, regression_losses
+from ditq.passes.expert_load import measure_load, summary_of
 from ditq.passes.gate import HeldOutCalls, decibels, gated, held_out_calls, limit_setting
 from ditq.passes.guided_error import guidance_of, squared
 from ditq.passes.training import Plan, Progress, Training
@@ -138,6 +139,9 @@ class Distill(Pass):
             "kept": after < before,
             "parameters that learned": sum(graph.model.get_parameter(name).numel() for name in names),
         }
+        loads = measure_load(graph.model, held_out.batches, context)
+        report.rows = [{"feed-forward": place, **load.row()} for place, load in loads.items()]
+        report.summary |= summary_of(loads)
         return gated(report, graph, context, self.limit)
 
     def plan(self, steps: int, rate: float) -> Plan:

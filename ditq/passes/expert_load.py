@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,20 @@ from ditq.passes.block_records import call
 
 BINS = 4  # of the steps
 PLACES = 4096  # tokens of a sample up to which places are told apart
+
+
+def summary_of(loads: Mapping[str, Load]) -> dict[str, Any]:
+    """The extremes over all mixtures, for a report; nothing where there are none."""
+    if not loads:
+        return {}
+    least, most = (
+        min(float(load.share.min()) for load in loads.values()),
+        max(float(load.share.max()) for load in loads.values()),
+    )
+    return {
+        "least and most of the tokens an expert gets": [least, most],
+        "answers that found no slot": max(load.dropped for load in loads.values()),
+    }
 
 
 @dataclass
@@ -42,11 +56,9 @@ class Load:
         }
 
 
-def measure_load(
-    model: nn.Module, modules: Sequence[str], batches: Sequence[CallBatch], context: Context
-) -> dict[str, Load]:
-    """The loads of the mixtures among `modules`, over the calls."""
-    mixtures = {name: part for name in modules if isinstance(part := model.get_submodule(name), MixtureOfExperts)}
+def measure_load(model: nn.Module, batches: Sequence[CallBatch], context: Context) -> dict[str, Load]:
+    """The load of each mixture of the model, by place, over the calls."""
+    mixtures = {name: part for name, part in model.named_modules() if isinstance(part, MixtureOfExperts)}
     answers: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in mixtures}
     steps = 1 + max((int(batch.steps.max()) for batch in batches), default=0)
     try:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ditq.calibration.batches import CallBatch, sampled_batches, teaching_conditions
+from ditq.calibration.batches import sampled_batches, teaching_conditions
 from ditq.calibration.sampler import find_sampler
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
@@ -19,7 +19,7 @@ from ditq.nn.structural.experts import MixtureOfExperts, divided
 from ditq.numerics.experts import balance_offset, cluster_channels, contributions, ridge, weighted_mean
 from ditq.parts import Work
 from ditq.passes.base import Context, Pass, PassReport, register, setting
-from ditq.passes.expert_load import measure_load
+from ditq.passes.expert_load import measure_load, summary_of
 from ditq.passes.feed_forwards import (
     IMPORTANCES,
     WEIGHTINGS,
@@ -188,7 +188,11 @@ class MixtureOfExpertsPass(Pass):
                 row |= found
             graph.replace(place.module, part)
             report.rows.append(row)
-        self._add_loads(graph.model, places, batches, report, context)
+        loads = measure_load(graph.model, batches, context)
+        for place, row in zip(places, report.rows, strict=True):
+            if place.module in loads:
+                row |= loads[place.module].row()
+        report.summary |= summary_of(loads)
         graph.refresh()
         errors: list[Any] = [row["error"] for row in report.rows]
         report.summary |= {"feed-forwards": len(errors), "mean error": sum(errors) / len(errors)}
@@ -274,23 +278,6 @@ class MixtureOfExpertsPass(Pass):
         form = "experts" if lost["experts"] <= (1 - self.margin) * lost["pruned"] else "pruned"
         row = {"form": form, "answers lose": lost["experts"], "with pruned": lost["pruned"]}
         return parts[form], row | ({"error": error} if form == "pruned" else {})
-
-    def _add_loads(
-        self, model: nn.Module, places: list[Place], batches: list[CallBatch], report: PassReport, context: Context
-    ) -> None:
-        """Shares of tokens by expert, and what came too late, over whole samples."""
-        loads = measure_load(model, [place.module for place in places], batches, context)
-        for place, row in zip(places, report.rows, strict=True):
-            if (load := loads.get(place.module)) is not None:
-                row |= load.row()
-        if loads:
-            report.summary |= {
-                "least and most of the tokens an expert gets": [
-                    min(float(load.share.min()) for load in loads.values()),
-                    max(float(load.share.max()) for load in loads.values()),
-                ],
-                "answers that found no slot": max(load.dropped for load in loads.values()),
-            }
 
 
 def _central(a: Tensor, parts: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from ditq.errors import DitqError
 from ditq.report import sections
 from ditq.report.evaluation import Evaluation, plain
+from ditq.report.experts import experts
 from ditq.report.measure import Sizes
 from ditq.report.page import document
 
@@ -77,6 +78,7 @@ def render(
     lead, cost = sections.lead(evaluation, engine_info), sections.cost(engine_info)
     steps, charts = sections.steps(evaluation), sections.layer_charts(evaluation)
     histograms, distilled = sections.histograms(evaluation), sections.distillation(pass_reports)
+    routed = experts(pass_reports)
     for pictures, rows in AMOUNTS:
         parts = [
             ("pictures", "Pictures", sections.pictures(evaluation, pictures)),
@@ -87,6 +89,7 @@ def render(
             ("cost", "Size, memory and speed", cost),
             ("budget", "Size against error", sections.budget(pass_reports)),
             ("learning", "Distillation", distilled),
+            ("experts", "Experts", routed),
             ("passes", "What each pass did", sections.passes(pass_reports, rows)),
             ("recipe", "Recipe", sections.recipe(recipe)),
             ("measured", "How it was measured", sections.measured(evaluation)),

@@ -303,6 +303,23 @@ def learning(curves: Sequence[Mapping[str, float]], held_out: Sequence[Mapping[s
         return _svg(figure, name, "Losses and held-out error of the distillation by step")
 
 
+def expert_loads(by_step: Sequence[Sequence[float]], by_place: Sequence[Sequence[float]], name: str) -> str:
+    """Shares of the tokens that each expert answers: by bin of steps [bins, E], and by place among the tokens [E, N]."""
+    with rc_context(STYLE):
+        figure, (steps, places) = _figure(1.9, columns=2)
+        shown = ((steps, np.asarray(by_step).T, "part of the steps"), (places, np.asarray(by_place), "token"))
+        for axes, values, label in shown:
+            if not values.size:
+                axes.set_axis_off()
+                continue
+            axes.imshow(values, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+            axes.set_title(f"dark: none, bright: {values.max():.0%}")
+            axes.set_xlabel(label)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        steps.set_ylabel("expert")
+        return _svg(figure, name, "Shares of the tokens that each expert answers, by step and by place")
+
+
 def _density(shown: Histogram) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Edges in units of the RMS [bins + 1] and density [bins]."""
     counts = np.asarray(shown.counts, dtype=np.float64)

@@ -170,6 +170,16 @@ def test_each_distillation_is_drawn_with_what_became_of_it() -> None:
     assert "from -5.0 dB to -8.2 dB, kept." in words and "not kept, since it was no better" in words
 
 
+def test_experts_are_drawn_as_the_last_pass_left_them() -> None:
+    row = {"feed-forward": "block.0.ff", "least load": 0.1, "most load": 0.253, "dropped": 0.04,
+           "load by step": [[0.5, 0.5], [0.2, 0.8]], "load by place": [[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]]}  # fmt: skip
+    first = {"pass": "moe", "settings": {}, "summary": {}, "rows": [{**row, "most load": 0.9}]}
+    found = render(evaluation(), {}, [first, {**first, "pass": "distill", "rows": [row]}], {})
+    page = check(found)
+    assert "An expert gets 10.0 to 25.3 % of the tokens; 4.0 % of what tokens asked for" in page.words
+    assert page.tags.count("svg") == check(render(evaluation(), {}, [], {})).tags.count("svg") + 1
+
+
 @pytest.mark.parametrize(
     ("prompts", "sites", "engine", "reports", "recipe"),
     [(1, 0, {}, [], {}), (0, 0, {}, [], {}), (1, 1, ENGINE, PASSES, RECIPE)],
