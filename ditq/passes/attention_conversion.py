@@ -31,6 +31,8 @@ from ditq.passes.gate import gated
 
 BATCH = 8  # samples of a call
 
+Candidate = tuple[dict[str, Any], TokenAttention | None]  # the report's row of a place, and its part if one is worth it
+
 
 @dataclass(frozen=True)
 class Place:
@@ -145,6 +147,34 @@ class AttentionConversion(Pass):
 
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
+        rows, share = self.candidates(graph, context)
+        made = [(row, part) for row, part in rows if part is not None]
+        if self.fraction < 1:
+            made.sort(key=lambda item: item[0]["denoiser error"])
+            kept = round(self.fraction * len(rows))
+            for row, _ in made[kept:]:
+                row["attention is"] = "left, others cost less"
+            made = made[:kept]
+        for _, part in made:
+            attach(graph.model, part)
+        graph.refresh()
+        report.rows = [row for row, _ in rows]
+        before = sum(row["multiply-adds before"] for row, _ in rows)
+        saved = sum(row["multiply-adds before"] - row["multiply-adds"] for row, _ in made)
+        report.summary = {
+            "attentions": len(made),
+            "of": len(rows),
+            "share of attention in a block": share,
+            "multiply-adds of attention, of those before": (before - saved) / before,
+        }
+        return gated(report, graph, context, self.settings()["limit"])  # the last of each subclass
+
+    def candidates(self, graph: DiTGraph, context: Context) -> tuple[list[Candidate], float]:
+        """A part for each place, fitted and measured alone, and the attention's share of a block's multiply-adds.
+
+        Raises:
+            DitqError: that share is below `least_share`.
+        """
         trajectories = context.trajectories()
         judging = set(held_out_conditions(trajectories))
         learned = [number for number in range(len(trajectories.conditions)) if number not in judging]
@@ -158,26 +188,7 @@ class AttentionConversion(Pass):
                 "calibrate at the size that it is meant for"
             )
         wanted = answers(graph.model, batches)
-        rows = [self._row(graph, context, place, batches, wanted) for place in context.track(self.name, places)]
-        made = [(row, part) for row, part in rows if part is not None]
-        if self.fraction < 1:
-            made.sort(key=lambda item: item[0]["denoiser error"])
-            for row, _ in made[round(self.fraction * len(places)) :]:
-                row["attention is"] = "left, others cost less"
-            made = made[: round(self.fraction * len(places))]
-        for _, part in made:
-            attach(graph.model, part)
-        graph.refresh()
-        report.rows = [row for row, _ in rows]
-        before = sum(_dense(place) for place in places)
-        after = before - sum(row["multiply-adds before"] - row["multiply-adds"] for row, _ in made)
-        report.summary = {
-            "attentions": len(made),
-            "of": len(places),
-            "share of attention in a block": share,
-            "multiply-adds of attention, of those before": after / before,
-        }
-        return gated(report, graph, context, self.settings()["limit"])  # the last of each subclass
+        return [self._row(graph, context, place, batches, wanted) for place in context.track(self.name, places)], share
 
     def _row(
         self,
@@ -186,10 +197,13 @@ class AttentionConversion(Pass):
         place: Place,
         batches: list[CallBatch],
         wanted: list[torch.Tensor],
-    ) -> tuple[dict[str, Any], TokenAttention | None]:
-        """The report's row of a place, and its part if one is worth it."""
+    ) -> Candidate:
         usual = place.grid.text + place.grid.image
-        row: dict[str, Any] = {"attention": place.site, "attention is": "left, nothing to gain"}
+        row: dict[str, Any] = {
+            "attention": place.site,
+            "attention is": "left, nothing to gain",
+            "multiply-adds before": _dense(place),
+        }
         records = records_of(graph.model, place.site, batches, place.layout, bool(place.grid.text))
         part = self.part(place, records, usual)
         if part is None:
@@ -204,7 +218,6 @@ class AttentionConversion(Pass):
             part.load_state_dict(context.cached_tensors(f"{self.name}/{place.site}", fitted))
         row |= {
             "attention is": self.described(part),
-            "multiply-adds before": _dense(place),
             "multiply-adds": part.macs(place.grid),
             "output error": part_error(part, records),
         }

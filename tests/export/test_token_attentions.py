@@ -17,6 +17,7 @@ from ditq.export.onnx_graph import DOMAIN, OPSET, TOKEN_ATTENTION
 from ditq.export.session import open_session, session_options
 from ditq.export.targets.onnxruntime_cpu import lower
 from ditq.graph import DiTGraph
+from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.token_attention import TokenAttention
 from ditq.numerics.token_layout import Grid, TokenLayout
@@ -118,6 +119,22 @@ def test_windows_compute_what_they_mean_at_every_size(window: Window, pool: int,
     assert not kinds & {"NonZero", "ScatterND", "ScatterElements", "Loop", "Attention"}
 
 
+@pytest.mark.parametrize("text", [True, False], ids=["text", "image"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"features": "relu"},
+        {"features": "elu", "locality": True},
+        {"features": "softmax", "window": Window("circle", 2, 3)},
+        {"features": "softmax", "window": Window("tiles", 3, 2), "added": True, "locality": True},
+    ],
+    ids=str,
+)
+def test_linear_attention_computes_what_it_means_at_every_size(settings: dict[str, Any], text: bool) -> None:
+    kinds = check_form(part_of(LinearAttention, text, **settings), *grids(text))
+    assert not kinds & {"NonZero", "ScatterND", "ScatterElements", "Loop", "Attention"}
+
+
 def test_text_may_stand_first() -> None:
     part = part_of(LocalAttention, True, window=Window("tiles", 1, 4))
     check_form(part, Grid(6, 8, 8, True), [Grid(2, 5, 9, True)])
@@ -136,6 +153,15 @@ def test_an_engine_with_windows_runs_other_pictures_than_it_was_traced_with(tmp_
         expected = forward(model, inputs)
         assert relative(loaded(**inputs).sample, expected) < CLOSE
         assert relative(exact(**inputs).sample, expected) < CLOSE
+
+
+def test_an_engine_with_linear_attention_agrees_with_torch(tmp_path: Path) -> None:
+    model = converted(graph("dit"), LinearAttention, features="relu", locality=True)
+    engine = engine_of(model, tmp_path / "engine")
+    loaded, exact = load_engine(engine.folder), load_engine(engine.folder, target="torch")
+    inputs = small_inputs(model, 3, seed=7)
+    expected = forward(model, inputs)
+    assert relative(loaded(**inputs).sample, expected) < CLOSE and relative(exact(**inputs).sample, expected) < CLOSE
 
 
 def test_a_target_that_does_not_know_them_says_so(tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""linear_attention: features in the place of the softmax over the picture, so that cost is proportional to its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ditq.errors import DitqError
+from ditq.nn.structural.linear_attention import LinearAttention
+from ditq.nn.structural.token_attention import TokenAttention
+from ditq.numerics.linear_attention import FEATURES
+from ditq.numerics.window import SHAPES, Window
+from ditq.passes.attention_conversion import AttentionConversion, Place
+from ditq.passes.attention_records import AttentionRecord
+from ditq.passes.base import register, setting
+from ditq.passes.gate import limit_setting
+
+FORMS = ("joined", "added")
+
+
+@register
+@dataclass(frozen=True)
+class LinearAttentionPass(AttentionConversion):
+    """Let image tokens see the picture through features of queries and keys, whose sums are made once for all queries.
+
+    Text keys keep their softmax, a window of the picture too if there is one. `joined`: all weights have one normaliser
+    (LoLCATs, Zhang 2024, arXiv 2410.10254); `added`: the linear part is added behind a projection of zeros, so that the
+    attention starts as one to the window (SLA, Zhang 2025, arXiv 2509.24006). Without training only a few attentions bear
+    it: take a `fraction`, and `distill` behind it.
+
+    Example:
+        - linear_attention: {features: softmax, fraction: 0.25}
+        - distill: {steps: 200}
+        - quantize: {format: w4a8}
+    """
+
+    name: ClassVar[str] = "linear_attention"
+    features: str = setting("softmax", "relu, elu (elu + 1), or softmax of a learned map and of its negative", FEATURES)
+    form: str = setting("joined", "how the linear part meets what keeps its softmax", FORMS)
+    window: int = setting(0, "image keys under softmax: tiles along a side, or the circle's radius; 0: none")
+    shape: str = setting("tiles", "what a window is: square blocks of tiles, or a circle around each token", SHAPES)
+    tile: int = setting(8, "tokens along a side of a tile; for a circle only the block in which it is computed")
+    locality: bool = setting(False, "add a 3 x 3 convolution of the values, one kernel a channel, zero at first")
+    temperature: bool = setting(True, "sharpen scores at larger pictures than those calibrated on, by sqrt(log N)")
+    limit: float | str = limit_setting()
+
+    def check(self) -> None:
+        super().check()
+        if self.tile < 1 or self.window < 0:
+            raise DitqError("pass 'linear_attention': tile must be above 0, window must not be negative")
+        if self.form == "added" and not self.window:
+            raise DitqError("pass 'linear_attention': form added adds to a window; set window")
+
+    def part(self, place: Place, records: Sequence[AttentionRecord], usual: int) -> TokenAttention | None:
+        window = None
+        if self.window:
+            window = Window("circle" if self.shape == "circle" else "tiles", self.window, self.tile)
+            if window.covers(place.grid.height, place.grid.width):
+                return None
+        known = usual if self.temperature else 0
+        made = LinearAttention(
+            **place.arguments,
+            usual=known,
+            features=self.features,
+            window=window,
+            added=self.form == "added",
+            locality=self.locality,
+        )
+        if made.gain is not None and records:
+            gains = [made.start_gain(r.query, r.key, r.value, r.grid, r.scale) for r in records]
+            made.gain.copy_(torch.stack(gains).mean(0))
+        return made
+
+    def described(self, part: TokenAttention) -> str:
+        assert isinstance(part, LinearAttention)
+        if part.window is None:
+            return f"linear, {self.features}"
+        return f"linear, {self.features}, {self.form} to {self.shape} {self.window}"
