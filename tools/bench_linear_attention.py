@@ -3,7 +3,8 @@
     python -m tools.bench_linear_attention --heads 1 --plot docs/images/attention-cost.svg
 
 Image tokens alone, random inputs, float32, one thread, forms as in engines. Each case runs in a process of its own, which
-tells its memory; the least time of several runs counts, for a busy machine only adds to it.
+tells its memory. Time is what the processor spent on that process, which on a machine of its own is the time that passes;
+the least of several runs counts, since a busy machine slows by its caches still.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def caller(engine: str, part: TokenAttention | None, inputs: list[Tensor], side:
 
 
 def measured(engine: str, form: str, tokens: int, heads: int, width: int, runs: int) -> tuple[float, float]:
-    """(milliseconds, megabytes beyond the inputs) of one call, the latter with what the session keeps."""
+    """(milliseconds of the processor, megabytes beyond the inputs) of one call, the latter with what the session keeps."""
     receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
 
     def work() -> None:
@@ -116,9 +117,9 @@ def measured(engine: str, form: str, tokens: int, heads: int, width: int, runs: 
             call = caller(engine, FORMS[form](heads, width), inputs, isqrt(tokens))
             times = []
             for _ in range(runs + 1):  # the first one warms up
-                began = time.perf_counter()
+                began = time.process_time()
                 call()
-                times.append(1000 * (time.perf_counter() - began))
+                times.append(1000 * (time.process_time() - began))
         sender.send((min(times[1:]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before))
 
     process = multiprocessing.get_context("fork").Process(target=work)
@@ -153,7 +154,7 @@ def draw(found: Mapping[tuple[str, int, str], Mapping[int, float]], path: Path) 
                 axes.loglog(list(times), list(times.values()), marker=marker, label=form)
             axes.set(title=f"{engine}, heads of {width}", xlabel="image tokens")
             axes.grid(True)
-        figure.axes[0].set_ylabel("milliseconds")
+        figure.axes[0].set_ylabel("milliseconds of one processor")
         figure.axes[0].legend()
         figure.savefig(path, format="svg", metadata={"Date": None})
 
@@ -184,7 +185,7 @@ def main(heads: int, widths: str, tokens: str, dense_up_to: int, runs: int, plot
                 ratio = f"{dense[COMPARED_AT] / times[COMPARED_AT]:.1f}x" if COMPARED_AT in dense else "-"
                 rows.append([engine, str(width), form, *cells, f"{exponent(times):.2f}", ratio])
     last = [f"exponent from {FITTED_FROM}", f"speed at {COMPARED_AT}"]
-    table(["engine", "width", f"attention, {heads} heads", *(f"{size} tokens" for size in sizes), *last], rows)
+    table(["engine", "width", f"attention, heads: {heads}", *(f"{size} tokens" for size in sizes), *last], rows)
     if plot is not None:
         draw(found, plot)
 

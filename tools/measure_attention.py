@@ -56,7 +56,7 @@ def main(checkpoint: str, methods: tuple[str, ...], stats: Path) -> None:
                 attach(graph.model, part)
             done = min(round(share * len(found)), len(made))
             cells.append(f"{-decibels(judge.error(graph.model)):.1f}")
-        rows.append([method.strip("{}"), f"{macs:.2f}", f"{output:.3f}", *cells])
+        rows.append([method.removeprefix("{").removesuffix("}"), f"{macs:.2f}", f"{output:.3f}", *cells])
     table(["method", "multiply-adds", "output error", *(f"{share:.0%}, dB" for share in SHARES)], rows)
 
 
