@@ -15,6 +15,7 @@ VIEWS = SAME | {
 }  # fmt: skip
 
 ATTENTION = {"scaled_dot_product_attention", "token_attention", "channel_attention"}
+ACTIVATIONS = {"gelu", "silu", "relu", "tanh", "sigmoid", "mish", "elu", "softplus", "hardswish", "leaky_relu", "relu6"}
 
 
 class Dataflow:
@@ -43,13 +44,13 @@ class Dataflow:
             else:
                 yield call
 
-    def _readers_through_views(self, value: Value) -> Iterator[Call]:
-        """The calls that read `value`, seen through views of it and sums with parameters."""
+    def _readers_of_scores(self, value: Value) -> Iterator[Call]:
+        """The calls that read `value`, seen through views of it, activations, magnitudes and sums with parameters."""
         for call in self.trace.consumers.get(value, []):
             with_parameter = call.function == "add" and any(other.parameter for other in call.inputs)
-            if call.function in VIEWS or with_parameter:
+            if call.function in VIEWS | ACTIVATIONS | {"abs"} or with_parameter:
                 for output in call.outputs:
-                    yield from self._readers_through_views(output)
+                    yield from self._readers_of_scores(output)
             else:
                 yield call
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ditq.dataflow import ATTENTION, VIEWS, Dataflow, size_of, size_of_value
+from ditq.dataflow import ACTIVATIONS, ATTENTION, VIEWS, Dataflow, size_of, size_of_value
 from ditq.parts import (
     Attention,
     Block,
@@ -28,7 +28,6 @@ from ditq.parts import (
 )
 from ditq.trace import Call, Trace, Value
 
-ACTIVATIONS = {"gelu", "silu", "relu", "tanh", "sigmoid", "mish", "elu", "softplus", "hardswish", "leaky_relu", "relu6"}
 NORMS = {"layer_norm", "rms_norm"}
 
 
@@ -386,7 +385,7 @@ class Structure(Dataflow):
                 kinds.setdefault(site, []).append("feed_forward_in")
             kinds.setdefault(feed_forward.output.site, []).append("feed_forward_out")
         for site, call in self.calls.items():
-            if any(reader.function == "topk" for reader in self._readers_through_views(call.outputs[0])):
+            if any(reader.function == "topk" for reader in self._readers_of_scores(call.outputs[0])):
                 kinds.setdefault(site, []).append("router")
         return {site: "+".join(dict.fromkeys(names)) for site, names in kinds.items()}
 

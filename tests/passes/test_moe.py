@@ -72,6 +72,12 @@ def test_the_graph_knows_experts_as_linears_of_one_input(checkpoint, statistics)
     assert graph.sites[f"{place}.experts.3.net.2"].kind == "feed_forward_out"
 
 
+def test_a_router_of_representative_channels_is_known_as_one(checkpoint, statistics):
+    graph = graph_of(checkpoint)
+    run(graph, statistics, {"moe": EXPERTS | {"router": "representative", "select": ["transformer_blocks.0.ff.net.2"]}})
+    assert graph.sites["transformer_blocks.0.ff.router.channels.net.0.proj"].kind == "router"
+
+
 def test_an_attention_beside_separate_experts_keeps_its_folds(checkpoint, statistics):
     graph = graph_of(checkpoint)
     place = "single_transformer_blocks.0"
