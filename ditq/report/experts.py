@@ -14,7 +14,7 @@ SHOWN = 6  # feed-forwards that are drawn, evenly from all
 def experts(reports: Sequence[Mapping[str, Any]]) -> str:
     """Loads after the last pass that measured them; nothing where there are no experts."""
     loads = [[row for row in report.get("rows", []) if row.get("load by step")] for report in reports]
-    rows = next((found for found in reversed(loads) if found), [])
+    rows: list[Any] = next((found for found in reversed(loads) if found), [])
     shown = ""
     for place, row in enumerate(rows[:: max(1, -(-len(rows) // SHOWN))], start=1):
         drawn = plots.expert_loads(row["load by step"], row["load by place"], f"experts{place}")
