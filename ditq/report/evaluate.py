@@ -298,6 +298,9 @@ def _measure_layers(
         alignments=_alignments(graph),
         progress=progress,
     )
+    if not evaluation.sites:
+        evaluation.notes.append("no layer was measured: what was quantized has no counterpart in the original")
+        return
     ranked = sorted(evaluation.sites, key=lambda site: site.sqnr_db)
     worst_by_kind: dict[str, str] = {}
     for site in ranked:

@@ -31,9 +31,11 @@ Pair = tuple[nn.Module, nn.Module]  # the layer in the original, and what stands
 
 
 def _paired(original: nn.Module, quantized: nn.Module, sites: Sequence[str] | None) -> dict[str, Pair]:
+    """Of those sites that both models have: what structural passes put in has no counterpart."""
     after: dict[str, nn.Module] = dict(quantized_sites(quantized))
-    names = list(after) if sites is None else list(sites)
-    return {name: (original.get_submodule(name), after.get(name) or quantized.get_submodule(name)) for name in names}
+    both = [dict(model.named_modules()) for model in (original, quantized)]
+    names = [name for name in (after if sites is None else sites) if all(name in modules for modules in both)]
+    return {name: (both[0][name], after.get(name) or both[1][name]) for name in names}
 
 
 def rows_of(x: Tensor, limit: int = ROWS) -> Tensor:

@@ -11,7 +11,9 @@ from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.compiler import CompileOptions, compile, run_passes
 from ditq.errors import DitqError
-from ditq.export import load_engine
+from ditq.export import load_engine, model_agreement
+from ditq.export.fusion import prove_fusion
+from ditq.export.targets.torch import rebuild
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.nn.structural.experts import MixtureOfExperts
@@ -19,6 +21,7 @@ from ditq.nn.structural.pruned import PrunedFeedForward
 from ditq.parts import LinearModulation
 from ditq.passes.gate import ERROR
 from ditq.recipe import Recipe
+from ditq.report.layers import per_layer_sqnr
 from tests.families_small import forward, small_graph
 from tests.small_checkpoint import write_pipeline
 
@@ -207,11 +210,13 @@ def test_an_engine_of_experts_runs_low_bit_and_agrees(checkpoint, statistics, tm
     experts = [entry for entry in result.engine.planned if ".experts." in entry.site]
     assert len(experts) == 16 and {entry.kind for entry in experts} == {"integer"}
     assert result.engine.manifest["structure"]["structural"]
-    from ditq.export.fusion import prove_fusion
-
     assert not prove_fusion(result.engine).not_fused
     inputs = example_inputs(checkpoint)
     torch_form = load_engine(tmp_path / "engine", target="torch")(**inputs, return_dict=False)[0]
     onnx_form = load_engine(tmp_path / "engine", target="onnxruntime-cpu")(**inputs, return_dict=False)[0]
     # ties of rounding may fall either way, as with every quantized engine
     assert float((torch_form - onnx_form).norm() / torch_form.norm()) < 3e-2
+    agreement = model_agreement(result.engine, inputs)
+    assert agreement.holds, str(agreement)
+    found = per_layer_sqnr(checkpoint.load_model(), rebuild(result.engine), [inputs])
+    assert found and not any(".experts." in site.site for site in found)  # which the original does not have

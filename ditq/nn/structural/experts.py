@@ -87,7 +87,9 @@ class MixtureOfExperts(StructuralPart):
         if self.choice == "token":
             every = torch.arange(experts, device=x.device)
             asks = (asked[..., None] == every).any(dim=2)
-            wanted = torch.where(asks, scores, -torch.inf)
+            # In every runtime the same tokens stand in slots that no one asked for: those of the highest scores below 0.
+            above = 1 + scores - scores.amin(dim=1, keepdim=True)
+            wanted = torch.where(asks, above, -1 / above)
         best, token = wanted.transpose(1, 2).topk(slots, dim=-1)  # [B, E, C]
         sample = torch.arange(samples, device=x.device)[:, None, None]
         # Embedding is the lookup of rows: one operator in every runtime, which reads nothing twice.
@@ -99,7 +101,9 @@ class MixtureOfExperts(StructuralPart):
         answers = torch.cat([*made, nothing], dim=1).reshape(-1, width)  # of a sample E C + 1
         last = experts * slots
         slot = torch.arange(last, device=x.device).reshape(1, experts, slots)
-        slot = torch.where(best > -torch.inf, slot, last)
+        if self.choice == "token":
+            slot = torch.where(best > 0, slot, last)
+        slot = slot.expand(samples, experts, slots)
         place = torch.full_like(scores, last, dtype=torch.int64).transpose(1, 2).scatter(2, token, slot)  # [B, E, N]
         if self.chosen is not None:
             self.chosen.append((place < last).detach())
