@@ -168,6 +168,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _nested(manifest: Mapping[str, Any]) -> list[tuple[str, list[Any], set[str]]]:
     """What the entries of engine.json must hold themselves: (key, its entries, their keys)."""
     quantized = manifest["structure"].get("quantized")
+    parts = manifest["structure"].get("structural", [])  # absent in engines from before there were such
     planned = {f.name for f in dataclasses.fields(PlannedMatMul) if f.default is dataclasses.MISSING}
     return [
         ("source", [manifest["source"]], {"name", "fingerprint"}),
@@ -177,6 +178,7 @@ def _nested(manifest: Mapping[str, Any]) -> list[tuple[str, list[Any], set[str]]
             list(quantized.values()) if isinstance(quantized, dict) else [None],
             {"bits", "activation", "codebook"},
         ),
+        ("structure", parts if isinstance(parts, list) else [None], {"kind", "place", "spec"}),
         ("inputs", manifest["inputs"], {"name", "dtype", "shape"}),
         ("planned", manifest["planned"], planned),
         ("plans", manifest.get("plans", []), {"gpu", "library", "version", "sizes", "files", "layers"}),

@@ -31,9 +31,14 @@ class FeedForwardForm:
 
 
 def linear_of(module: nn.Module, name: str) -> nn.Linear:
-    """The linear at a path inside a module."""
+    """The linear at a path inside a module.
+
+    Raises:
+        TypeError: something else stands there.
+    """
     found = module.get_submodule(name)
-    assert isinstance(found, nn.Linear), name
+    if not isinstance(found, nn.Linear):
+        raise TypeError(f"{name} is no linear but a {type(found).__name__}")
     return found
 
 

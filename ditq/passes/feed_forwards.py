@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ditq.calibration.batches import CallBatch, batch_size
+from ditq.calibration.batches import CallBatch, batch_size, sampled_batches, teaching_conditions
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn.sliced import FeedForwardForm, hidden_of, linear_of
@@ -65,6 +65,24 @@ def isolate(graph: DiTGraph, found: FeedForward) -> Place:
     spec = {"linear_in": found.inputs[0], "activation": found.activation_module, "split": found.output.start}
     SeparateFeedForward.install(graph.model, found.output.site, spec)
     return Place(found.name, found.inputs[0], FeedForwardForm(("linear_in",), "linear_out", found.hidden))
+
+
+def isolated(graph: DiTGraph, patterns: Sequence[str], who: str) -> list[Place]:
+    """The selected feed-forwards, each a module of its own now."""
+    return [isolate(graph, each) for each in selected(graph, patterns, who)]
+
+
+def check_sampling(who: str, samples: int, rows: int) -> None:
+    """Raise DitqError for numbers of calls and tokens that nothing can be fitted to."""
+    for key, value, least in (("samples", samples, 1), ("rows", rows, 16)):
+        if value < least:
+            raise DitqError(f"pass '{who}': {key} is {value}, must be {least} or more")
+
+
+def teaching_batches(context: Context, samples: int) -> list[CallBatch]:
+    """Recorded calls of the conditions that the gate does not judge by."""
+    trajectories = context.trajectories()
+    return sampled_batches(trajectories, samples, 8, context.seed, teaching_conditions(trajectories))
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ditq.calibration.batches import sampled_batches, teaching_conditions
 from ditq.calibration.sampler import find_sampler
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
@@ -25,10 +24,12 @@ from ditq.passes.feed_forwards import (
     WEIGHTINGS,
     Place,
     Tokens,
+    check_sampling,
     importance_of,
-    isolate,
+    isolated,
     selected,
     taylor_importances,
+    teaching_batches,
     tokens_of_places,
 )
 from ditq.passes.gate import HeldOutCalls, gated, limit_setting
@@ -70,7 +71,7 @@ class MixtureOfExpertsPass(Pass):
     choice: str = setting(
         "token", "tokens choose experts, or each expert the tokens of its sample", ("token", "expert")
     )
-    importance: str = setting("needed", "what tells which channels are shared; see the table of `prune`", IMPORTANCES)
+    importance: str = setting("needed", "what tells which channels are shared, as in prune", IMPORTANCES)
     split: str = setting("cluster", "how the others are divided", ("cluster", "rank", "random"))
     router: str = setting(
         "ridge",
@@ -92,15 +93,15 @@ class MixtureOfExpertsPass(Pass):
 
     def check(self) -> None:
         if self.experts < 2 or not 1 <= self.top <= self.experts:
-            raise DitqError("pass 'moe': experts must be 2 or more, and top from 1 to experts")
+            given = f"experts is {self.experts} and top {self.top}"
+            raise DitqError(f"pass 'moe': {given}; experts must be 2 or more, and top from 1 to experts")
         if not 0 <= self.shared < 1:
             raise DitqError(f"pass 'moe': shared is {self.shared}, must be at least 0 and below 1")
         if self.capacity < 1:
             raise DitqError(f"pass 'moe': capacity is {self.capacity}, must be 1 or more")
         if not 0 <= self.margin < 1:
             raise DitqError(f"pass 'moe': margin is {self.margin}, must be at least 0 and below 1")
-        if self.samples < 1 or self.rows < 16:
-            raise DitqError("pass 'moe': samples must be 1 or more, and rows 16 or more")
+        check_sampling(self.name, self.samples, self.rows)
 
     def _widths(self, hidden: int) -> tuple[int, int]:
         """Hidden channels of the shared expert, and of each routed one."""
@@ -125,7 +126,7 @@ class MixtureOfExpertsPass(Pass):
         return said
 
     def sketch(self, graph: DiTGraph) -> None:
-        for place in [isolate(graph, each) for each in selected(graph, self.select, self.name)]:
+        for place in isolated(graph, self.select, self.name):
             MixtureOfExperts.install(graph.model, place.module, self._spec(place))
         graph.refresh()
 
@@ -164,14 +165,13 @@ class MixtureOfExpertsPass(Pass):
 
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
-        places = [isolate(graph, each) for each in selected(graph, self.select, self.name)]
-        trajectories = context.trajectories()
-        batches = sampled_batches(trajectories, self.samples, 8, context.seed, teaching_conditions(trajectories))
+        places = isolated(graph, self.select, self.name)
+        batches = teaching_batches(context, self.samples)
         taylor = taylor_importances(graph.model, places, batches, context) if self.importance == "taylor" else {}
         judge = None
         if self.choose == "better":
             assert context.original is not None
-            sampler = find_sampler(context.original, trajectories)
+            sampler = find_sampler(context.original, context.trajectories())
             judge = HeldOutCalls.judging(context.original, batches[:JUDGED], sampler)
         for place, tokens in tokens_of_places(graph.model, places, batches, self.rows, self.weighting, context):
             made, error = self._mixture(graph.model, place, tokens, taylor, context.seed)

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ditq.calibration.batches import sampled_batches, teaching_conditions
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn.sliced import FeedForwardForm, set_output, sliced
@@ -19,10 +18,12 @@ from ditq.passes.feed_forwards import (
     IMPORTANCES,
     WEIGHTINGS,
     Tokens,
+    check_sampling,
     importance_of,
-    isolate,
+    isolated,
     selected,
     taylor_importances,
+    teaching_batches,
     tokens_of_places,
 )
 from ditq.passes.gate import gated, limit_setting
@@ -45,7 +46,7 @@ class Prune(Pass):
     structural: ClassVar[bool] = True
     not_after: ClassVar[tuple[str, ...]] = ("moe", "prune")
     keep: float = setting(0.375, "share of the hidden channels that stay")
-    importance: str = setting("needed", "what tells which channels stay; see the table below", IMPORTANCES)
+    importance: str = setting("needed", "what tells which channels stay", IMPORTANCES)
     refit: bool = setting(True, "fit the output linear anew by least squares")
     samples: int = setting(256, "recorded denoiser calls that tokens are taken from")
     weighting: str = setting(
@@ -58,8 +59,7 @@ class Prune(Pass):
     def check(self) -> None:
         if not 0 < self.keep <= 1:
             raise DitqError(f"pass 'prune': keep is {self.keep}, must be above 0 and at most 1")
-        if self.samples < 1 or self.rows < 16:
-            raise DitqError("pass 'prune': samples must be 1 or more, and rows 16 or more")
+        check_sampling(self.name, self.samples, self.rows)
 
     def preview(self, graph: DiTGraph) -> dict[str, str]:
         said = f"keep {self.keep:.1%} of hidden"
@@ -68,7 +68,7 @@ class Prune(Pass):
         }
 
     def sketch(self, graph: DiTGraph) -> None:
-        for place in [isolate(graph, each) for each in selected(graph, self.select, self.name)]:
+        for place in isolated(graph, self.select, self.name):
             spec = {"form": place.form.spec(), "width": self._kept(place.form.hidden)}
             PrunedFeedForward.install(graph.model, place.module, spec)
         graph.refresh()
@@ -90,9 +90,8 @@ class Prune(Pass):
 
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
-        places = [isolate(graph, each) for each in selected(graph, self.select, self.name)]
-        trajectories = context.trajectories()
-        batches = sampled_batches(trajectories, self.samples, 8, context.seed, teaching_conditions(trajectories))
+        places = isolated(graph, self.select, self.name)
+        batches = teaching_batches(context, self.samples)
         taylor = taylor_importances(graph.model, places, batches, context) if self.importance == "taylor" else {}
         for place, tokens in tokens_of_places(graph.model, places, batches, self.rows, self.weighting, context):
             dense = graph.model.get_submodule(place.module)

@@ -158,7 +158,7 @@ def test_the_better_form_is_taken_for_each_feed_forward(checkpoint, statistics):
         ({"top": 7, "experts": 6}, "top from 1 to experts"),
         ({"shared": 1.0}, "shared is 1.0"),
         ({"capacity": 0.5}, "capacity is 0.5"),
-        ({"samples": 0}, "samples must be 1"),
+        ({"samples": 0}, "samples is 0, must be 1"),
         ({"margin": 1.0}, "margin is 1.0"),
         ({"split": "kmeans"}, "split"),
     ],

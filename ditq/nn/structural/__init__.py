@@ -71,7 +71,14 @@ def describe_parts(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def install_parts(model: nn.Module, described: list[dict[str, Any]]) -> None:
-    """Put what `describe_parts` found into a fresh model."""
+    """Put what `describe_parts` found into a fresh model.
+
+    Raises:
+        ValueError: a part of a kind that is not known here.
+        AttributeError, KeyError, TypeError, ValueError: a part that does not fit the model at its place.
+    """
     known = structural_parts()
+    if unknown := next((entry["kind"] for entry in described if entry["kind"] not in known), None):
+        raise ValueError(f"parts of kind {unknown!r} are not known here, only {', '.join(known)}")
     for entry in sorted(described, key=lambda entry: not known[entry["kind"]].first):
         known[entry["kind"]].install(model, entry["place"], entry["spec"])

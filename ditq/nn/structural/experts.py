@@ -146,6 +146,8 @@ class MixtureOfExperts(StructuralPart):
     def install(cls, model: nn.Module, place: str, spec: Mapping[str, Any]) -> None:
         form = FeedForwardForm.from_spec(spec["form"])
         shared = form.hidden - spec["experts"] * spec["width"]
+        if shared < 0 or linear_of(model.get_submodule(place), form.output).in_features != form.hidden:
+            raise ValueError(f"{place} has not as many hidden channels as its experts")
         parts = torch.arange(shared, form.hidden).reshape(spec["experts"], spec["width"])
         representatives = parts[:, 0] if spec["router"] == "representative" else None
         model.set_submodule(

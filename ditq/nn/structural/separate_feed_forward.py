@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ditq.nn.sliced import FeedForwardForm
+from ditq.nn.sliced import FeedForwardForm, linear_of
 from ditq.nn.structural import StructuralPart, register
 
 
@@ -53,9 +53,8 @@ class SeparateFeedForward(StructuralPart):
 
     @classmethod
     def install(cls, model: nn.Module, place: str, spec: Mapping[str, Any]) -> None:
-        joint, linear_in = model.get_submodule(place), model.get_submodule(spec["linear_in"])
+        joint, linear_in = linear_of(model, place), linear_of(model, spec["linear_in"])
         activation, split = model.get_submodule(spec["activation"]), spec["split"]
-        assert isinstance(joint, nn.Linear) and isinstance(linear_in, nn.Linear)
         other = nn.Linear(split, joint.out_features, joint.bias is not None, device="meta")
         other.weight = nn.Parameter(joint.weight[:, :split].detach().clone(), requires_grad=False)
         if joint.bias is not None:
