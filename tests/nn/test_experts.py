@@ -97,7 +97,17 @@ def by_hand(mixture: MixtureOfExperts, x: torch.Tensor, slots: int) -> torch.Ten
 def test_experts_answer_the_tokens_of_the_highest_scores(choice, capacity, slots):
     mixture, x = mixture_of(capacity=capacity, choice=choice), tokens()
     assert mixture.slots(10) == slots
+    mixture.chosen = []
     assert torch.allclose(mixture(x), by_hand(mixture, x, slots), rtol=0, atol=1e-12)
+    answered = mixture.chosen[0]  # [B, E, N]
+    asked = (
+        torch.zeros_like(answered).transpose(1, 2).scatter(2, mixture.scores(x).topk(2).indices, True).transpose(1, 2)
+    )
+    if choice == "token":
+        assert not (answered & ~asked).any()
+        assert torch.equal(answered.sum(dim=2), asked.sum(dim=2).clamp_max(slots))
+    else:
+        assert (answered.sum(dim=2) == slots).all()
 
 
 @pytest.mark.parametrize("choice", ["token", "expert"])

@@ -61,6 +61,15 @@ def test_every_feed_forward_becomes_a_mixture_of_its_own_channels(checkpoint, st
     assert weights == sum(p.numel() for p in before.parameters() if p.dim() > 1)
 
 
+def test_means_and_differences_from_them_add_up_to_the_dense_output(checkpoint, statistics):
+    """With all experts for all tokens and nothing fitted anew, the model is as before: what is in biases cancels out."""
+    graph = graph_of(checkpoint)
+    inputs = example_inputs(checkpoint)
+    expected = forward(graph.model, inputs)
+    run(graph, statistics, {"moe": EXPERTS | {"top": 6, "capacity": 1.0, "refit": False}})
+    assert float((forward(graph.model, inputs) - expected).norm() / expected.norm()) < 1e-5
+
+
 def test_the_graph_knows_experts_as_linears_of_one_input(checkpoint, statistics):
     graph = graph_of(checkpoint)
     feeds = {ff.inputs[0]: graph.groups[graph.sites[ff.inputs[0]].group].feed for ff in graph.feed_forwards.values()}
