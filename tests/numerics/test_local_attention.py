@@ -113,3 +113,9 @@ def test_a_window_that_covers_the_picture_says_so() -> None:
     assert Window("tiles", 3, 4).covers(12, 9) and not Window("tiles", 3, 4).covers(13, 9)
     # The far corner of 4 x 4 tokens is sqrt(18) away, and a circle's edge is not in it.
     assert Window("circle", 5, 4).covers(4, 4) and not Window("circle", 4, 4).covers(4, 4)
+
+
+@pytest.mark.parametrize("sides", [(4, 5), (4, 4), (3, 4), (1, 1)], ids=str)
+def test_a_circle_covers_what_no_pair_of_tokens_is_outside_of(sides: tuple[int, int]) -> None:
+    window = Window("circle", 5, 2)  # corners of 4 x 5 lie exactly 5 apart, and so outside
+    assert window.covers(*sides) == bool(keep(window, Grid(0, *sides)).all())
