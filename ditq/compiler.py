@@ -34,6 +34,7 @@ from ditq.folders import check_output, remove, without_new_parents
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.nn import QuantLinear
+from ditq.nn.structural.scheduled_block import edges_of
 from ditq.passes import Context, PassReport
 from ditq.passes.distill import Distill
 from ditq.passes.quantize import Quantize
@@ -140,7 +141,7 @@ def compile(
             clock.lap("budget")
         reports = run_passes(graph, recipe, statistics, checkpoint, work, options, fitted)
         clock.lap("passes")
-        text_sites = _text_sites(graph, checkpoint.changing) if options.cache_text else ()
+        text_sites = _text_sites(graph, checkpoint.changing) if options.cache_text and not edges_of(model) else ()
         engine = write_engine(
             out,
             model,

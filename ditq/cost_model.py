@@ -19,7 +19,7 @@ import torch
 
 from ditq.formats import BitFormat
 from ditq.graph import DiTGraph
-from ditq.parts import LinearSite, Part, Work
+from ditq.parts import Part, Work
 from ditq.passes.quantize import Quantize
 from ditq.recipe import Recipe
 
@@ -105,7 +105,7 @@ GPUS = (
 
 def costs_before(graph: DiTGraph) -> Costs:
     """Of the model as it is."""
-    works = {site.name: _of_site(site) for site in graph.sites.values() if site.role != "unused"}
+    works = {site.name: Work.of_site(site) for site in graph.sites.values() if site.role != "unused"}
     for attention in graph.attentions.values():
         width = attention.heads * attention.head_width
         # All that is known of the tokens is the product of queries and keys; it moves least where they are as many.
@@ -136,15 +136,6 @@ def _format_at(name: str, graph: DiTGraph, found: DiTGraph, plan: Mapping[str, B
     kinds = set(site.kind.split("+"))
     others = (new for new in found.sites.values() if new.block == site.block and kinds & set(new.kind.split("+")))
     return next((plan[new.name] for new in others if new.name in plan and new.name not in graph.sites), None)
-
-
-def _of_site(site: LinearSite) -> Work:
-    part: Part = "rest"
-    if site.role == "modulation":
-        part = "modulation"
-    elif site.role == "token":
-        part = "feed-forward" if "feed_forward" in site.kind else "token linears"
-    return Work.of_linear(part, site.tokens, site.in_features, site.out_features)
 
 
 def this_processor() -> Device:

@@ -176,6 +176,16 @@ class Work:
         return cls(part, tokens * weights, weights, weights, tokens * (inputs + outputs))
 
     @classmethod
+    def of_site(cls, site: LinearSite) -> Work:
+        """A linear of the model as it came."""
+        part: Part = "rest"
+        if site.role == "modulation":
+            part = "modulation"
+        elif site.role == "token":
+            part = "feed-forward" if "feed_forward" in site.kind else "token linears"
+        return cls.of_linear(part, site.tokens, site.in_features, site.out_features)
+
+    @classmethod
     def of_attention(cls, queries: int, keys: int, width: int) -> Work:
         """Softmax attention of so many queries to so many keys each, all heads together `width` channels, as one fused kernel:
         Q K^T and P V, section 3.2.1 of Vaswani et al., arXiv 1706.03762.

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ditq.nn.structural.scheduled_block import all_blocks
 from ditq.quiet import quiet_fake_tensors
 
 
@@ -59,6 +60,8 @@ class Trace:
     module_inputs: dict[str, dict[str, Any]] = field(
         default_factory=dict
     )  # module path -> argument name -> Value | constant
+    module_outputs: dict[str, Any] = field(default_factory=dict)  # module path -> what it returned, with Values
+    called_by: dict[str, str] = field(default_factory=dict)  # module path -> the module whose forward called it
     results: tuple[Value, ...] = ()  # what the model returned
 
 
@@ -117,6 +120,7 @@ class _Recorder(TorchFunctionMode):
 
     def enter(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         name = self.names.get(id(module), self.stack[-1])
+        self.trace.called_by[name] = self.stack[-1]
         self.stack.append(name)
         try:
             bound = signature(module.forward).bind(*arguments, **keywords).arguments
@@ -124,20 +128,21 @@ class _Recorder(TorchFunctionMode):
             bound = dict(keywords)  # the call itself will say what is wrong
         self.trace.module_inputs[name] = {key: self.values(value) for key, value in bound.items()}
 
-    def leave(self) -> None:
-        self.stack.pop()
+    def leave(self, output: Any) -> None:
+        self.trace.module_outputs[self.stack.pop()] = self.values(output)
 
 
 def trace_forward(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
-    """Record one forward of `model` on `inputs` (keyword arguments). Nothing of the model is changed.
+    """Record one forward of `model` on `inputs` (keyword arguments), with all its blocks. Nothing of the model is changed.
 
     Where the forward reads values out of tensors (which fake tensors do not have) it is run for real instead.
     """
-    try:
-        with quiet_fake_tensors():
-            return _record(model, inputs, FakeTensorMode(allow_non_fake_inputs=True))
-    except (DataDependentOutputException, DynamicOutputShapeException):
-        return _record(model, inputs, None)
+    with all_blocks(model):
+        try:
+            with quiet_fake_tensors():
+                return _record(model, inputs, FakeTensorMode(allow_non_fake_inputs=True))
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            return _record(model, inputs, None)
 
 
 def _record(model: nn.Module, inputs: Mapping[str, Any], fake: FakeTensorMode | None) -> Trace:
@@ -149,7 +154,7 @@ def _record(model: nn.Module, inputs: Mapping[str, Any], fake: FakeTensorMode | 
         for module in model.modules():
             handle = module.register_forward_pre_hook(recorder.enter, with_kwargs=True)
             stack.callback(handle.remove)
-            handle = module.register_forward_hook(lambda module, arguments, output: recorder.leave())
+            handle = module.register_forward_hook(lambda module, arguments, output: recorder.leave(output))
             stack.callback(handle.remove)
         if fake is not None:
             stack.enter_context(fake)

@@ -105,7 +105,7 @@ def model_agreement(
     run = (own if own.available()[0] else target("onnxruntime-cpu")).runner(engine, 1)
     # of the engine as it is: to give out values might change how the runtime fuses
     output = run(engine_inputs(engine, arguments)).cpu()
-    places = _integers(engine)
+    places = _integers(engine, _graphs(engine, arguments))
     read = ((place.graph, value) for queue in places.values() for place in queue for value in place.values)
     names = list(dict.fromkeys(read))
     comparison = _Comparison(model, places, _values(engine, names, arguments), tolerance)
@@ -137,7 +137,8 @@ def site_agreement(engine: Engine, inputs: Mapping[str, Any]) -> dict[str, float
     Args:
         inputs: keyword arguments of the transformer.
     """
-    linears = [entry for entry in engine.planned if entry.numbers is None]
+    graphs = _graphs(engine, inputs)
+    linears = [entry for entry in engine.planned if entry.numbers is None and entry.graph in graphs]
     names = [(entry.graph, name) for entry in linears for name in (entry.input, entry.output)]
     values = _values(engine, list(dict.fromkeys(names)), inputs)
     stored = load_file(engine.folder / WEIGHTS)
@@ -212,15 +213,21 @@ class _Comparison:
             raise DitqError(f"{left}: the torch model does not run this layer as often as the engine's graph does")
 
 
-def _integers(engine: Engine) -> dict[str, list[_Place]]:
-    """What the integer products of each layer with quantized activations read, MatMul <- DequantizeLinear <- integers, and
-    the numbers of each part of a rounded attention, by `<attention>/<part>`.
+def _graphs(engine: Engine, inputs: Mapping[str, Any]) -> list[str]:
+    """The graphs that one call runs."""
+    others = [TEXT_GRAPH] if engine.text is not None else []
+    return [engine.graph_at(inputs.get(ARGUMENT)), *others]
+
+
+def _integers(engine: Engine, files: Sequence[str]) -> dict[str, list[_Place]]:
+    """What the integer products of each layer with quantized activations read in these graphs, MatMul <- DequantizeLinear <-
+    integers, and the numbers of each part of a rounded attention, by `<attention>/<part>`.
     """
-    graphs = {name: onnx.load(str(engine.folder / name), load_external_data=False).graph for name in engine.graphs}
+    graphs = {name: onnx.load(str(engine.folder / name), load_external_data=False).graph for name in files}
     made = {name: {output: node for node in graph.node for output in node.output} for name, graph in graphs.items()}
     fixed = {name: {constant.name: constant for constant in graph.initializer} for name, graph in graphs.items()}
     places: dict[str, list[_Place]] = {site: [] for site in engine.sites}
-    for entry in engine.planned:
+    for entry in (entry for entry in engine.planned if entry.graph in graphs):
         makers, constants = made[entry.graph], fixed[entry.graph]
         for part, value in (entry.numbers or {}).items():
             maker = makers.get(value)
@@ -259,7 +266,7 @@ def _values(
     """What the graphs of the engine compute at those places, (graph, value)."""
     tensors = engine_inputs(engine, inputs)
     found: dict[tuple[str, str], Tensor] = {}
-    for graph in reversed(engine.graphs):  # what the text's graph makes is read by the other
+    for graph in reversed(_graphs(engine, inputs)):  # what the text's graph makes is read by the other
         made = engine.text["outputs"] if engine.text is not None and graph == TEXT_GRAPH else []
         names = [name for where, name in places if where == graph]
         values = _values_of(engine, graph, list(dict.fromkeys([*names, *made])), tensors)

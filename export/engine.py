@@ -19,16 +19,18 @@ from typing import Any
 
 import onnx_ir as ir
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from ditq.errors import DitqError
 from ditq.export.arguments import flatten
 from ditq.export.engine_files import check_external_data, check_files, hash_file
-from ditq.export.onnx_graph import OUTPUT, ROUNDED_ATTENTION, TOKEN_ATTENTION, export_what_varies
+from ditq.export.onnx_graph import OUTPUT, ROUNDED_ATTENTION, TOKEN_ATTENTION, Axes, export_what_varies
 from ditq.export.targets import PlannedMatMul, target
 from ditq.export.text_graph import split_text
 from ditq.export.weights_file import WEIGHTS, write_weights
 from ditq.nn import QuantLinear, describe
+from ditq.nn.structural.scheduled_block import edges_of, only, patterns_of
+from ditq.numerics.timestep_bins import bins_of
 
 MANIFEST = "engine.json"
 GRAPH = "model.onnx"
@@ -99,7 +101,32 @@ class Engine:
         """The ONNX files; none of an engine for a target that builds the model itself."""
         if self.manifest.get("graph") is False:  # absent in engines from before there were such
             return ()
-        return (GRAPH,) if self.text is None else (GRAPH, TEXT_GRAPH)
+        main = (GRAPH,) if self.schedule is None else tuple(dict.fromkeys(self.schedule["graphs"]))
+        return main if self.text is None else (*main, TEXT_GRAPH)
+
+    @property
+    def schedule(self) -> dict[str, Any] | None:
+        """Of an engine whose model is not the same at all timesteps: `edges` between bins, falling; `graphs`, one a bin."""
+        found = self.manifest.get("schedule")  # absent in engines from before there were such
+        return None if found is None else dict(found)
+
+    def graph_at(self, timestep: Tensor | None) -> str:
+        """The graph that runs a call for this timestep [B]: of samples with several, it must be the same.
+
+        Raises:
+            DitqError: the samples of one call need different graphs.
+        """
+        if self.schedule is None:
+            return GRAPH
+        assert timestep is not None
+        edges, graphs = self.schedule["edges"], self.schedule["graphs"]
+        wanted = {graphs[number] for number in bins_of(timestep, edges).tolist()}
+        if len(wanted) > 1:
+            raise DitqError(
+                f"{self.name}: runs other blocks at other timesteps, so one call cannot be for {timestep.tolist()}; "
+                "call it for each timestep alone"
+            )
+        return str(wanted.pop())
 
     @property
     def sites(self) -> dict[str, dict[str, Any]]:
@@ -162,7 +189,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         (key for key, entries, wanted in _nested(manifest) for entry in entries if not _has(entry, wanted)), None
     ):
         raise DitqError(f"{path}: damaged (no valid '{bad}'); compile the engine again")
+    if manifest.get("schedule") is not None and not _is_schedule(manifest["schedule"]):
+        raise DitqError(f"{path}: damaged (no valid 'schedule'); compile the engine again")
     return manifest
+
+
+def _is_schedule(found: Any) -> bool:
+    """Edges that are numbers, and the name of a graph for each bin between them."""
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), list) for key in ("edges", "graphs")):
+        return False
+    edges, graphs = found["edges"], found["graphs"]
+    numbers = all(isinstance(edge, int | float) for edge in edges)
+    return numbers and len(graphs) == len(edges) + 1 and all(isinstance(graph, str) for graph in graphs)
 
 
 def _nested(manifest: Mapping[str, Any]) -> list[tuple[str, list[Any], set[str]]]:
@@ -232,10 +270,13 @@ def write_engine(
             raise DitqError(f"target '{target_name}' runs engines but cannot be compiled for")
         if check is not None:
             check(model)
-        graph, dropped = export_what_varies(model, inputs, axes)  # also tells which axes of the inputs may vary
-        described = [_describe(value) for value in graph.graph.inputs]
-        text = None if changing is None or lower is None else split_text(graph, changing, _timed(layers))
-        graphs = {} if lower is None else {GRAPH: graph} if text is None else {GRAPH: graph, TEXT_GRAPH: text}
+        patterns = patterns_of(model)
+        exported, dropped = _exported(model, inputs, axes, patterns)  # also tells which axes of the inputs may vary
+        described = [_describe(value) for value in exported[GRAPH].graph.inputs]
+        # Where there are several graphs, each runs what it needs of the text itself.
+        split = changing is not None and lower is not None and len(exported) == 1
+        text = split_text(exported[GRAPH], changing or (), _timed(layers)) if split else None
+        graphs = {} if lower is None else exported if text is None else {**exported, TEXT_GRAPH: text}
         planned: list[PlannedMatMul] = []
         for file_name, part in graphs.items():
             assert lower is not None
@@ -265,6 +306,7 @@ def write_engine(
             "sizes": {axis: list(three) for axis, three in (sizes or {}).items()},
             "structure": describe(model),
             "graph": bool(graphs),
+            "schedule": _schedule(model, patterns) if len(exported) > 1 else None,
             "text": None
             if text is None
             else {"inputs": _names(text.graph.inputs), "outputs": _names(text.graph.outputs)},
@@ -275,6 +317,28 @@ def write_engine(
         }
         (partial / MANIFEST).write_text(_as_json(manifest), encoding="utf-8")
     return Engine(folder, json.loads(_as_json(manifest)))
+
+
+def _exported(
+    model: nn.Module, inputs: Mapping[str, Any], axes: Axes, patterns: Sequence[tuple[bool, ...]]
+) -> tuple[dict[str, ir.Model], list[str]]:
+    """A graph for each set of blocks that runs at some timestep, by file; names of the axes that cannot vary."""
+    graphs: dict[str, ir.Model] = {}
+    dropped: list[str] = []
+    for pattern in dict.fromkeys(patterns):
+        with only(model, pattern):
+            graphs[_graph_name(len(graphs))], fixed = export_what_varies(model, inputs, axes)
+        dropped += [axis for axis in fixed if axis not in dropped]
+    return graphs, dropped
+
+
+def _graph_name(number: int) -> str:
+    return f"model.{number}.onnx" if number else GRAPH
+
+
+def _schedule(model: nn.Module, patterns: Sequence[tuple[bool, ...]]) -> dict[str, Any]:
+    names = {pattern: _graph_name(number) for number, pattern in enumerate(dict.fromkeys(patterns))}
+    return {"edges": edges_of(model), "graphs": [names[pattern] for pattern in patterns]}
 
 
 def _check_lowered(graph: ir.Model, target_name: str) -> None:

@@ -33,7 +33,8 @@ def prove_fusion(engine: Engine | str | Path) -> FusionReport:
         kernels = [makers[entry.graph].get(product, "vanished from the graph") for product in products]
         slow = next((kernel for kernel in kernels if kernel not in INTEGER_KERNELS), None)
         (fused if slow is None else not_fused)[entry.site] = slow or kernels[0]
-    return FusionReport(len(integer), fused, not_fused)
+    fused = {site: kernel for site, kernel in fused.items() if site not in not_fused}  # it may stand in several graphs
+    return FusionReport(len({entry.site for entry in integer}), fused, not_fused)
 
 
 def kernels_of(graph: Path) -> dict[str, str]:

@@ -27,22 +27,22 @@ SAMPLING: dict[str, Any] = {
 }  # fmt: skip
 
 
-def small_flux(seed: int = 0) -> nn.Module:
-    """Weights are whole multiples of 1/512 below 1/4: bfloat16, float16 and float32 hold them exactly."""
+def small_flux(seed: int = 0, layers: int = 1) -> nn.Module:
+    """So many blocks of each kind. Weights are whole multiples of 1/512 below 1/4, which bfloat16 and float16 hold exactly."""
     generator = torch.Generator().manual_seed(seed)
-    model = diffusers.FluxTransformer2DModel(**CONFIG)
+    model = diffusers.FluxTransformer2DModel(**{**CONFIG, "num_layers": layers, "num_single_layers": layers})
     for parameter in model.parameters():
         parameter.data = torch.randint(-127, 128, parameter.shape, generator=generator) / 512.0
     return model.eval().requires_grad_(False)
 
 
-def write_transformer(folder: Path, dtype: torch.dtype = torch.float32, shards: bool = False) -> Path:
+def write_transformer(folder: Path, dtype: torch.dtype = torch.float32, shards: bool = False, layers: int = 1) -> Path:
     """A transformer folder: config.json and one safetensors file, or several with an index."""
-    small_flux().to(dtype).save_pretrained(folder, max_shard_size="150KB" if shards else "1GB")
+    small_flux(layers=layers).to(dtype).save_pretrained(folder, max_shard_size="150KB" if shards else "1GB")
     return folder
 
 
-def write_pipeline(folder: Path) -> Path:
+def write_pipeline(folder: Path, layers: int = 1) -> Path:
     """A pipeline folder: the small transformer among the built-in checkpoint's text encoders, VAE and scheduler."""
     mini = BUILT_IN["mini"]
     for item in mini.iterdir():
@@ -50,7 +50,7 @@ def write_pipeline(folder: Path) -> Path:
             shutil.copytree(item, folder / item.name)
     shutil.copy(mini / "model_index.json", folder)
     (folder / "sampling.json").write_text(json.dumps(SAMPLING))
-    write_transformer(folder / "transformer")
+    write_transformer(folder / "transformer", layers=layers)
     return folder
 
 

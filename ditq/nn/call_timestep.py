@@ -1,4 +1,7 @@
-"""Which timestep a call of the model is for: told to the layers whose input has a scale for each timestep bin."""
+"""Which timestep a call of the model is for: told to the parts that are not the same at all of them.
+
+These are layers whose input has a scale for each bin of timesteps, and blocks that run in some bins only.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from ditq.nn.quant_linear import QuantLinear
+from ditq.nn.structural.scheduled_block import ScheduledBlock
 
 ARGUMENT = "timestep"
 _MARK = "ditq_tells_its_timestep"
 
 
 def tell_timestep(model: nn.Module, timestep: Tensor) -> None:
-    """Let the quantized layers of `model` take the scales of this timestep, [B] or []; of a batch, its first sample's."""
-    for layer in model.modules():
-        if isinstance(layer, QuantLinear) and layer.activation.granularity == "timestep" and not layer.exporting:
-            layer.timestep = timestep
+    """Let the parts of `model` be what they are at this timestep, [B] or []; a quantized layer goes by the first sample's."""
+    for part in model.modules():
+        timed = isinstance(part, QuantLinear) and part.activation.granularity == "timestep" and not part.exporting
+        if timed or isinstance(part, ScheduledBlock):
+            part.timestep = timestep
 
 
 def tell_at_each_call(model: nn.Module) -> None:
-    """From now on every call of `model` tells its layers the timestep that it is for. A second time changes nothing.
+    """From now on every call of `model` tells its parts the timestep that it is for. A second time changes nothing.
 
     Raises:
         ValueError: the model's forward has no argument `timestep`.
@@ -33,9 +38,9 @@ def tell_at_each_call(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no argument called {ARGUMENT}")
     position = names.index(ARGUMENT)
 
-    def tell(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def tell(called: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         timestep = keywords[ARGUMENT] if ARGUMENT in keywords else arguments[position]
-        tell_timestep(model, timestep)
+        tell_timestep(called, timestep)  # a copy of the model has this hook too
 
     setattr(model, _MARK, True)
     model.register_forward_pre_hook(tell, with_kwargs=True)

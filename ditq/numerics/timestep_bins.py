@@ -27,5 +27,10 @@ def bin_edges(timesteps: Sequence[float], bins: int) -> tuple[list[int], tuple[f
 
 def bin_of(timestep: Tensor, edges: Sequence[float]) -> Tensor:
     """Index of the bin, int64 []: how many edges the timestep lies below. Of a batch, that of the first sample."""
-    first = timestep.reshape(-1)[0].float()
-    return (first < torch.tensor(edges, dtype=torch.float32, device=first.device)).sum()
+    return bins_of(timestep.reshape(-1)[:1], edges)[0]
+
+
+def bins_of(timesteps: Tensor, edges: Sequence[float]) -> Tensor:
+    """The same of each of the timesteps [B] or []: int64 [B] or [1]."""
+    found = timesteps.reshape(-1, 1).float()
+    return (found < torch.tensor(edges, dtype=torch.float32, device=found.device)).sum(dim=1)

@@ -201,6 +201,8 @@ class InputFormats:
         bins, edges = self._timestep_bins(statistics) if settings.activation == "timestep" else ([], ())
         if edges:
             form, largest = replace(form, edges=edges), statistics.absmax[bins].amax(1)
+            # A bin in which the linear does not run was not seen and will not be asked for.
+            largest = torch.where(statistics.count[bins] > 0, largest, statistics.absmax_all.max())
             absmax = largest[torch.searchsorted(torch.tensor(bins), statistics.sample_bin)][:, None]
         elif settings.activation not in DYNAMIC:  # also where all steps are in one bin
             form, largest = replace(form, granularity="tensor"), statistics.absmax_all.max()

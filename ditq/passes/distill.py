@@ -16,6 +16,7 @@ from ditq.calibration.batches import CallBatch, CallStream, held_out_conditions,
 from ditq.calibration.sampler import LATENTS
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
+from ditq.nn.structural import StructuralPart
 from ditq.passes.base import Context, Pass, PassReport, register, setting
 from ditq.passes.distill_losses import distillation_losses, regression_losses
 from ditq.passes.expert_load import measure_load, summary_of
@@ -123,7 +124,7 @@ class Distill(Pass):
             report.held_out.append({"step": 0, "error, dB": decibels(before)})
             lesson = _Lesson(self, graph, context, accelerator, stream, held_out)
             with torch.enable_grad():
-                if self.layerwise:
+                if units:
                     report.summary |= lesson.parts_alone(f"{self.name}.{number}.parts", units, alone)
                 if self.steps:
                     _write_down(report, lesson.end_to_end(f"{self.name}.{number}", names))
@@ -199,7 +200,8 @@ class _Lesson:
 
     def end_to_end(self, name: str, names: list[str]) -> Progress:
         """Learn the original's answers and features."""
-        student, settings, blocks = self.graph.model, self.settings, list(self.graph.blocks)
+        student, settings = self.graph.model, self.settings
+        blocks = [name for name in self.graph.blocks if _is_compared(student.get_submodule(name))]
         if not settings.feature:
             blocks = []
         teacher, watched = Watched(self.teacher, blocks), Watched(student, blocks)
@@ -258,6 +260,10 @@ def _chosen(model: nn.Module, train: list[str] | str) -> list[str]:
             )
         found.update(matching)
     return [name for name in names if name in found]
+
+
+def _is_compared(block: nn.Module) -> bool:
+    return block.compared if isinstance(block, StructuralPart) else True
 
 
 def _parameters(model: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:

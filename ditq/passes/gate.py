@@ -74,6 +74,16 @@ class HeldOutCalls:
             lost += _counted(difference, batch, self.sampler)
         return lost / max(self.energy, torch.finfo(torch.float64).tiny)
 
+    def errors(self, model: nn.Module, bin_of_step: Tensor, bins: int) -> Tensor:
+        """`error` divided among bins of the scheduler's steps, int64 [T]: float64 [bins], whose sum it is."""
+        lost = torch.zeros(bins, dtype=torch.float64)
+        for batch, wanted in zip(self.batches, self.wanted, strict=True):
+            difference = [a - b for a, b in zip(answers(model, batch), wanted, strict=True)]
+            places = bin_of_step[batch.steps]
+            for number in places.unique().tolist():
+                lost[number] += _counted(difference, batch, self.sampler, (places == number).float())
+        return lost / max(self.energy, torch.finfo(torch.float64).tiny)
+
 
 @torch.no_grad()
 def answers(model: nn.Module, batch: CallBatch) -> list[Tensor]:
@@ -83,8 +93,10 @@ def answers(model: nn.Module, batch: CallBatch) -> list[Tensor]:
     return [tensor.cpu() for tensor in tensors_of(model(**{**arguments, "return_dict": False}))]
 
 
-def _counted(tensors: list[Tensor], batch: CallBatch, sampler: Sampler | None) -> float:
-    weights, latents = torch.ones(len(batch.steps)), batch.arguments.get(LATENTS)
+def _counted(tensors: list[Tensor], batch: CallBatch, sampler: Sampler | None, weights: Tensor | None = None) -> float:
+    """Squared, over the samples of the batch, each with its weight."""
+    latents = batch.arguments.get(LATENTS)
+    weights = torch.ones(len(batch.steps)) if weights is None else weights
     return float(squared(tensors, weights, guidance_of(batch, sampler), latents, alone=0.0))
 
 

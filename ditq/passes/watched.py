@@ -72,6 +72,8 @@ def fitted_alone(student: nn.Module, teacher: nn.Module) -> dict[str, str]:
     names = {name for name, _ in teacher.named_modules()}
     found: dict[str, str] = {}
     for place, part in parts_of(student).items():
+        if part.fitted_by is None:
+            continue
         unit = place
         while unit and not (unit in names and _gets_the_same(student.get_submodule(unit))):
             unit = unit.rpartition(".")[0]

@@ -44,7 +44,8 @@ def proof_of(engine: Engine, layers: Mapping[str, Sequence[Layer]]) -> FusionRep
     for graph, built in layers.items():
         known = _products(engine.folder / graph)
         unplanned |= {layer.name: layer.types for layer in built if layer.multiplies and not known & set(layer.nodes)}
-    return FusionReport(len(planned), fused, not_fused, unplanned, "low-bit")
+    fused = {site: kernel for site, kernel in fused.items() if site not in not_fused}  # it may stand in several graphs
+    return FusionReport(len({entry.site for entry in planned}), fused, not_fused, unplanned, "low-bit")
 
 
 def _made_by(product: str, entry: PlannedMatMul, layers: Sequence[Layer]) -> tuple[str, bool]:

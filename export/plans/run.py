@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ditq.errors import DitqError
-from ditq.export.engine import GRAPH, TEXT_GRAPH, Engine
+from ditq.export.engine import TEXT_GRAPH, Engine
 from ditq.export.plans.library import Library, libraries, present_gpu
 from ditq.export.targets import Runner
 from ditq.export.text_cache import TextCache
+from ditq.nn.call_timestep import ARGUMENT
 
 
 def _kernel_cache(digest: str) -> Path:
@@ -69,7 +70,7 @@ def runner(engine: Engine, threads: int | None = None) -> Runner:
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         made = {} if texts is None else texts({name: inputs[name] for name in names["inputs"]})
-        outputs = loaded[GRAPH]({**inputs, **made})
+        outputs = loaded[engine.graph_at(inputs.get(ARGUMENT))]({**inputs, **made})
         return outputs[engine.manifest["output"]]
 
     return run

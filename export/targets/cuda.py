@@ -13,6 +13,7 @@ from ditq.export.arguments import unflatten
 from ditq.export.session import first_line
 from ditq.export.targets import Runner, Target, register
 from ditq.export.targets.torch import rebuild
+from ditq.nn.structural.scheduled_block import patterns_of
 from ditq.numerics.carrier import FLOAT8, INT8
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ def check(model: nn.Module) -> None:
     from ditq.kernels.on_gpu import check as check_kernels
 
     check_kernels(model)
+    if len(set(patterns_of(model))) > 1:
+        raise DitqError(
+            "target 'cuda' captures a call once for all timesteps; set bins: 1 in mob, or compile for another target"
+        )
 
 
 def runner(engine: Engine, threads: int | None = None) -> Runner:

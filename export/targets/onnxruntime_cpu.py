@@ -26,6 +26,7 @@ from ditq.export.lowering.writer import Writer
 from ditq.export.targets import PlannedMatMul, Runner, Target, register
 from ditq.export.text_cache import TextCache
 from ditq.nn import ActivationFormat, QuantLinear
+from ditq.nn.call_timestep import ARGUMENT
 from ditq.numerics.carrier import FLOAT8
 
 if TYPE_CHECKING:
@@ -165,19 +166,18 @@ def runner(engine: Engine, threads: int | None = None) -> Runner:
         except RUNTIME_ERRORS as error:
             raise DitqError(f"{engine.folder}: ONNX Runtime cannot run these inputs: {first_line(error)}") from error
 
-    main, *others = engine.graphs
     names = {} if engine.text is None else engine.text
 
     def of_text(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-        return dict(zip(names["outputs"], run_graph(others[0], arrays), strict=True))
+        return dict(zip(names["outputs"], run_graph(engine.graphs[-1], arrays), strict=True))
 
     texts = TextCache(of_text)
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         made = texts({name: inputs[name] for name in names["inputs"]}) if names else {}
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-        return torch.from_numpy(run_graph(main, arrays | made)[0])
+        return torch.from_numpy(run_graph(engine.graph_at(inputs.get(ARGUMENT)), arrays | made)[0])
 
     return run
 

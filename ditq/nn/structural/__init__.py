@@ -19,11 +19,13 @@ class StructuralPart(nn.Module, ABC):
     """What a structural pass puts into a model at a module's place."""
 
     kind: ClassVar[str]
-    fitted_by: ClassVar[Literal["l1", "l2"]] = "l2"
+    fitted_by: ClassVar[Literal["l1", "l2"] | None] = "l2"
     """The distance by which it is fitted alone to what stood there: l2 for feed-forwards, l1 for attentions, as in Grafting
-    (Chandrasegaran et al., arXiv 2506.05340)."""
+    (Chandrasegaran et al., arXiv 2506.05340). None: there is nothing to fit alone."""
     same_input: ClassVar[bool] = True
     """Does it get what the module in its place got in the original model?"""
+    compared: bool = True
+    """Where it is a block: shall it give what the original's block in its place gives?"""
 
     first: ClassVar[bool] = False
     """Is it put in before others, which stand where it makes room for them?"""
