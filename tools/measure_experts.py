@@ -1,11 +1,14 @@
-"""Quality against activated parameters of feed-forwards: mixtures of experts, and pruned ones of the same active width.
+"""Quality against activated parameters: mixtures of experts, pruned feed-forwards of the same active width, fewer blocks.
 
     python -m tools.measure_experts mini --stats stats --forms moe,random,prune --active 0.75,0.5625,0.375 --steps 0,100
 
 `moe` is the pass with its defaults but for `top`; `random` divides the channels at random; `better` lets each feed-forward
-choose; `prune` keeps the channels needed most, `taylor` those of the highest Taylor importance. `--steps` are those of
-`distill` behind it. All are measured on held-out prompts that nothing was learned from: the denoiser's error along the
-original's trajectories, and pictures drawn from the same noise.
+choose; `prune` keeps the channels needed most, `taylor` those of the highest Taylor importance. `depth` drops the same blocks
+at all timesteps and `mob` others in each bin of timesteps, of each stack as `--depth` says. `--steps` are those of `distill`
+behind it. All are measured on held-out prompts that nothing was learned from: the denoiser's error along the original's
+trajectories, and pictures drawn from the same noise: their PSNR, and the distances (lite0-FD) of all of them together to the
+original's and, with `--real`, to as many real pictures of the same captions. `linears` is the share of the parameters of the
+blocks' linears over tokens that one token passes through.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 
 from ditq.calibration.batches import sampled_batches
@@ -24,10 +28,13 @@ from ditq.calibration.sampling import SamplingSettings
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.compiler import run_passes
+from ditq.cost_model import Costs, costs_after, costs_before
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.recipe import Recipe
 from ditq.report.evaluate import heldout_conditions
+from ditq.report.feature_distance import lite0_frechet_distance
+from tools.emoji_data import load_emoji
 from tools.measure_denoiser import Denoiser
 from tools.measure_recipes import table
 from tools.peers.draw import Drawn, draw
@@ -35,19 +42,50 @@ from tools.peers.draw import Drawn, draw
 SHARED, EXPERTS = 0.25, 12
 
 
-def recipe(form: str, active: float, steps: int, settings: dict[str, Any], rate: float, batch: int) -> Recipe:
+def recipe(
+    form: str, active: float, steps: int, settings: dict[str, Any], depth: str, rate: float, batch: int
+) -> Recipe:
     """One form at one share of active channels, distilled for so many steps."""
-    if form in ("prune", "taylor"):
+    if form in ("depth", "mob"):
+        bins = 1 if form == "depth" else 4
+        stacks = [part.replace("/", "=").split("=") for part in depth.split(",") if part]
+        first = [
+            {"mob": {"select": [stack], "keep": int(keep), "group": int(size), "bins": bins}}
+            for stack, keep, size in stacks
+        ]
+        if not first:
+            raise click.UsageError(f"{form}: give --depth, such as transformer_blocks=2/3")
+    elif form in ("prune", "taylor"):
         importance = "taylor" if form == "taylor" else "needed"
-        first: dict[str, Any] = {"prune": {"keep": active, "importance": importance, **settings}}
+        first = [{"prune": {"keep": active, "importance": importance, **settings}}]
     else:
         top = round((active - SHARED) / ((1 - SHARED) / EXPERTS))
         if top < 1:
             raise click.UsageError(f"--active {active}: leaves no routed expert; mixtures have at least 0.3125 here")
         given = {"moe": {}, "random": {"split": "random"}, "better": {"choose": "better"}}[form]
-        first = {"moe": {"shared": SHARED, "experts": EXPERTS, "top": top, **given, **settings}}
+        first = [{"moe": {"shared": SHARED, "experts": EXPERTS, "top": top, **given, **settings}}]
     behind = [{"distill": {"steps": steps, "rate": rate, "batch": batch}}] if steps else []
-    return Recipe.from_dict({"passes": [first, *behind]}, f"{form} {active}")
+    return Recipe.from_dict({"passes": [*first, *behind]}, f"{form} {active}")
+
+
+def active_linears(before: Costs, after: Costs) -> float:
+    """The share of the parameters of linears over tokens in blocks that a token passes through."""
+    parts = ("token linears", "feed-forward")
+    count = [sum(work.activated for work in costs.works.values() if work.part in parts) for costs in (before, after)]
+    return count[1] / count[0]
+
+
+def real_pictures(folder: Path, conditions: list[str | int], size: int) -> np.ndarray:
+    """Of each caption the first picture in the emoji sets: uint8 [N, H, W, 3]."""
+    data = load_emoji(folder, size)
+    places = {caption: number for number, caption in reversed(list(enumerate(data.captions)))}
+    return data.pictures[[places[str(condition)] for condition in conditions]].permute(0, 2, 3, 1).numpy()
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> str:
+    """lite0-FD, where its package is installed."""
+    found = lite0_frechet_distance(list(a), list(b))
+    return "" if found is None else f"{found:.1f}"
 
 
 def picture_psnr(original: Drawn, other: Drawn) -> float:
@@ -63,6 +101,10 @@ def picture_psnr(original: Drawn, other: Drawn) -> float:
 @click.option("--forms", default="moe,random,prune", show_default=True, help="moe, random, better, prune, taylor.")
 @click.option("--active", default="0.75,0.5625,0.375", show_default=True, help="Shares of active hidden channels.")
 @click.option("--steps", default="0", show_default=True, help="Steps of distillation.")
+@click.option("--depth", default="", help="Blocks that stay, for depth and mob: STACK=KEEP/GROUP with commas between.")
+@click.option(
+    "--real", type=click.Path(path_type=Path), help="Folder of the emoji packages, as tools.train_mini fetches them."
+)
 @click.option("--select", default="*", show_default=True, help="Which feed-forwards; patterns with commas between.")
 @click.option("--samples", default=256, show_default=True, help="Calls that the passes look at.")
 @click.option("--rate", default=3e-4, show_default=True)
@@ -76,6 +118,8 @@ def main(
     forms: str,
     active: str,
     steps: str,
+    depth: str,
+    real: Path | None,
     select: str,
     samples: int,
     rate: float,
@@ -94,24 +138,39 @@ def main(
         judge = Denoiser(opened.load_model(), batches, recorded.steps, None, None)
     arguments = dict(settings.arguments)
     wanted = draw(pipeline, conditions, arguments, seed, 16)
+    measured = [("original", wanted.pictures)]
+    if real is not None:
+        measured.append(("real", real_pictures(real, conditions, wanted.pictures.shape[1])))
+        click.echo(f"lite0-FD of the original's pictures to real ones: {distance(*(found for _, found in measured))}")
     rows = []
     for share in map(float, active.split(",")):
         for form in forms.split(","):
             for count in map(int, steps.split(",")):
                 began = time.perf_counter()
                 given = {"samples": samples, "select": select.split(",")}
-                made = recipe(form, share, count, given, rate, batch)
+                made = recipe(form, share, count, given, depth, rate, batch)
                 graph = DiTGraph(opened.load_model(), example_inputs(opened))
+                linears = active_linears(costs_before(graph), costs_after(graph, made))
                 reports = run_passes(graph, made, statistics)
                 minutes = (time.perf_counter() - began) / 60
                 level = judge.figures(graph.model)[1]
                 pipeline.transformer = graph.model
-                psnr = picture_psnr(wanted, draw(pipeline, conditions, arguments, seed, 16))
-                local = reports[0].summary["mean error"]
-                row = [form, f"{share:.4g}", str(count), f"{local:.4f}", level, f"{psnr:.2f}", f"{minutes:.1f}"]
+                drawn = draw(pipeline, conditions, arguments, seed, 16)
+                local = reports[0].summary.get("mean error")
+                alone = "" if local is None else f"{local:.4f}"
+                figures = [
+                    level,
+                    f"{picture_psnr(wanted, drawn):.2f}",
+                    *(distance(drawn.pictures, p) for _, p in measured),
+                ]
+                row = [form, f"{share:.4g}", f"{linears:.3f}", str(count), alone, *figures, f"{minutes:.1f}"]
                 rows.append(row)
                 click.echo("  ".join(row), err=True)
-    table(["form", "active", "steps", "error of one alone", "denoiser, dB", "PSNR, dB", "minutes"], rows)
+    distances = [f"lite0-FD, {name}" for name, _ in measured]
+    table(
+        ["form", "active", "linears", "steps", "error of one alone", "denoiser, dB", "PSNR, dB", *distances, "minutes"],
+        rows,
+    )
 
 
 if __name__ == "__main__":
