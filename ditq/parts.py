@@ -142,12 +142,25 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """What a block hands on: its arguments in order, the argument that each tensor it returns is the next value of, their
+    widths, and whether it returns one tensor alone.
+    """
+
+    arguments: tuple[str, ...]
+    names: tuple[str, ...]
+    widths: tuple[int, ...]
+    bare: bool
+
+
+@dataclass(frozen=True)
 class Block:
-    """One item of a repeated stack."""
+    """One item of a repeated stack. `carried`: what it would hand on if it were left out; None if the model needs it."""
 
     name: str
     stack: str
     sites: tuple[str, ...]
+    carried: Carried | None = None
 
 
 Part = Literal["token linears", "feed-forward", "attention scores", "modulation", "rest"]

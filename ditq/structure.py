@@ -12,6 +12,7 @@ from functools import cached_property
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from ditq.carried import carried_by
 from ditq.dataflow import ACTIVATIONS, ATTENTION, VIEWS, Dataflow, size_of, size_of_value
 from ditq.parts import (
     Attention,
@@ -51,11 +52,12 @@ class Structure(Dataflow):
         for stack, module in self.model.named_modules():
             if not isinstance(module, nn.ModuleList) or any(stack.startswith(f"{name}.") for name in blocks):
                 continue
-            for index, _ in enumerate(module):
-                name = f"{stack}.{index}"
+            names = [f"{stack}.{index}" for index, _ in enumerate(module)]
+            carried = carried_by(self.trace, names)
+            for name in names:
                 sites = tuple(site for site in self.calls if site.startswith(f"{name}."))
                 if len(sites) > 1:
-                    blocks[name] = Block(name, stack, sites)
+                    blocks[name] = Block(name, stack, sites, carried.get(name))
         return blocks
 
     # --- attention
@@ -307,12 +309,13 @@ class Structure(Dataflow):
         block = next((name for name in self.blocks if table and table.startswith(f"{name}.")), None)
         if table is None or shared is None or block is None:
             return None
-        argument = self._block_argument(block, shared)
-        return None if argument is None else TableModulation(table, shift, scale, block, argument)
+        owner = table.rpartition(".")[0]  # the block, or what stands for it inside
+        argument = self._argument(owner, shared)
+        return None if argument is None else TableModulation(table, shift, scale, owner, argument)
 
-    def _block_argument(self, block: str, value: Value) -> str | None:
-        """The name of the block's forward argument that `value` is a view of."""
-        arguments = {v: name for name, v in self.trace.module_inputs[block].items() if isinstance(v, Value)}
+    def _argument(self, module: str, value: Value) -> str | None:
+        """The name of the module's forward argument that `value` is a view of."""
+        arguments = {v: name for name, v in self.trace.module_inputs[module].items() if isinstance(v, Value)}
         while value not in arguments:
             call = self.trace.producer.get(value)
             if call is None or call.function not in VIEWS or len(call.inputs) != 1:

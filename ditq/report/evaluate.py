@@ -39,7 +39,7 @@ from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.parts import LinearModulation
 from ditq.progress import ProgressSetting, progress_bar
-from ditq.report import metrics
+from ditq.report import feature_distance, metrics
 from ditq.report.alignment import Alignment, LinearBlocks, ScaledChannels
 from ditq.report.evaluation import Evaluation, PromptResult, StepResult
 from ditq.report.layers import per_layer_sqnr, quantized_sites, site_histograms
@@ -125,8 +125,12 @@ def evaluate(
         environment=environment(),
         pictures=tally.pictures,
     )
+    if len(tally.pictures) > 1:
+        evaluation.lite0_fd = feature_distance.lite0_frechet_distance(*zip(*tally.pictures, strict=True))
     if weights_path() is None:
         evaluation.notes.append(f"ST-LPIPS {NOT_INSTALLED}")
+    if feature_distance.weights_path() is None:
+        evaluation.notes.append(f"lite0-FD {feature_distance.NOT_INSTALLED}")
     if layers:
         _measure_layers(evaluation, checkpoint, original, quantized or engine, calls=kept_calls, progress=progress)
     return evaluation

@@ -105,6 +105,7 @@ METRICS: dict[str, Metric] = {
     "ssim": Metric("mean SSIM", True),
     "ssim_worst": Metric("worst SSIM", True),
     "st_lpips": Metric("mean ST-LPIPS", False),
+    "lite0_fd": Metric("lite0-FD of all pictures to the original's", False),
     "latent_error": Metric("mean relative error of the last latents", False),
     "step_error": Metric("mean relative error of the denoiser on its own trajectory", False),
     "forced_error": Metric("mean relative error of the denoiser on the original's inputs", False),
@@ -125,6 +126,7 @@ class Evaluation:
     steps: list[StepResult]
     sites: list[SiteResult] = field(default_factory=list)
     histograms: list[SiteHistograms] = field(default_factory=list)
+    lite0_fd: float | None = None
     notes: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -152,6 +154,7 @@ class Evaluation:
             "ssim": _mean([result.ssim for result in self.prompts]),
             "ssim_worst": min((result.ssim for result in self.prompts), default=None),
             "st_lpips": _mean(distances),
+            "lite0_fd": self.lite0_fd,
             "latent_error": _mean([result.latent_error for result in self.prompts]),
             "step_error": _mean([result.accumulated for result in self.steps]),
             "forced_error": _mean([result.forced for result in self.steps]),

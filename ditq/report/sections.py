@@ -37,6 +37,7 @@ def lead(evaluation: Evaluation, engine_info: Mapping[str, Any]) -> str:
             ("psnr_worst", "worst PSNR, dB", ".1f"),
             ("ssim", "mean SSIM", ".3f"),
             ("st_lpips", "mean ST-LPIPS", ".3f"),
+            ("lite0_fd", "lite0-FD", ".3g"),
             ("step_error", "denoiser's error", ".2g"),
             ("sqnr_worst", "worst layer, dB", ".1f"),
         )

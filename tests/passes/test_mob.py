@@ -32,7 +32,7 @@ from ditq.passes.block_groups import grouped
 from ditq.passes.gate import ERROR
 from ditq.recipe import Recipe
 from tests.export.quantized import engine_of, quantize_blocks
-from tests.families_small import FAMILIES, forward, small_graph, small_inputs
+from tests.families_small import FAMILIES, forward, small_graph, small_inputs, statistics_of
 from tests.small_checkpoint import write_pipeline
 
 PROMPTS = ["red apple", "blue fish", "green leaf", "a star"]
@@ -277,6 +277,26 @@ def test_what_is_left_learns_from_the_original(checkpoint, statistics):
     lesson = {"distill": {"steps": 30, "layerwise": 2, "rate": 0.0005, "warmup": 3, "batch": 8, "ema": 0.0}}
     report = run(graph, statistics, {"mob": {"group": 2, "keep": 1, "bins": 2, "samples": 16}}, lesson)[1]
     assert report.summary["kept"] and report.summary["error after, dB"] < report.summary["error before, dB"]
+
+
+@pytest.mark.parametrize("family", ["flux", "pixart"])
+def test_scales_shifts_and_rotations_leave_scheduled_blocks_as_they_are(family):
+    """What is carried past a block that does not run is the residual, which neither fold touches."""
+    model, inputs, _ = scheduled(family, [False, True], [500.0])
+    graph = DiTGraph(model, inputs)
+    expected = []
+    for timestep in (900, 100):
+        inputs["timestep"] = torch.full_like(inputs["timestep"], timestep)
+        expected.append((timestep, forward(model, inputs)))
+    recipe = Recipe.from_dict(
+        {"passes": [{"smooth": {"alpha": 0.5, "centre": True}}, {"rotate": {"mode": "hadamard"}}]}, "test"
+    )
+    run_passes(
+        graph, recipe, statistics_of(graph, inputs=[{**inputs, "timestep": inputs["timestep"].clone().fill_(100)}])
+    )
+    for timestep, before in expected:
+        inputs["timestep"] = torch.full_like(inputs["timestep"], timestep)
+        assert float((forward(graph.model, inputs) - before).norm() / before.norm()) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""The tests of ST-LPIPS with its real weights are collected where the optional package is installed."""
+"""Tests with the real weights of optional packages are collected where these are installed."""
 
-from ditq.report.perceptual import weights_path
+from ditq.report import feature_distance, perceptual
 
-collect_ignore = [] if weights_path() else ["test_perceptual_weights.py"]
+collect_ignore = [] if perceptual.weights_path() else ["test_perceptual_weights.py"]
+collect_ignore += [] if feature_distance.weights_path() else ["test_feature_weights.py"]
