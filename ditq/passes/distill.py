@@ -17,6 +17,7 @@ from ditq.calibration.sampler import LATENTS
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn.structural import StructuralPart
+from ditq.nn.structural.scheduled_block import scheduled_blocks
 from ditq.passes.base import Context, Pass, PassReport, register, setting
 from ditq.passes.distill_losses import distillation_losses, regression_losses
 from ditq.passes.expert_load import measure_load, summary_of
@@ -201,9 +202,7 @@ class _Lesson:
     def end_to_end(self, name: str, names: list[str]) -> Progress:
         """Learn the original's answers and features."""
         student, settings = self.graph.model, self.settings
-        blocks = [name for name in self.graph.blocks if _is_compared(student.get_submodule(name))]
-        if not settings.feature:
-            blocks = []
+        blocks = _compared(self.graph) if settings.feature else []
         teacher, watched = Watched(self.teacher, blocks), Watched(student, blocks)
         sampler = self.held_out.sampler if settings.guided else None
         energy = self._energy()
@@ -218,7 +217,7 @@ class _Lesson:
                     guidance = guidance.to(self.accelerator.device)
                 found = distillation_losses(
                     module(batch.arguments), wanted, energy, guidance, batch.arguments.get(LATENTS),
-                    settings.feature, settings.balance,
+                    settings.feature if blocks else 0.0, settings.balance,
                 )  # fmt: skip
                 told.append(_times(found, share))
             return _sum(told)
@@ -262,8 +261,11 @@ def _chosen(model: nn.Module, train: list[str] | str) -> list[str]:
     return [name for name in names if name in found]
 
 
-def _is_compared(block: nn.Module) -> bool:
-    return block.compared if isinstance(block, StructuralPart) else True
+def _compared(graph: DiTGraph) -> list[str]:
+    """The blocks whose outputs are to be the original's: also where nothing is left of a block but what it hands on."""
+    names = [*graph.blocks, *(name for name in scheduled_blocks(graph.model) if name not in graph.blocks)]
+    found = {name: graph.model.get_submodule(name) for name in names}
+    return [name for name, block in found.items() if not isinstance(block, StructuralPart) or block.compared]
 
 
 def _parameters(model: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:

@@ -272,10 +272,12 @@ def test_the_target_that_captures_calls_refuses_blocks_that_come_and_go(checkpoi
         cuda.check(model)
 
 
-def test_what_is_left_learns_from_the_original(checkpoint, statistics):
+@pytest.mark.parametrize("bins", [1, 2])
+def test_what_is_left_learns_from_the_original(checkpoint, statistics, bins):
     graph = graph_of(checkpoint)
     lesson = {"distill": {"steps": 30, "layerwise": 2, "rate": 0.0005, "warmup": 3, "batch": 8, "ema": 0.0}}
-    report = run(graph, statistics, {"mob": {"group": 2, "keep": 1, "bins": 2, "samples": 16}}, lesson)[1]
+    report = run(graph, statistics, {"mob": {"group": 2, "keep": 1, "bins": bins, "samples": 16}}, lesson)[1]
+    assert report.curves[0]["features"] > 0
     assert report.summary["kept"] and report.summary["error after, dB"] < report.summary["error before, dB"]
 
 
