@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ditq.calibration.batches import CallBatch
 from ditq.calibration.sampler import find_sampler
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
@@ -36,6 +38,7 @@ from ditq.passes.gate import HeldOutCalls, gated, limit_setting
 from ditq.passes.prune import pruned
 
 CLUSTERED = 4096  # tokens that channels are clustered by
+CROWDED = 0.25  # share of the answers asked for that find no slot, beyond which `choice: auto` lets the experts choose
 JUDGED = 4  # batches that `choose: better` judges by
 
 
@@ -69,7 +72,9 @@ class MixtureOfExpertsPass(Pass):
     top: int = setting(2, "experts that a token gets")
     capacity: float = setting(1.25, "slots of an expert over its equal share of the tokens; those beyond it go without")
     choice: str = setting(
-        "token", "tokens choose experts, or each expert the tokens of its sample", ("token", "expert")
+        "auto",
+        "tokens choose experts, or each expert the tokens of its sample; auto: experts where too many tokens find no slot",
+        ("auto", "token", "expert"),
     )
     importance: str = setting("needed", "what tells which channels are shared, as in prune", IMPORTANCES)
     split: str = setting("cluster", "how the others are divided", ("cluster", "rank", "random"))
@@ -138,7 +143,7 @@ class MixtureOfExpertsPass(Pass):
             "router": "representative" if self.router == "representative" else "linear",
             "top": self.top,
             "capacity": self.capacity,
-            "choice": self.choice,
+            "choice": "expert" if self.choice == "expert" else "token",
         }
 
     def costs(self, graph: DiTGraph) -> dict[str, Work]:
@@ -173,33 +178,52 @@ class MixtureOfExpertsPass(Pass):
             assert context.original is not None
             sampler = find_sampler(context.original, context.trajectories())
             judge = HeldOutCalls.judging(context.original, batches[:JUDGED], sampler)
-        for place, tokens in tokens_of_places(graph.model, places, batches, self.rows, self.weighting, context):
-            made, error = self._mixture(graph.model, place, tokens, taylor, context.seed)
-            row: dict[str, Any] = {
-                "feed-forward": place.name,
-                "hidden": place.form.hidden,
-                "active": self.active(place.form.hidden),
-            }
-            row["error"] = error
-            part: StructuralPart = made
-            if self.choose == "better":
-                assert judge is not None
-                part, found = self._better(graph, place, tokens, made, judge, context.seed)
-                row |= found
-            graph.replace(place.module, part)
-            report.rows.append(row)
+        dense = {place.module: graph.linear(place.module) for place in places}
+        choice = "token" if self.choice == "auto" else self.choice
+        rows = self._replaced(graph, places, batches, taylor, judge, choice, context)
         loads = measure_load(graph.model, batches, context)
-        for place, row in zip(places, report.rows, strict=True):
-            if place.module in loads:
-                row |= loads[place.module].row()
+        crowded = [place for place in places if place.module in loads and loads[place.module].dropped > CROWDED]
+        if self.choice == "auto" and crowded:
+            for place in crowded:
+                graph.replace(place.module, dense[place.module])
+            rows |= self._replaced(graph, crowded, batches, taylor, judge, "expert", context)
+            loads = measure_load(graph.model, batches, context)
+        for place in places:
+            report.rows.append(rows[place.name] | (loads[place.module].row() if place.module in loads else {}))
         report.summary |= summary_of(loads)
         graph.refresh()
         errors: list[Any] = [row["error"] for row in report.rows]
         report.summary |= {"feed-forwards": len(errors), "mean error": sum(errors) / len(errors)}
         return gated(report, graph, context, self.limit)
 
+    def _replaced(
+        self,
+        graph: DiTGraph,
+        places: Sequence[Place],
+        batches: Sequence[CallBatch],
+        taylor: dict[str, Tensor],
+        judge: HeldOutCalls | None,
+        choice: str,
+        context: Context,
+    ) -> dict[str, dict[str, Any]]:
+        """Put mixtures, or with a judge the better of mixture and pruned, into those places: what to report of each."""
+        rows: dict[str, dict[str, Any]] = {}
+        for place, tokens in tokens_of_places(graph.model, places, batches, self.rows, self.weighting, context):
+            made, error = self._mixture(graph.model, place, tokens, taylor, choice, context.seed)
+            hidden = place.form.hidden
+            row = {"feed-forward": place.name, "hidden": hidden, "active": self.active(hidden), "error": error}
+            part: StructuralPart = made
+            if judge is not None:
+                part, found = self._better(graph, place, tokens, made, judge, context.seed)
+                row |= found
+            if isinstance(part, MixtureOfExperts):
+                row["chosen by"] = f"{choice}s"
+            graph.replace(place.module, part)
+            rows[place.name] = row
+        return rows
+
     def _mixture(
-        self, model: nn.Module, place: Place, tokens: Tokens, taylor: dict[str, Tensor], seed: int
+        self, model: nn.Module, place: Place, tokens: Tokens, taylor: dict[str, Tensor], choice: str, seed: int
     ) -> tuple[MixtureOfExperts, float]:
         """The mixture, and its relative error on held-out tokens."""
         dense, form = model.get_submodule(place.module), place.form
@@ -215,7 +239,7 @@ class MixtureOfExpertsPass(Pass):
         )
         representatives = _central(a, parts) if self.router == "representative" else None
         mixture = divided(
-            dense, form, shared, parts, representatives, top=self.top, capacity=self.capacity, choice=self.choice
+            dense, form, shared, parts, representatives, top=self.top, capacity=self.capacity, choice=choice
         )
         if representatives is None:
             targets = contributions(a, mean, tokens.weight, given, self.experts)

@@ -20,13 +20,14 @@ from ditq.nn.structural.experts import MixtureOfExperts
 from ditq.nn.structural.pruned import PrunedFeedForward
 from ditq.parts import LinearModulation
 from ditq.passes.gate import ERROR
+from ditq.passes.moe import CROWDED
 from ditq.recipe import Recipe
 from ditq.report.layers import per_layer_sqnr
 from tests.families_small import forward, small_graph
 from tests.small_checkpoint import write_pipeline
 
 PROMPTS = ["red apple", "blue fish", "green leaf", "a star"]
-EXPERTS = {"experts": 6, "samples": 24, "rows": 512}
+EXPERTS = {"experts": 6, "samples": 24, "rows": 512, "choice": "token"}
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,24 @@ def test_means_and_differences_from_them_add_up_to_the_dense_output(checkpoint, 
     expected = forward(graph.model, inputs)
     run(graph, statistics, {"moe": EXPERTS | {"top": 6, "capacity": 1.0, "refit": False}})
     assert float((forward(graph.model, inputs) - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_experts_choose_where_too_many_tokens_would_find_no_slot(checkpoint, statistics):
+    """Tokens of padded text are alike and all ask the same experts; those of the picture are not."""
+    by_tokens = run(graph_of(checkpoint), statistics, {"moe": EXPERTS})[0]
+    graph = graph_of(checkpoint)
+    report = run(graph, statistics, {"moe": EXPERTS | {"choice": "auto"}})[0]
+    crowded = [row["feed-forward"] for row in by_tokens.rows if row["dropped"] > CROWDED]
+    assert 0 < len(crowded) < len(report.rows) and any("context" in name for name in crowded)
+    for row in report.rows:
+        expert = row["feed-forward"] in crowded
+        assert row["chosen by"] == ("experts" if expert else "tokens")
+        assert row["dropped"] <= (0 if expert else CROWDED)
+        if expert:  # every expert has the same share of the tokens
+            assert row["least load"] == pytest.approx(row["most load"])
+    for row, other in zip(report.rows, by_tokens.rows, strict=True):
+        if row["feed-forward"] not in crowded:
+            assert row["error"] == other["error"]
 
 
 def test_the_graph_knows_experts_as_linears_of_one_input(checkpoint, statistics):
