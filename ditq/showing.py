@@ -19,6 +19,7 @@ from ditq.export.agreement import model_agreement
 from ditq.export.engine import MANIFEST, TEXT_GRAPH, Engine
 from ditq.export.fusion_report import FusionReport
 from ditq.export.loader import load_engine
+from ditq.export.providers.available import is_doubled
 from ditq.export.targets import target, targets
 from ditq.export.targets.torch import rebuild
 from ditq.inspection import Inspection, inspect_checkpoint, made_up_inputs
@@ -37,6 +38,7 @@ PACKAGES = (
     "safetensors",
     "onnx",
     "onnxruntime",
+    "onnxruntime-gpu",
     "triton",
     "tensorrt",
     "tensorrt_rtx",
@@ -211,12 +213,13 @@ def diagnose(engine: str | None) -> tuple[list[str], bool]:
     lines = [f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"]
     for package in PACKAGES:
         try:
-            lines.append(f"{package:13s} {_version(package)}")
+            lines.append(f"{package:15s} {_version(package)}")
         except PackageNotFoundError:
-            lines.append(f"{package:13s} not installed")
+            lines.append(f"{package:15s} not installed")
+    lines += _providers()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    lines += [f"GPU           {torch.cuda.get_device_name(i)}" for i in range(count)] or [
-        "GPU           none that torch sees"
+    lines += [f"GPU             {torch.cuda.get_device_name(i)}" for i in range(count)] or [
+        "GPU             none that torch sees"
     ]
     for name, found in targets().items():
         works, why = found.available()
@@ -241,6 +244,21 @@ def diagnose(engine: str | None) -> tuple[list[str], bool]:
     runs = "" if own.available()[0] else f" (its graph run by ONNX Runtime, since {own.name} does not run here)"
     lines.append(f"{engine}: {agreement}{runs}")
     return lines, all(proof.complete for proof in proven.values()) and agreement.holds
+
+
+def _providers() -> list[str]:
+    """What the installed ONNX Runtime can run graphs on, and whether two packages of it are in each other's way."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return []
+    lines = [f"{'providers':15s} {', '.join(onnxruntime.get_available_providers())}"]
+    if is_doubled():
+        lines.append(
+            "onnxruntime and onnxruntime-gpu hold the same module, of which the one installed last is left; pip uninstall both, "
+            "then pip install one of them"
+        )
+    return lines
 
 
 def _proofs(engine: Engine) -> Mapping[str, FusionReport]:

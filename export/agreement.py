@@ -236,28 +236,33 @@ def _integers(engine: Engine, files: Sequence[str]) -> dict[str, list[_Place]]:
             zero = int(numpy_helper.to_array(constants[maker.input[2]])) if len(maker.input) == 3 else 0
             places.setdefault(part, []).append(_Place(entry.graph, (value,), zero))
         if entry.kind in ("integer", "float8") and entry.numbers is None:
-            read = [_dequantized_by(makers, product) for product in entry.coded]
-            zero_points = {names[1] for names in read}
-            zero_point = constants.get(zero_points.pop()) if len(zero_points) == 1 else None
+            read = [_read_by(makers, constants, product) for product in entry.coded]
+            zero_points = {zero for _, zero in read}
+            zero_point = zero_points.pop() if len(zero_points) == 1 else None
             if zero_point is None:
                 raise DitqError(f"{engine.folder}: {entry.site}: its activations are not quantized in a known form")
-            values = tuple(names[0] for names in read)
-            places[entry.site].append(_Place(entry.graph, values, int(numpy_helper.to_array(zero_point))))
+            places[entry.site].append(_Place(entry.graph, tuple(value for value, _ in read), zero_point))
     return places
 
 
-def _dequantized_by(makers: Mapping[str, onnx.NodeProto], product: str) -> tuple[str, str]:
-    """(values, zero point) that a DequantizeLinear in front of a product reads, by name; empty where there is none."""
+def _read_by(
+    makers: Mapping[str, onnx.NodeProto], constants: Mapping[str, onnx.TensorProto], product: str
+) -> tuple[str, int | None]:
+    """(values, zero point) that a product reads: through a DequantizeLinear, or as they are; no zero point where there is
+    neither."""
     node = makers.get(product)
-    dequantize = None if node is None else makers.get(node.input[0])
-    while dequantize is not None and dequantize.op_type in (
-        "Reshape",
-        "Transpose",
-    ):  # of groups, in front of one product
-        dequantize = makers.get(dequantize.input[0])
-    if dequantize is None or dequantize.op_type != "DequantizeLinear" or len(dequantize.input) < 3:
-        return "", ""
-    return dequantize.input[0], dequantize.input[2]
+    if node is None:
+        return "", None
+    whole = node.op_type == "MatMulInteger" and len(node.input) == 2
+    value = node.input[0]
+    while value in makers and makers[value].op_type in ("Reshape", "Transpose"):  # of groups, in front of one product
+        value = makers[value].input[0]
+    maker = makers.get(value)
+    if whole and maker is not None and maker.op_type == "QuantizeLinear":
+        return value, 0
+    if maker is None or maker.op_type != "DequantizeLinear" or len(maker.input) < 3 or maker.input[2] not in constants:
+        return "", None
+    return maker.input[0], int(numpy_helper.to_array(constants[maker.input[2]]))
 
 
 def _values(

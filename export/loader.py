@@ -22,7 +22,8 @@ from ditq.export.arguments import Layout
 from ditq.export.engine import Engine
 from ditq.export.targets import Runner, target
 
-_PREFERRED = ("onnxruntime-cpu", "torch")
+_ON_CPU = ("onnxruntime-cpu", "torch")
+_ON_GPU = ("tensorrt", "onnxruntime-cuda")  # targets whose graphs are made for a GPU, which ditq's own kernels may run too
 _WITHOUT_GRAPH = ("cuda", "torch")
 
 
@@ -31,9 +32,10 @@ def load_engine(path: str | Path, target: str = "auto", threads: int | None = No
 
     Args:
         path: the engine folder.
-        target: what runs it: `tensorrt`, `onnxruntime-cpu`, `cuda`, `torch`, or `auto`: what it was compiled for, else, saying
-            so, the first that can: of `cuda`, `onnxruntime-cpu` and `torch` for an engine compiled for `tensorrt`, of
-            `onnxruntime-cpu` and `torch` for others with a graph, `torch` for those of `cuda`.
+        target: what runs it: `tensorrt`, `onnxruntime-cuda`, `onnxruntime-cpu`, `cuda`, `torch`, or `auto`: what it was
+            compiled for, else, saying so, the first that can: of `cuda`, `onnxruntime-cuda`, `onnxruntime-cpu` and `torch` for
+            an engine compiled for `tensorrt` or `onnxruntime-cuda`, of `onnxruntime-cpu` and `torch` for others with a graph,
+            `torch` for those of `cuda`.
         threads: of ONNX Runtime; None leaves the choice to it.
 
     Raises:
@@ -128,12 +130,13 @@ def _opened(engine: Engine, name: str, threads: int | None) -> tuple[str, Runner
         try:
             run = target(candidate).runner(engine, threads)
         except DitqError as error:
-            if not target(candidate).plans:  # of which there may be none for what is here
+            if candidate == own and not target(own).plans:  # of which there may be none for what is here
                 raise
             reasons[candidate] = error
             continue
         if candidate != own:
-            print(f"note: {reasons[own]}; {engine.name} is run by {candidate} instead", file=sys.stderr)
+            why = "; ".join(map(str, reasons.values()))
+            print(f"note: {why}; {engine.name} is run by {candidate} instead", file=sys.stderr)
         return candidate, run
     raise reasons[own]
 
@@ -142,7 +145,7 @@ def _others(engine: Engine) -> tuple[str, ...]:
     """What else may run the engine, the fastest first."""
     if not engine.graphs:
         return _WITHOUT_GRAPH
-    return ("cuda", *_PREFERRED) if engine.manifest["target"] == "tensorrt" else _PREFERRED
+    return ("cuda", "onnxruntime-cuda", *_ON_CPU) if engine.manifest["target"] in _ON_GPU else _ON_CPU
 
 
 def _check_runs(name: str, engine: Engine) -> None:

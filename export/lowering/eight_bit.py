@@ -1,11 +1,17 @@
-"""Products of 8-bit numbers in the form that TensorRT multiplies as such: signed, zero point 0, one scale for a whole tensor.
+"""Products of 8-bit numbers as GPUs multiply them: signed, zero point 0, one scale for a whole tensor.
+
+In the form that TensorRT takes for such (`DEQUANTIZED`):
 
     n = x / s on its grid    QuantizeLinear(1) -> DequantizeLinear(2^-a) \\
                              carrier           -> DequantizeLinear(2^-b)  MatMul in half precision -> * 2^(a+b) s s_w in float32
 
+The product leaves in 16 bits: the powers of two, which are exact, keep the largest sum that can be within what float16 holds.
+And in the operator that says it outright (`INTEGERS`), whose sums are int32:
+
+    n = x / s on its grid    QuantizeLinear(1) -> MatMulInteger with the carrier -> Cast -> * s s_w in float32
+
 The scales of tokens, timesteps and rows stand behind the product, where TensorRT computes them in one kernel with the bias.
-Numbers are whole before they are quantized, so any grid that int8 holds will do; FP8 numbers (E4M3) take the same way. The
-product leaves in 16 bits: the powers of two, which are exact, keep the largest sum that can be within what float16 holds.
+Numbers are whole before they are quantized, so any grid that int8 holds will do; FP8 numbers (E4M3) take the first way.
 
 With a scale a group of channels there is one product with the groups as its batch, and a sum over them.
 """
@@ -19,7 +25,6 @@ import numpy as np
 import onnx_ir as ir
 from ml_dtypes import float8_e4m3fn
 
-from ditq.errors import DitqError
 from ditq.export.lowering import low_rank, weights
 from ditq.export.lowering.activations import FLOAT, in_steps, own_steps, scale_of_bin, unit_of
 from ditq.export.lowering.writer import Writer
@@ -31,17 +36,29 @@ _LARGEST_HALF = 65504
 _ZEROS = {False: np.zeros((), np.int8), True: np.zeros((), float8_e4m3fn)}
 
 
+@dataclass(frozen=True)
+class Form:
+    """operator: what multiplies; dequantizes: whether it reads numbers through DequantizeLinear, else as they are."""
+
+    operator: str
+    dequantizes: bool
+
+
+DEQUANTIZED, INTEGERS = Form("MatMul", True), Form("MatMulInteger", False)
+
+
 @dataclass(frozen=True, eq=False)
 class Numbers:
-    """numbers: the input on its 8-bit grid, as the output of a DequantizeLinear; unit: what one of them stands for."""
+    """numbers: the input on its 8-bit grid, as the form's operator reads it; unit: what one of them stands for."""
 
     numbers: ir.Value
     unit: ir.Value
+    form: Form
 
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """matmul, inner_matmul: what the products with the codes, and with the rows of a branch if those have their own, give;
+    """matmul, inner_matmul: what the products with the codes, and with the rows of a branch if those have their own, make;
     total [..., O] and inner [..., r]: what that stands for, in float32."""
 
     matmul: ir.Value
@@ -50,17 +67,11 @@ class Product:
     inner: ir.Value | None = None
 
 
-def check(layer: QuantLinear, target: str) -> None:
-    """Raise DitqError for inputs that have no signed form."""
-    if layer.activation.grid == "unsigned":
-        raise DitqError(f"{layer.site}: {target} has no unsigned inputs; leave activation_unsigned out")
-
-
-def quantized(writer: Writer, x: ir.Value, rank: int, layer: QuantLinear) -> Numbers:
+def quantized(writer: Writer, x: ir.Value, rank: int, layer: QuantLinear, how: Form = DEQUANTIZED) -> Numbers:
     """x [..., I] of `rank` dimensions on the layer's grid; with a scale a group, as [groups, tokens, channels of one]."""
     form, width, calibrated = layer.activation, layer.in_features, layer.activation_scale
     if form.granularity == "group":
-        return _grouped(writer, x, rank, layer)
+        return _grouped(writer, x, rank, layer, how)
     if calibrated is None:
         steps, scale = own_steps(writer, x, form)
     elif form.granularity == "timestep":
@@ -68,7 +79,8 @@ def quantized(writer: Writer, x: ir.Value, rank: int, layer: QuantLinear) -> Num
         steps, scale = in_steps(writer, x, scale_of_bin(writer, bins, form))
     else:
         steps, scale = in_steps(writer, x, writer.constant(calibrated.item(), np.float32, name="tensor_scale"))
-    return Numbers(_dequantized(writer, _on_grid(writer, steps, form), form, width), unit_of(writer, scale, form))
+    numbers = _as_read(writer, _on_grid(writer, steps, form), form, width, how)
+    return Numbers(numbers, unit_of(writer, scale, form), how)
 
 
 def multiplied(writer: Writer, numbers: Numbers, x: ir.Value, rank: int, layer: QuantLinear) -> Product:
@@ -85,11 +97,15 @@ def multiplied(writer: Writer, numbers: Numbers, x: ir.Value, rank: int, layer: 
 
 
 def _product(writer: Writer, x: Numbers, layer: QuantLinear, carrier: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
-    """(x carrier in half precision, what that stands for in float32 but for the scales of the rows)."""
-    matmul = writer.op("MatMul", x.numbers, _dequantized_weight(writer, carrier, layer), name=name)
-    back = writer.constant(2.0 ** sum(_exponents(layer.activation, layer.in_features)), np.float32, name="back")
+    """(x carrier in half precision or int32, what that stands for in float32 but for the scales of the rows)."""
+    weight, unit = carrier, x.unit
+    if x.form.dequantizes:
+        weight = _dequantized_weight(writer, carrier, layer)
+        back = writer.constant(2.0 ** sum(_exponents(layer.activation, layer.in_features)), np.float32, name="back")
+        unit = writer.op("Mul", x.unit, back, name="unit")
+    matmul = writer.op(x.form.operator, x.numbers, weight, name=name)
     y = writer.op("Cast", matmul, name=f"{name}.float", to=FLOAT)
-    return matmul, writer.op("Mul", y, writer.op("Mul", x.unit, back, name="unit"), name=f"{name}.rescaled")
+    return matmul, writer.op("Mul", y, unit, name=f"{name}.rescaled")
 
 
 def _on_grid(writer: Writer, steps: ir.Value, form: ActivationFormat) -> ir.Value:
@@ -100,6 +116,8 @@ def _on_grid(writer: Writer, steps: ir.Value, form: ActivationFormat) -> ir.Valu
         n = _clipped(writer, writer.op("Round", middle, name="rounded"), -limit, limit - 1)
         twice = writer.op("Mul", n, writer.constant(2, np.float32, name="two"), name="doubled")
         steps = writer.op("Add", twice, writer.constant(1, np.float32, name="one"), name="odd")
+    elif form.grid == "unsigned":
+        steps = _clipped(writer, steps, 0, limit)
     elif form.clip < 1 or form.granularity in ("tensor", "timestep"):
         steps = _clipped(writer, steps, -limit, limit)
     one = writer.constant(1, np.float32, name="one")
@@ -115,7 +133,10 @@ def _zero(writer: Writer, form: ActivationFormat) -> ir.Value:
     return writer.constant(_ZEROS[form.grid == FLOAT8.name], name="zero_point")
 
 
-def _dequantized(writer: Writer, q: ir.Value, form: ActivationFormat, width: int) -> ir.Value:
+def _as_read(writer: Writer, q: ir.Value, form: ActivationFormat, width: int, how: Form) -> ir.Value:
+    """8-bit numbers as the operator of the product reads them."""
+    if not how.dequantizes:
+        return q
     scale = writer.constant(2.0 ** -_exponents(form, width)[0], np.float16, name="power_of_two")
     return writer.op("DequantizeLinear", q, scale, _zero(writer, form), name="dequantized")
 
@@ -137,15 +158,16 @@ def _exponents(form: ActivationFormat, width: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def _grouped(writer: Writer, x: ir.Value, rank: int, layer: QuantLinear) -> Numbers:
+def _grouped(writer: Writer, x: ir.Value, rank: int, layer: QuantLinear, how: Form) -> Numbers:
     form = layer.activation
     size, count = form.group_size, layer.in_features // form.group_size
     apart = writer.constant([*[0] * (rank - 1), count, size], np.int64, name="shape")
     steps, scale = own_steps(writer, writer.op("Reshape", x, apart, name="groups"), form)
-    numbers = _dequantized(writer, _on_grid(writer, steps, form), form, layer.in_features)
+    numbers = _as_read(writer, _on_grid(writer, steps, form), form, layer.in_features, how)
     return Numbers(
         _groups_first(writer, numbers, count, size, "groups_first"),
         _groups_first(writer, unit_of(writer, scale, form), count, 1, "units"),
+        how,
     )
 
 

@@ -1,9 +1,10 @@
-"""Matrix products in half precision, everything between them in float32: what TensorRT's tensor cores multiply.
+"""Matrix products in half precision, everything between them in float32: what a GPU's tensor cores multiply.
 
 Rules:
-  1. MatMul and Conv of floats read float16 and write float16; a Cast on each side joins them to the float32 around, which
-     TensorRT computes in the kernels that stand there anyway. Residual sums so never leave the range of float16. A linear of
-     single rows (Gemm) is a MatMul, with its bias behind it in float32.
+  1. MatMul and Conv of floats read float16 and write float16, and so do ONNX Runtime's own MatMulNBits and
+     MultiHeadAttention; a Cast on each side joins them to the float32 around, which TensorRT computes in the kernels that
+     stand there anyway. Residual sums so never leave the range of float16. A linear of single rows (Gemm) is a MatMul, with
+     its bias behind it in float32.
   2. What ends in a Sin or Cos stays in float32: a timestep of 1000 or a position times a frequency needs all its digits.
   3. So do the scores that a TopK compares: half a digit less sends a token to another expert.
   4. Attention is a product of rule 1, as one node where TensorRT has a kernel for the width of its heads. With a mask, or of
@@ -17,10 +18,11 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from ditq.export.lowering.attention import decomposed, heads_and_width, is_plain, put_in_place
-from ditq.export.lowering.writer import Writer
+from ditq.export.lowering.writer import MICROSOFT, Writer
 
 HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
-_PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
+_PRODUCTS = {("", name) for name in ("MatMul", "Gemm", "Conv", "Attention")}
+_PRODUCTS |= {(MICROSOFT, "MatMulNBits"), (MICROSOFT, "MultiHeadAttention")}
 
 
 def multiply_in_half(writer: Writer, low_bit: Collection[ir.Value] = ()) -> None:
@@ -35,8 +37,12 @@ def multiply_in_half(writer: Writer, low_bit: Collection[ir.Value] = ()) -> None
     casts: dict[ir.Value, ir.Value] = {}
     exact = _behind_sines(writer.graph) | _scores(writer.graph)
     for node in list(writer.graph):
-        if node.op_type in _PRODUCTS and node.domain == "" and node not in exact and node.outputs[0] not in low_bit:
+        if _is_product(node) and node not in exact and node.outputs[0] not in low_bit:
             _in_half(writer, node, casts)
+
+
+def _is_product(node: ir.Node) -> bool:
+    return (node.domain, node.op_type) in _PRODUCTS
 
 
 def _is_linear(node: ir.Node) -> bool:
@@ -82,7 +88,7 @@ def _scores(graph: ir.Graph) -> set[ir.Node]:
             if maker is None or maker in seen:
                 continue
             seen.add(maker)
-            if maker.op_type in _PRODUCTS:
+            if _is_product(maker):
                 found.add(maker)
             else:
                 left.append(maker)
@@ -92,7 +98,7 @@ def _scores(graph: ir.Graph) -> set[ir.Node]:
 def _in_half(writer: Writer, node: ir.Node, casts: dict[ir.Value, ir.Value]) -> None:
     """Give the node its inputs in half precision, and others its output back in float32."""
     for index, value in enumerate(node.inputs):
-        if value is not None and value.dtype not in (ir.DataType.BOOL, HALF):
+        if value is not None and value.dtype in (None, FLOAT):
             node.replace_input_with(index, _cast(writer, value, casts))
     y = node.outputs[0]
     back = ir.node("Cast", [y], {"to": FLOAT}, name=f"{y.name}/float")

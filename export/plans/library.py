@@ -7,10 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ditq.errors import DitqError
-from ditq.export.session import first_line
+from ditq.export.gpu import gpu_of
 
 RTX, PROPER = "tensorrt_rtx", "tensorrt"
 SMALLEST = 80  # Ampere, the first with bfloat16 and asynchronous copies; plans are built and proven from there on
@@ -89,17 +87,7 @@ def present_gpu() -> str:
     Raises:
         DitqError: there is none, or torch cannot use it; one line with what to do.
     """
-    if torch.version.cuda is None:
-        raise DitqError(f"torch {torch.__version__} is a build without CUDA; install one with CUDA")
-    try:
-        torch.cuda.init()
-        major, minor = torch.cuda.get_device_capability()
-    except (RuntimeError, AssertionError) as error:
-        raise DitqError(f"no GPU that torch can use: {first_line(error)}") from error
-    if 10 * major + minor < SMALLEST:
-        name = torch.cuda.get_device_name()
-        raise DitqError(f"{name} is sm{major}{minor}; TensorRT plans need sm{SMALLEST} (Ampere) or newer")
-    return f"sm{major}{minor}"
+    return gpu_of(SMALLEST, "TensorRT plans need")
 
 
 def _gpu_or_none() -> str | None:

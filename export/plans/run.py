@@ -20,8 +20,12 @@ from ditq.nn.call_timestep import ARGUMENT
 
 def _kernel_cache(digest: str) -> Path:
     """Where what TensorRT for RTX compiles for this very GPU at the first run is kept: for the user, not in the engine."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "ditq" / "tensorrt" / f"{digest}.kernels"
+    return user_cache() / "tensorrt" / f"{digest}.kernels"
+
+
+def user_cache() -> Path:
+    """Where ditq keeps for a user what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ditq"
 
 
 def available() -> tuple[bool, str]:

@@ -35,13 +35,17 @@ def lowers(kind: str) -> Callable[[Lowering], Lowering]:
     return register
 
 
-def lower_token_attentions(model: ir.Model) -> None:
-    """Rewrite every ditq::TokenAttention of the graph, in place."""
+def lower_token_attentions(model: ir.Model) -> dict[str, set[ir.Value]]:
+    """Rewrite every ditq::TokenAttention of the graph, in place: all values that those of each kind compute."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     writer = Writer(model)
     shared: dict[tuple[object, ...], ir.Value] = {}
+    made: dict[str, set[ir.Value]] = {}
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type == TOKEN_ATTENTION:
-            tokens = Tokens(writer, node, shared)
-            put_in_place(writer, node, _lowerings[node.attributes["kind"].as_string()](tokens))
+            kind, before = node.attributes["kind"].as_string(), set(model.graph)
+            put_in_place(writer, node, _lowerings[kind](Tokens(writer, node, shared)))
+            new = set(model.graph) - before
+            made.setdefault(kind, set()).update(value for maker in new for value in maker.outputs)
+    return made
