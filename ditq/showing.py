@@ -255,8 +255,8 @@ def _providers() -> list[str]:
     lines = [f"{'providers':15s} {', '.join(onnxruntime.get_available_providers())}"]
     if is_doubled():
         lines.append(
-            "onnxruntime and onnxruntime-gpu hold the same module, of which the one installed last is left; pip uninstall both, "
-            "then pip install one of them"
+            "onnxruntime and onnxruntime-gpu hold the same module, of which the one installed last is left; "
+            "pip uninstall both, then pip install one of them"
         )
     return lines
 

@@ -35,6 +35,9 @@ from ditq.numerics.carrier import LARGEST_E4M3
 TIE_TOLERANCE = 0.01  # steps: of 127, a relative error of 1e-4, a thousand times float32's own; seen are 1e-6 to 1e-4
 HALF_TIE_TOLERANCE = 0.5  # steps: of 127, eight times float16's own 2^-11; seen are up to 0.38
 OUTPUT_TOLERANCE = 1e-3
+# A product in float16 rounds both sides and its result, 5e-4 of its size together; a hundred of them, as independent errors
+# add up, make ten times that.
+HALF_OUTPUT_TOLERANCE = 5e-3
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class ModelAgreement:
         plain_error: of the output, each rounding for itself.
         invalid: by site, in the order of the run, integers farther than `tolerance` from being a rounding of the torch value;
             torch keeps its own.
+        limit: what the error must be below.
     """
 
     integers: int
@@ -61,11 +65,12 @@ class ModelAgreement:
     plain_error: float
     tolerance: float = TIE_TOLERANCE
     invalid: Mapping[str, int] = field(default_factory=dict)
+    limit: float = OUTPUT_TOLERANCE
 
     @property
     def holds(self) -> bool:
-        """Every integer of the engine is a rounding of the torch value, and given them the outputs agree within 1e-3."""
-        return not self.invalid and self.error < OUTPUT_TOLERANCE
+        """Every integer of the engine is a rounding of the torch value, and given them the outputs agree within the limit."""
+        return not self.invalid and self.error < self.limit
 
     def __str__(self) -> str:
         if self.invalid:
@@ -122,6 +127,7 @@ def model_agreement(
         relative_difference(output, plain),
         tolerance,
         dict(comparison.invalid),
+        HALF_OUTPUT_TOLERANCE if own.half else OUTPUT_TOLERANCE,
     )
 
 

@@ -23,7 +23,10 @@ from ditq.export.engine import Engine
 from ditq.export.targets import Runner, target
 
 _ON_CPU = ("onnxruntime-cpu", "torch")
-_ON_GPU = ("tensorrt", "onnxruntime-cuda")  # targets whose graphs are made for a GPU, which ditq's own kernels may run too
+_ON_GPU = (
+    "tensorrt",
+    "onnxruntime-cuda",
+)  # targets whose graphs are made for a GPU, which ditq's own kernels may run too
 _WITHOUT_GRAPH = ("cuda", "torch")
 
 

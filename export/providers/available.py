@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import io
+from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -27,8 +31,8 @@ def available() -> tuple[bool, str]:
         kind = gpu_of(LEAST, "ONNX Runtime's CUDA provider needs")
     except DitqError as error:
         missing.append(str(error))
-    if not missing and not loads():
-        missing.append(_not_loaded())
+    if not missing and (why := not_loaded()) is not None:
+        missing.append(why)
     if missing:
         return False, "; and ".join(missing)
     import onnxruntime
@@ -66,30 +70,35 @@ def _installed(package: str) -> bool:
 
 
 @functools.cache
-def loads() -> bool:
-    """Whether a session gets the provider: its library wants CUDA and cuDNN of the version that it was built with."""
+def not_loaded() -> str | None:
+    """Why a session does not get the provider, whose library wants CUDA of the version that it was built with; None if it does.
+
+    ONNX Runtime itself writes a warning and goes on without.
+    """
     import onnxruntime
 
-    from ditq.export.session import RUNTIME_ERRORS, session_options
+    from ditq.export.session import RUNTIME_ERRORS, first_line, session_options
 
     if hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()
+        with redirect_stdout(io.StringIO()):  # which says what is missing there, as the line below does
+            onnxruntime.preload_dlls()  # those of NVIDIA's packages
+    onnxruntime.set_default_logger_severity(4)
     try:
         session = onnxruntime.InferenceSession(
             _smallest_graph(), session_options(1), providers=[CUDA, "CPUExecutionProvider"], enable_fallback=0
         )
-    except RUNTIME_ERRORS:
-        return False
-    return CUDA in session.get_providers()
-
-
-def _not_loaded() -> str:
-    import onnxruntime
-
-    wants = getattr(onnxruntime, "cuda_version", "") or "the version that it was built with"
+        if CUDA in session.get_providers():
+            return None
+        ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"))
+        reason = "no reason was given"
+    except (OSError, *RUNTIME_ERRORS) as error:
+        reason = first_line(error)
+    finally:
+        onnxruntime.set_default_logger_severity(2)
+    wants = getattr(onnxruntime, "cuda_version", "") or "of the version that it was built with"
     return (
-        f"the CUDA provider of onnxruntime-gpu {onnxruntime.__version__} does not load; it wants CUDA {wants} and cuDNN 9, "
-        'such as pip install "onnxruntime-gpu[cuda,cudnn]" brings, and a driver for it'
+        f"the CUDA provider of onnxruntime-gpu {onnxruntime.__version__} does not load ({reason}); it wants CUDA {wants} and "
+        'cuDNN 9, which pip install "onnxruntime-gpu[cuda,cudnn]" brings, and a driver for it'
     )
 
 

@@ -30,7 +30,7 @@ _KINDS = {  # (how NumPy writes the type, torch's own): NumPy has no bfloat16, w
 
 
 class BoundSession:
-    """Calls a session with tensors on `device`, the CPU or a GPU; on a GPU in the order of the stream that it was opened with."""
+    """Calls a session with tensors on `device`, the CPU or a GPU; there in the order of the stream that it was opened with."""
 
     def __init__(self, session: Any, device: torch.device) -> None:
         self._session, self._device = session, device

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx
 
@@ -43,5 +41,6 @@ def choose(there: Collection[str], foreign: Sequence[str]) -> Choice:
 
 def foreign_operators(engine: Engine) -> list[str]:
     """Operators of the engine's graphs that no TensorRT takes: a session would go back and forth between two providers."""
-    nodes = (node for graph in engine.graphs for node in onnx.load(str(engine.folder / graph), load_external_data=False).graph.node)
+    graphs = (onnx.load(str(engine.folder / name), load_external_data=False).graph for name in engine.graphs)
+    nodes = (node for graph in graphs for node in graph.node)
     return sorted({node.op_type for node in nodes if node.domain or node.op_type in _NOT_TENSORRTS})

@@ -23,7 +23,12 @@ def options_of(provider: str, engine: Engine, graph: str, stream: int) -> dict[s
     cache = _cache(engine, graph)
     profile = _profile(_PREFIX[provider], engine, graph)
     if provider == RTX:
-        return {**common, "has_user_compute_stream": str(int(bool(stream))), "nv_runtime_cache_path": str(cache), **profile}
+        return {
+            **common,
+            "has_user_compute_stream": str(int(bool(stream))),
+            "nv_runtime_cache_path": str(cache),
+            **profile,
+        }
     kept = {"trt_engine_cache_enable": "1", "trt_timing_cache_enable": "1"}
     kept |= {"trt_engine_cache_path": str(cache), "trt_timing_cache_path": str(cache.parent)}
     return {**common, "trt_fp16_enable": "1", "trt_int8_enable": "1", **kept, **profile}
@@ -40,6 +45,8 @@ def _profile(prefix: str, engine: Engine, graph: str) -> dict[str, str]:
     """The sizes that one build takes, as for a plan (`ditq plan`); without them each new size would be a build of its own."""
     shapes = shapes_of(engine, graph, sizes_of(engine))
     return {
-        f"{prefix}_profile_{which}_shapes": ",".join(f"{name}:{'x'.join(map(str, three[i]))}" for name, three in shapes.items())
+        f"{prefix}_profile_{which}_shapes": ",".join(
+            f"{name}:{'x'.join(map(str, three[i]))}" for name, three in shapes.items()
+        )
         for i, which in enumerate(("min", "opt", "max"))
     }

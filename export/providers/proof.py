@@ -13,8 +13,8 @@ import onnx
 
 from ditq.export.engine import Engine
 from ditq.export.fusion_report import FusionReport
-from ditq.export.providers.choice import NAMES, choose, foreign_operators
-from ditq.export.providers.run import opened, provider_list
+from ditq.export.providers.choice import NAMES
+from ditq.export.providers.run import choice_of, opened, provider_list
 from ditq.export.targets import PlannedMatMul, target
 
 CPU = "CPUExecutionProvider"
@@ -29,14 +29,13 @@ def prove(engine: Engine) -> dict[str, FusionReport]:
     Raises:
         DitqError: the provider does not load, or does not take a graph.
     """
-    import onnxruntime
-
     if not target("onnxruntime-cuda").available()[0]:
         placed = {graph: placement(opened(engine, graph, [(CPU, {})], 1)) for graph in engine.graphs}
         return {"the CPU provider, in place of CUDA's": report(engine, placed, CPU)}
-    choice = choose(onnxruntime.get_available_providers(), foreign_operators(engine))
+    choice = choice_of(engine)
     placed = {
-        graph: placement(opened(engine, graph, provider_list(engine, graph, choice, 0), None)) for graph in engine.graphs
+        graph: placement(opened(engine, graph, provider_list(engine, graph, choice, 0), None))
+        for graph in engine.graphs
     }
     return {f"the {NAMES[choice.provider]} provider": report(engine, placed, choice.provider)}
 
@@ -51,7 +50,8 @@ def report(engine: Engine, placed: Mapping[str, Mapping[str, Placed]], provider:
     """Planned products that are low-bit kernels of the provider, the others, and any product that it left to the CPU."""
     planned = [entry for entry in engine.planned if entry.kind in _KERNELS]
     names = {graph: _node_names(engine, graph) for graph in engine.graphs}
-    fused, not_fused = {}, {}
+    fused: dict[str, str] = {}
+    not_fused: dict[str, str] = {}
     for entry in planned:
         found = [_found(names[entry.graph], placed[entry.graph], product) for product in _products_of(entry)]
         wrong = next((kernel for kernel in found if kernel != (_KERNELS[entry.kind], provider)), None)

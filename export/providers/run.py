@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ditq.errors import DitqError
 from ditq.export.engine import GRAPH, TEXT_GRAPH, Engine
+from ditq.export.providers import rtx
 from ditq.export.providers.bound import BoundSession
-from ditq.export.providers.choice import CUDA, NAMES, Choice, choose, foreign_operators
+from ditq.export.providers.choice import CUDA, NAMES, RTX, Choice, choose, foreign_operators
 from ditq.export.providers.options import options_of
 from ditq.export.session import RUNTIME_ERRORS, first_line, session_options
 from ditq.export.targets import Runner
@@ -28,10 +29,8 @@ def runner(engine: Engine, threads: int | None = None) -> Runner:
     Raises:
         DitqError: the provider does not load, or does not take a graph.
     """
-    import onnxruntime
-
     device = torch.device("cuda", torch.cuda.current_device())
-    choice = choose(onnxruntime.get_available_providers(), foreign_operators(engine))
+    choice = choice_of(engine)
     print(f"note: {engine.name} is run {choice}, on {torch.cuda.get_device_name(device)}", file=sys.stderr)
     stream = torch.cuda.Stream(device)
     graphs = {
@@ -70,6 +69,15 @@ def calls(engine: Engine, graphs: Mapping[str, BoundSession]) -> Runner:
     return run
 
 
+def choice_of(engine: Engine) -> Choice:
+    """Which provider is to run the engine here."""
+    import onnxruntime
+
+    foreign = foreign_operators(engine)
+    there = set(onnxruntime.get_available_providers())
+    return choose(there if foreign or not rtx.devices() else there | {RTX}, foreign)
+
+
 def open_on_gpu(engine: Engine, graph: str, choice: Choice, stream: int, threads: int | None) -> Any:
     """A session of one of the engine's graphs on the GPU, in the order of a CUDA stream.
 
@@ -81,7 +89,7 @@ def open_on_gpu(engine: Engine, graph: str, choice: Choice, stream: int, threads
 
 def provider_list(engine: Engine, graph: str, choice: Choice, stream: int) -> list[tuple[str, dict[str, str]]]:
     """The chosen provider, and CUDA behind TensorRT's for operators that it leaves; shapes are computed on the CPU."""
-    wanted = dict.fromkeys((choice.provider, CUDA))
+    wanted = (RTX,) if choice.provider == RTX else tuple(dict.fromkeys((choice.provider, CUDA)))
     gpu = [(name, options_of(name, engine, graph, stream)) for name in wanted]
     return [*gpu, ("CPUExecutionProvider", {})]
 
@@ -92,10 +100,18 @@ def opened(engine: Engine, graph: str, providers: list[tuple[str, dict[str, str]
 
     options = session_options(threads)
     options.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")  # few-bit weights are not expanded for many tokens
+    options.add_session_config_entry(
+        "session.use_device_allocator_for_initializers", "1"
+    )  # frees what it laid out anew
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    path = engine.folder / graph
+    path, (first, settings) = engine.folder / graph, providers[0]
+    given: dict[str, Any] = {"providers": providers}
+    if first == RTX:
+        options.add_provider_for_devices([rtx.devices()[int(settings["device_id"])]], settings)
+        given = {}
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        # Without its own fallback: that would go on with the CPU after an error.
+        session = onnxruntime.InferenceSession(str(path), options, enable_fallback=0, **given)
     except RUNTIME_ERRORS as error:
         raise failure(engine, error, path) from error
     missing = next((name for name, _ in providers if name not in session.get_providers()), None)

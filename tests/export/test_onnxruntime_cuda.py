@@ -3,11 +3,8 @@ stands, and every operator of it has a kernel on a GPU, by the CUDA provider's o
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -53,7 +50,14 @@ def operators(model: ir.Model) -> list[str]:
 @pytest.mark.parametrize("rank", [2, 3])
 @pytest.mark.parametrize(
     "activation",
-    [TOKEN, TENSOR, ActivationFormat(6, "token", clip=0.8), ActivationFormat(4, "token", "midrise", 0.9), GROUP, UNSIGNED],
+    [
+        TOKEN,
+        TENSOR,
+        ActivationFormat(6, "token", clip=0.8),
+        ActivationFormat(4, "token", "midrise", 0.9),
+        GROUP,
+        UNSIGNED,
+    ],
     ids=["token", "tensor", "six bits clipped", "midrise", "group", "unsigned"],
 )
 def test_every_grid_of_inputs_is_one_product_of_int8_numbers(activation: ActivationFormat, rank: int) -> None:
@@ -127,7 +131,7 @@ def test_layers_of_one_input_share_its_rotation_and_its_integers() -> None:
 
 @pytest.mark.parametrize(("activation", "settings", "says"), [
     (ActivationFormat(8, "token", "unsigned", shift=0.2), {}, "holds no unsigned inputs of 8 bits; leave activation_unsigned"),
-    (ActivationFormat(8, "token", "float8_e4m3"), {"carrier": FLOAT8}, "has no product of float8_e4m3 numbers; set carrier: int8"),
+    (ActivationFormat(8, "token", "float8_e4m3"), {"carrier": FLOAT8}, "no product of float8_e4m3 numbers; set carrier: int8"),
 ], ids=["unsigned", "fp8"])  # fmt: skip
 def test_inputs_that_int8_does_not_hold_are_refused_in_one_line(
     activation: ActivationFormat, settings: dict[str, Any], says: str

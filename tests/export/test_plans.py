@@ -30,6 +30,9 @@ from ditq.export.plans.make import AHEAD_OF_TIME, kinds_of_gpu, make_plans
 from ditq.export.plans.proof import proof_of, prove
 from ditq.export.plans.run import plan_here
 from ditq.export.plans.sizes import parse_sizes, sizes_of
+from ditq.export.providers.proof import CPU, placement, report
+from ditq.export.providers.run import opened
+from ditq.export.targets import onnxruntime_cuda
 from ditq.export.targets.tensorrt import lower
 from ditq.families import family_of
 from ditq.graph import DiTGraph
@@ -44,6 +47,15 @@ from tests.export.quantized import engine_of, quantize_blocks, relative, shallow
 from tests.export.quantized import quantized as coded
 from tests.families_small import forward, small_inputs, statistics_of
 
+# What the CUDA provider of onnxruntime-gpu 1.31.1 took of all shipped recipes on small models of four families, and what makes
+# weights of codes, which is folded when a session is opened: `python -m tools.cuda_placement`
+TAKEN_BY_CUDA = {
+    "Add", "Cast", "Clip", "Concat", "Conv", "Cos", "Div", "Einsum", "Expand", "Gather", "Gelu", "LayerNormalization",
+    "MatMul", "MatMulInteger", "MatMulNBits", "Max", "Mul", "MultiHeadAttention", "Neg", "Pow", "QuantizeLinear",
+    "RMSNormalization", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Reshape", "Round",
+    "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze",
+    "BitwiseOr", "GatherElements",
+}  # fmt: skip
 SIZES = "batch=1:2:3,image_tokens=16:64:128,text_tokens=8:16:32,height=8:16:32,width=8:16:32"
 
 
@@ -122,8 +134,11 @@ def _activation(graph: DiTGraph, site: str, step: Quantize) -> str:
 
 
 @pytest.mark.parametrize("recipe", shipped_recipes())
-def test_a_plan_of_every_shipped_recipe_multiplies_what_was_planned_in_few_bits(recipe: str, tmp_path: Path) -> None:
+def test_both_gpu_targets_multiply_what_was_planned_of_every_shipped_recipe_in_few_bits(
+    recipe: str, tmp_path: Path
+) -> None:
     layers = {layer.site: layer for layer in quantized(recipe).model.modules() if isinstance(layer, QuantLinear)}
+    check_onnxruntime_takes(layers, tmp_path)
     graph = exported().clone()
     planned = lower(graph, layers)
     ir.save(graph, tmp_path / "model.onnx")
@@ -134,6 +149,19 @@ def test_a_plan_of_every_shipped_recipe_multiplies_what_was_planned_in_few_bits(
     for gpu in AHEAD_OF_TIME:
         proof = proof_of(engine, {"model.onnx": builder.build(gpu).layers})
         assert proof.complete and proof.planned == len(layers) > 5, f"{gpu}: {proof}"
+
+
+def check_onnxruntime_takes(layers: dict[str, QuantLinear], folder: Path) -> None:
+    """The graph of target onnxruntime-cuda is sound, of operators that its provider takes, with every planned product in it."""
+    graph = exported().clone()
+    planned = onnxruntime_cuda.lower(graph, layers)
+    assert {entry.kind for entry in planned} <= {"integer", "weight-only kernel"}
+    assert {node.op_type for node in graph.graph} <= TAKEN_BY_CUDA
+    ir.save(graph, folder / "model.onnx")
+    onnx.checker.check_model(str(folder / "model.onnx"))
+    engine = Engine(folder, {"planned": [entry.__dict__ for entry in planned]})
+    found = report(engine, {"model.onnx": placement(opened(engine, "model.onnx", [(CPU, {})], 1))}, CPU)
+    assert found.complete and found.planned == len(layers) > 5, str(found)
 
 
 def test_products_of_fp8_numbers_are_planned_proven_and_agree(tmp_path: Path) -> None:
