@@ -62,7 +62,8 @@ def report(engine: Engine, placed: Mapping[str, Mapping[str, Placed]], provider:
         for name, (operator, by) in nodes.items()
         if operator in _PRODUCTS and by == CPU != provider
     }
-    return FusionReport(len(planned), fused, not_fused, left, "low-bit")
+    fused = {site: kernel for site, kernel in fused.items() if site not in not_fused}  # it may stand in several graphs
+    return FusionReport(len({entry.site for entry in planned}), fused, not_fused, left, "low-bit")
 
 
 def _products_of(entry: PlannedMatMul) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ditq.errors import DitqError
-from ditq.export.engine import GRAPH, TEXT_GRAPH, Engine
+from ditq.export.engine import TEXT_GRAPH, Engine
 from ditq.export.providers import rtx
 from ditq.export.providers.bound import BoundSession
 from ditq.export.providers.choice import CUDA, NAMES, RTX, Choice, choose, foreign_operators
@@ -19,6 +19,7 @@ from ditq.export.providers.options import options_of
 from ditq.export.session import RUNTIME_ERRORS, first_line, session_options
 from ditq.export.targets import Runner
 from ditq.export.text_cache import TextCache
+from ditq.nn.call_timestep import ARGUMENT
 
 
 def runner(engine: Engine, threads: int | None = None) -> Runner:
@@ -62,7 +63,7 @@ def calls(engine: Engine, graphs: Mapping[str, BoundSession]) -> Runner:
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         try:
             made = {} if texts is None else texts({name: inputs[name] for name in names["inputs"]})
-            return graphs[GRAPH]({**inputs, **made})[engine.manifest["output"]]
+            return graphs[engine.graph_at(inputs.get(ARGUMENT))]({**inputs, **made})[engine.manifest["output"]]
         except RUNTIME_ERRORS as error:
             raise failure(engine, error) from error
 
