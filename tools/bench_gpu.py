@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -131,16 +132,16 @@ def coded(weight: Tensor, form: Format) -> WeightCode:
 
 
 def quantize(model: nn.Module, form: Format, device: torch.device) -> nn.Module:
-    """A QuantLinear in the place of every linear, one by one; those of the modulation with inputs in floating point."""
+    """A QuantLinear in the place of every linear but routers, one by one; of the modulation with inputs in floating point."""
     for name, linear in list(model.named_modules()):
-        if not isinstance(linear, nn.Linear):
+        if not isinstance(linear, nn.Linear) or name.endswith("router"):
             continue
         weight = linear.weight.detach().to(device, torch.float32)
         transform, activation = None, form.activation
         if "modulation" in name:
             activation = ActivationFormat()
         elif form.rotated:
-            rotation = block_hadamard_rotation(linear.in_features, BLOCK)
+            rotation = block_hadamard_rotation(linear.in_features, math.gcd(linear.in_features, BLOCK))
             step = rotation.steps[0].apply(weight)  # type: ignore[union-attr]
             weight, transform = step, InputTransform(rotations=[(0, linear.in_features, rotation)])
         chosen = Format(4 if form.bits < 8 else 8, activation) if "modulation" in name else form
@@ -151,9 +152,9 @@ def quantize(model: nn.Module, form: Format, device: torch.device) -> nn.Module:
 
 
 def with_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
-    """Another layer in the place of each linear over tokens; the modulation stays, as its single rows do not pay."""
+    """Another layer in the place of each linear over tokens; the modulation, whose single rows do not pay, and routers stay."""
     for name, linear in list(model.named_modules()):
-        if isinstance(linear, nn.Linear) and "modulation" not in name:
+        if isinstance(linear, nn.Linear) and "modulation" not in name and not name.endswith("router"):
             model.set_submodule(name, make(linear))
     return model
 
@@ -338,7 +339,7 @@ def product_rows(device: torch.device, shapes: list[tuple[int, int, int]], round
             code = coded(weight, FORMATS[name])
             stored = store_carrier(code.carrier(), code.scale) if code.bits == 8 else store(code)
             for tile in tiles(capability, stored.bits, torch.int8):
-                run = partial(matmul.launch, q, scale, stored, None, None, y, tile)
+                run = partial(matmul.launch, matmul.Product(q, scale, stored), y, tile)
                 calls.append((f"ditq {name} {tile.tokens}x{tile.outputs}", run))
             if code.bits < 8:
                 calls.append((f"ditq {name} written in full", partial(decode_into, stored, full)))

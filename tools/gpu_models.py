@@ -12,10 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ditq.nn.sliced import FeedForwardForm
+from ditq.nn.structural.experts import MixtureOfExperts, divided
+
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model. double: blocks with streams of their own for image and text; single: blocks of one joint stream."""
+    """Sizes of a model. double: blocks with streams of their own for image and text; single: blocks of one joint stream;
+    feed_forwards: alone, with their modulation; experts: that they are divided into, of which a token gets two, beside a
+    shared one of a quarter of the width."""
 
     name: str
     width: int
@@ -25,6 +30,8 @@ class Shape:
     double: int
     single: int
     batch: int = 1
+    feed_forwards: int = 0
+    experts: int = 0
 
     def small(self) -> Shape:
         """The same with every part, for a CPU."""
@@ -40,6 +47,8 @@ SHAPES = {
     "flux-single": Shape("flux-single", 3072, 24, 4096, 512, 0, 1),
     "sd35-block": Shape("sd35-block", 2432, 38, 4096, 333, 1, 0, batch=2),
     "dit-xl-block": Shape("dit-xl-block", 1152, 16, 1024, 0, 0, 1, batch=2),
+    "flux-feed-forward": Shape("flux-feed-forward", 3072, 24, 4608, 0, 0, 0, feed_forwards=1),
+    "flux-experts": Shape("flux-experts", 3072, 24, 4608, 0, 0, 0, feed_forwards=1, experts=12),
     "flux": Shape("flux", 3072, 24, 4096, 512, 19, 38),
 }
 
@@ -136,6 +145,38 @@ class PlainBlock(nn.Module):
         return x + six[5][:, None] * stream.down(F.gelu(stream.up(z), approximate="tanh"))
 
 
+class FeedForward(nn.Module):
+    """down(gelu(up(x)))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+    def divided(self, experts: int) -> MixtureOfExperts:
+        """As the pass `moe` divides it by default; which channels go where makes no difference to the time."""
+        hidden = self.down.in_features
+        shared, parts = torch.arange(hidden // 4), torch.arange(hidden // 4, hidden).view(experts, -1)
+        form = FeedForwardForm(("up",), "down", hidden)
+        return divided(self, form, shared, parts, top=2, capacity=1.25, choice="token")
+
+
+class FeedForwardBlock(nn.Module):
+    """A feed-forward, dense or of experts, between modulation and gate."""
+
+    def __init__(self, width: int, experts: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 3 * width)
+        dense = FeedForward(width)
+        self.feed_forward = dense.divided(experts) if experts else dense
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(F.silu(time)).chunk(3, dim=1)
+        return x + gate[:, None] * self.feed_forward(normed(x) * (1 + scale[:, None]) + shift[:, None])
+
+
 class Denoiser(nn.Module):
     """The blocks of a shape, one after the other. Weights are generated: variance 1 / inputs, so that no value grows."""
 
@@ -145,6 +186,7 @@ class Denoiser(nn.Module):
         one_stream = PlainBlock if not shape.text else SingleBlock
         self.doubles = nn.ModuleList(DoubleBlock(shape.width, shape.heads) for _ in range(shape.double))
         self.singles = nn.ModuleList(one_stream(shape.width, shape.heads) for _ in range(shape.single))
+        self.feeds = nn.ModuleList(FeedForwardBlock(shape.width, shape.experts) for _ in range(shape.feed_forwards))
 
     def generate(self, seed: int = 0) -> Denoiser:
         generator = torch.Generator(device=next(self.parameters()).device).manual_seed(seed)
@@ -160,6 +202,8 @@ class Denoiser(nn.Module):
         x = torch.cat((text, image), dim=1)
         for block in self.singles:
             x = block(x, time, cos, sin)
+        for feed in self.feeds:
+            x = feed(x, time)
         return x
 
 
@@ -184,10 +228,16 @@ def multiply_adds(model: Denoiser) -> tuple[int, int]:
     """(of the linears over tokens, of attention) of one call."""
     shape = model.shape
     joined, linear = shape.batch * (shape.image + shape.text), 0
+    slots = {
+        f"{name}.experts.": part.slots(shape.image + shape.text)
+        for name, part in model.named_modules()
+        if isinstance(part, MixtureOfExperts)
+    }
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and "modulation" not in name:
             tokens = {"image": shape.image, "text": shape.text}
             part = next((tokens[part] for part in tokens if f".{part}." in f".{name}."), shape.image + shape.text)
+            part = next((count for place, count in slots.items() if name.startswith(place)), part)
             linear += shape.batch * part * module.weight.numel()
     attention = 2 * joined * (shape.image + shape.text) * shape.width * (len(model.doubles) + len(model.singles))
     return linear, attention

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from ditq.kernels import decode, matmul, quantize
 from ditq.kernels.matmul import Tile
 from ditq.kernels.quantize import Before, Online
-from ditq.kernels.storage import StoredWeight, store, store_carrier
+from ditq.kernels.storage import StoredWeight, stack, store, store_carrier
 from ditq.kernels.tuning import tiles
 from ditq.nn import ActivationFormat, InputTransform
 from ditq.numerics.carrier import E4M3
@@ -70,9 +70,14 @@ class Resources:
     shared: int
 
 
-def _weight(bits: int, float8: bool = False, grouped: bool = True, floats: bool = False) -> StoredWeight:
-    """3072 x 3072 without values: only shapes and dtypes are looked at."""
-    rows = columns = 3072
+EXPERTS, SLOTS, WIDTH = 12, 960, 768  # of FLUX with the defaults of `moe`: slots for 4608 tokens, width of an expert
+
+
+def _weight(
+    bits: int, float8: bool = False, grouped: bool = True, floats: bool = False, rows: int = 3072
+) -> StoredWeight:
+    """rows x 3072 without values: only shapes and dtypes are looked at."""
+    columns = 3072
     if bits == 8:
         return store_carrier(torch.zeros(rows, columns, dtype=E4M3 if float8 else torch.int8), torch.ones(rows))
     table = torch.zeros(2**bits, dtype=torch.int8)
@@ -83,12 +88,17 @@ def _weight(bits: int, float8: bool = False, grouped: bool = True, floats: bool 
     return store(WeightCode(torch.zeros(rows, columns, dtype=torch.uint8), table, scale, multiplier, bits))
 
 
-def _product(name: str, stored: StoredWeight, kind: torch.dtype, tile: Tile, capability: int = 80) -> Case:
+def _product(
+    name: str, stored: StoredWeight, kind: torch.dtype, tile: Tile, capability: int = 80, experts: int = 1
+) -> Case:
     tokens = 4608
     x = torch.empty(tokens, stored.columns, dtype=kind)
     scale = None if kind == torch.bfloat16 else torch.empty(tokens)
-    y = torch.empty(tokens, stored.rows, dtype=torch.bfloat16)
-    values, constants = matmul.arguments(x, scale, stored, torch.empty(stored.rows), None, y, tile)
+    chosen = torch.empty(experts, SLOTS, dtype=torch.int32) if experts > 1 else None
+    product = matmul.Product(x, scale, stored, torch.empty(stored.rows), chosen=chosen, experts=experts)
+    count, tokens, outputs = product.size
+    y = torch.empty(count * tokens, outputs, dtype=torch.bfloat16)
+    values, constants = matmul.arguments(product, y, tile)
     label = f"{tile.tokens} x {tile.outputs}{', weight first' if tile.weight_first else ''}"
     return Case(f"{name}, {label}", matmul.matmul_kernel, values, constants, capability)
 
@@ -111,17 +121,22 @@ def _quantizer(name: str, width: int, full: bool, before: Before, form: Activati
 
 def cases(capability: int) -> Iterator[Case]:
     """Every kernel that such a GPU would be given, in every tile that it would be tried with."""
-    weights = [
-        ("w4a8", _weight(4), torch.int8, 80),
-        ("w3a8", _weight(3), torch.int8, 80),
-        ("w8a8", _weight(8), torch.int8, 80),
-        ("w8a8 FP8", _weight(8, float8=True), E4M3, 89),
-        ("w4a8 FP8", _weight(4, float8=True, grouped=False), E4M3, 89),
-        ("w4a16", _weight(4, floats=True), torch.bfloat16, 80),
+    forms: list[tuple[str, dict[str, Any], torch.dtype, int]] = [
+        ("w4a8", {"bits": 4}, torch.int8, 80),
+        ("w3a8", {"bits": 3}, torch.int8, 80),
+        ("w8a8", {"bits": 8}, torch.int8, 80),
+        ("w8a8 FP8", {"bits": 8, "float8": True}, E4M3, 89),
+        ("w4a8 FP8", {"bits": 4, "float8": True, "grouped": False}, E4M3, 89),
+        ("w4a16", {"bits": 4, "floats": True}, torch.bfloat16, 80),
     ]
+    weights = [(name, _weight(**form), kind, first) for name, form, kind, first in forms]
     for name, stored, kind, first in weights:
         for tile in tiles(capability, stored.bits, kind):
             yield _product(name, stored, kind, tile, first)
+    for name, form, kind, first in forms:
+        joined = stack([_weight(**form, rows=WIDTH)] * EXPERTS)
+        for tile in tiles(capability, joined.bits, kind, EXPERTS):
+            yield _product(f"{EXPERTS} experts, {name}", joined, kind, tile, first, EXPERTS)
     for name, stored, kind, _ in (weights[0], weights[1], weights[5]):
         dtype = torch.bfloat16 if kind == torch.bfloat16 else torch.int8
         values, constants = decode.arguments(stored, torch.empty(stored.rows, stored.columns, dtype=dtype))

@@ -11,6 +11,7 @@ In reading order:
     product.py      the product in that way
     operators.py    both as operators of torch, whole to torch.compile
     fast_linear.py  what stands in a QuantLinear's place
+    fast_experts.py what stands in the place of a mixture of experts: each of their linears as one kernel
     on_gpu.py       a whole model of them on a GPU, the rest in bfloat16
     traced.py       its forward as one graph, in which inputs are quantized once, together with what makes them
     captured.py     its calls as CUDA graphs

@@ -15,11 +15,13 @@ from ditq.kernels.decoding import decode_nibbles, decode_planes, factor, table_w
 from ditq.kernels.storage import StoredWeight, runs_a_span
 from ditq.numerics.carrier import E4M3
 
+_ROWS = 64  # that one program writes
+
 
 @triton.jit
 def _write(
-    out, w, scale, row, column, K, N, RUN: tl.constexpr, CARRIER8: tl.constexpr, SCALED: tl.constexpr, W_GROUP: tl.constexpr,
-    W_GROUPS: tl.constexpr,
+    out, w, scale, row, there, column, K, RUN: tl.constexpr, CARRIER8: tl.constexpr, SCALED: tl.constexpr,
+    W_GROUP: tl.constexpr, W_GROUPS: tl.constexpr,
 ):  # fmt: skip
     """Store the carriers int8 [R, RUN] of one run, or the weights that they make with their scales."""
     k = column + tl.arange(0, RUN)[None, :]
@@ -27,31 +29,32 @@ def _write(
         number = (w.to(tl.float8e4nv, bitcast=True) if CARRIER8 else w).to(tl.float32)
         if W_GROUP > 0:
             group = column // W_GROUP
-            s = tl.load(scale + row * W_GROUPS + group, mask=(row < N) & (row * 0 + group < W_GROUPS), other=0.0)
+            s = tl.load(scale + row * W_GROUPS + group, mask=there & (row * 0 + group < W_GROUPS), other=0.0)
         else:
-            s = tl.load(scale + row, mask=row < N, other=0.0)
+            s = tl.load(scale + row, mask=there, other=0.0)
         w = (number * s).to(tl.bfloat16)
-    tl.store(out + row * K + k, w, mask=(row < N) & (k < K))
+    tl.store(out + row * K + k, w, mask=there & (k < K))
 
 
 @triton.jit
 def decode_kernel(
-    data, tables, multiplier, scale, out, N, K,
+    data, tables, multiplier, scale, out, N, K, rows_a_table,
     BITS: tl.constexpr, RUN: tl.constexpr, CARRIER8: tl.constexpr, OWN: tl.constexpr, MULTIPLIED: tl.constexpr,
     M_GROUP: tl.constexpr, M_GROUPS: tl.constexpr, SCALED: tl.constexpr, W_GROUP: tl.constexpr, W_GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One span of ROWS rows. out: int8 carriers [N, K], or with SCALED the weight in bfloat16."""
+    """One span of ROWS rows of one table. out: int8 carriers [N, K], or with SCALED the weight in bfloat16."""
     SPAN: tl.constexpr = RUN * (1 if BITS == 8 else (2 if BITS == 4 else 8))
     spans = tl.cdiv(K, SPAN)
-    span = tl.program_id(0) % spans
-    row = ((tl.program_id(0) // spans) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    inside, first, byte = row < N, span * SPAN, tl.arange(0, RUN)[None, :]
+    span, part, parts = tl.program_id(0) % spans, tl.program_id(0) // spans, tl.cdiv(rows_a_table, ROWS)
+    table, local = part // parts, ((part % parts) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    row, inside = table * rows_a_table + local, local < rows_a_table
+    first, byte = span * SPAN, tl.arange(0, RUN)[None, :]
     if BITS == 8:
         w = tl.load(data + row * K + first + byte, mask=inside & (first + byte < K), other=0)
-        _write(out, w, scale, row, first, K, N, RUN, CARRIER8, SCALED, W_GROUP, W_GROUPS)
+        _write(out, w, scale, row, inside, first, K, RUN, CARRIER8, SCALED, W_GROUP, W_GROUPS)
     else:
-        w0, w1, w2, w3 = table_words(tables, row, inside, BITS, OWN)
+        w0, w1, w2, w3 = table_words(tables, table, row, inside, BITS, OWN)
         place = data + row * (spans * RUN) + (span * RUN + byte)
         if BITS == 4:
             codes = tl.load(place, mask=inside, other=0)
@@ -60,8 +63,8 @@ def decode_kernel(
                 low = factor(multiplier, row, inside, first // M_GROUP, M_GROUPS)
                 high = factor(multiplier, row, inside, (first + RUN) // M_GROUP, M_GROUPS)
             v, w = decode_nibbles(codes, w0, w1, w2, w3, low, high, OWN, MULTIPLIED)
-            _write(out, v, scale, row, first, K, N, RUN, CARRIER8, SCALED, W_GROUP, W_GROUPS)
-            _write(out, w, scale, row, first + RUN, K, N, RUN, CARRIER8, SCALED, W_GROUP, W_GROUPS)
+            _write(out, v, scale, row, inside, first, K, RUN, CARRIER8, SCALED, W_GROUP, W_GROUPS)
+            _write(out, w, scale, row, inside, first + RUN, K, RUN, CARRIER8, SCALED, W_GROUP, W_GROUPS)
         else:
             plane = tl.cast(N, tl.int64) * (spans * RUN)
             p0 = tl.load(place, mask=inside, other=0)
@@ -73,8 +76,10 @@ def decode_kernel(
                     low = factor(multiplier, row, inside, (first + pair * RUN) // M_GROUP, M_GROUPS)
                     high = factor(multiplier, row, inside, (first + (pair + 4) * RUN) // M_GROUP, M_GROUPS)
                 v, w = decode_planes(p0, p1, p2, w0, w1, low, high, pair, BITS, OWN, MULTIPLIED)
-                _write(out, v, scale, row, first + pair * RUN, K, N, RUN, CARRIER8, SCALED, W_GROUP, W_GROUPS)
-                _write(out, w, scale, row, first + (pair + 4) * RUN, K, N, RUN, CARRIER8, SCALED, W_GROUP, W_GROUPS)
+                _write(out, v, scale, row, inside, first + pair * RUN, K, RUN, CARRIER8, SCALED, W_GROUP, W_GROUPS)
+                _write(
+                    out, w, scale, row, inside, first + (pair + 4) * RUN, K, RUN, CARRIER8, SCALED, W_GROUP, W_GROUPS
+                )
 
 
 def arguments(stored: StoredWeight, out: Tensor) -> tuple[list[Tensor | int], dict[str, object]]:
@@ -86,12 +91,13 @@ def arguments(stored: StoredWeight, out: Tensor) -> tuple[list[Tensor | int], di
     multiplier = stored.data if stored.multiplier is None else stored.multiplier
     constants: dict[str, object] = {
         "BITS": stored.bits, "RUN": stored.run, "CARRIER8": stored.float8,
-        "OWN": stored.tables is not None and stored.tables.dim() == 2, "MULTIPLIED": multiplied,
+        "OWN": stored.table_a_row, "MULTIPLIED": multiplied,
         "M_GROUP": stored.group if multiplied else 0, "M_GROUPS": groups if multiplied else 1,
         "SCALED": out.dtype == torch.bfloat16, "W_GROUP": stored.group if by_group else 0,
-        "W_GROUPS": groups if by_group else 1, "ROWS": 64, "num_warps": 4, "num_stages": 1,
+        "W_GROUPS": groups if by_group else 1, "ROWS": _ROWS, "num_warps": 4, "num_stages": 1,
     }  # fmt: skip
-    return [data, tables, multiplier, stored.scale, out, stored.rows, stored.columns], constants
+    of_table = stored.rows if stored.table_a_row else stored.rows_a_table
+    return [data, tables, multiplier, stored.scale, out, stored.rows, stored.columns, of_table], constants
 
 
 def decode_into(stored: StoredWeight, out: Tensor) -> None:
@@ -99,4 +105,6 @@ def decode_into(stored: StoredWeight, out: Tensor) -> None:
     out = out.view(torch.int8) if out.dtype == E4M3 else out
     values, constants = arguments(stored, out)
     spans = triton.cdiv(stored.columns, stored.run * runs_a_span(stored.bits))
-    decode_kernel[(spans * triton.cdiv(stored.rows, 64),)](*values, **constants)
+    of_table = stored.rows if stored.table_a_row else stored.rows_a_table
+    parts = stored.rows // of_table * triton.cdiv(of_table, _ROWS)
+    decode_kernel[(spans * parts,)](*values, **constants)

@@ -124,8 +124,8 @@ def _constraints(bits, pair, own, multiplied):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def table_words(tables, row, inside, BITS: tl.constexpr, OWN: tl.constexpr):
-    """The words of the table, as scalars, or of each row's own, [R, 1]; row: int64 [R, 1]. Always four; unused ones repeat."""
+def table_words(tables, number, row, inside, BITS: tl.constexpr, OWN: tl.constexpr):
+    """The words of table `number`, as scalars, or of each row's own, [R, 1]; row: int64 [R, 1]. Four; unused ones repeat."""
     WORDS: tl.constexpr = 4 if BITS == 4 else BITS - 1
     if OWN:
         first = tables + row * WORDS
@@ -134,10 +134,11 @@ def table_words(tables, row, inside, BITS: tl.constexpr, OWN: tl.constexpr):
         w2 = tl.load(first + 2 % WORDS, mask=inside, other=0)
         w3 = tl.load(first + 3 % WORDS, mask=inside, other=0)
     else:
-        w0 = tl.load(tables)
-        w1 = tl.load(tables + 1 % WORDS)
-        w2 = tl.load(tables + 2 % WORDS)
-        w3 = tl.load(tables + 3 % WORDS)
+        table = tables + number * WORDS
+        w0 = tl.load(table)
+        w1 = tl.load(table + 1 % WORDS)
+        w2 = tl.load(table + 2 % WORDS)
+        w3 = tl.load(table + 3 % WORDS)
     return w0, w1, w2, w3
 
 

@@ -31,7 +31,8 @@ def why_no_kernel(layer: QuantLinear, capability: int | None = None) -> str | No
         if grouped is not None and grouped.shape[1] > 1:
             group = layer.in_features // grouped.shape[1]
             if reason := why_not(group):
-                return f"{reason}; set group_size: 64"
+                fitting = next((size for size in (64, 32) if layer.in_features % size == 0), "null")
+                return f"{reason}; set group_size: {fitting}"
     if form.granularity == "group" and form.group_size % 64:
         return f"groups of {form.group_size} channels have no kernel; set activation_group: 64"
     if form.grid == "float8_e4m3" and layer.rank and layer.branch == "integer":
@@ -40,6 +41,46 @@ def why_no_kernel(layer: QuantLinear, capability: int | None = None) -> str | No
     if float8 and capability is not None and capability < 89:
         return f"FP8 needs compute capability 8.9, this GPU has {capability // 10}.{capability % 10}; set carrier: int8"
     return None
+
+
+class FastInput(nn.Module):
+    """What a linear does to its input: transform and rounding, in one kernel where it has a form of the transform.
+
+    keep: whether the transformed input is wanted as well.
+
+    Raises:
+        ValueError: an input that no kernel can take.
+    """
+
+    def __init__(self, layer: QuantLinear, plans: dict[str, Online], keep: bool) -> None:
+        super().__init__()
+        self.width, self.keep = layer.in_features, keep
+        device = layer.codes.device
+        self.transform: InputTransform | None = None if layer.transform is None else on_device(layer.transform, device)
+        self.plan: Online | None = None
+        if layer.activation.granularity == "none":
+            return
+        made = online(layer.transform, layer.activation, layer.activation_scale, self.width)
+        if made is not None:
+            self.transform = None
+        else:
+            made = online(None, layer.activation, layer.activation_scale, self.width)
+        if made is None:
+            raise ValueError(f"{layer.site}: {self.width} channels are too many for a kernel")
+        made = made.to(device)
+        self.plan = plans.setdefault(made.fingerprint(), made)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FastInput:
+        return self  # tensors keep their dtypes, and lie where the kernels want them
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """x [.., K] -> (what a product reads [M, K], its scales, the transformed input [M, K] where it is kept)."""
+        if self.transform is not None:
+            x = self.transform(x.float())
+        if self.plan is None:
+            q = x.reshape(-1, self.width).to(torch.bfloat16)
+            return q, None, q
+        return quantized_input(x, self.plan, self.keep)
 
 
 class FastLinear(nn.Module):
@@ -60,34 +101,18 @@ class FastLinear(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.stored = store_carrier(layer.codes, layer.scale) if layer.bits == 8 else store(layer.code())
         self.bias = layer.bias
-        device = layer.codes.device
-        self.transform: InputTransform | None = None if layer.transform is None else on_device(layer.transform, device)
-        self.plan: Online | None = None
-        if self.form.granularity != "none":
-            self._plan(layer, {} if plans is None else plans)
         branch = layer.low_rank()
         self.up = None if branch is None else branch.up.to(torch.bfloat16)  # int8 numbers, exact
         self.down: Tensor | None = None
         self.down_stored: StoredWeight | None = None
-        if branch is not None and (self.plan is None or layer.branch == "float"):
+        if branch is not None and (self.form.granularity == "none" or layer.branch == "float"):
             self.down = (branch.down * branch.scale[:, None]).to(torch.bfloat16)
         elif branch is not None:
             self.down_stored = store_carrier(branch.down, branch.scale)
-
-    def _plan(self, layer: QuantLinear, plans: dict[str, Online]) -> None:
-        """Find the kernel's form of transform and rounding; one that it has no form of is left to torch's own operators."""
-        made = online(layer.transform, self.form, layer.activation_scale, self.in_features)
-        if made is not None:
-            self.transform = None
-        else:
-            made = online(None, self.form, layer.activation_scale, self.in_features)
-        if made is None:
-            raise ValueError(f"{layer.site}: {self.in_features} channels are too many for a kernel")
-        made = made.to(layer.codes.device)
-        self.plan = plans.setdefault(made.fingerprint(), made)
+        self.input = FastInput(layer, {} if plans is None else plans, keep=self.down is not None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FastLinear:
-        return self  # tensors keep their dtypes, and lie where the kernels want them
+        return self  # as FastInput
 
     def extra_repr(self) -> str:
         activation = "a16" if self.form.granularity == "none" else f"a{self.form.bits}"
@@ -95,13 +120,7 @@ class FastLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape, dtype = (*x.shape[:-1], self.out_features), x.dtype
-        if self.transform is not None:
-            x = self.transform(x.float())
-        scales: Tensor | None = None
-        if self.plan is None:
-            q = kept = x.reshape(-1, self.in_features).to(torch.bfloat16)
-        else:
-            q, scales, kept = quantized_input(x, self.plan, keep=self.down is not None)
+        q, scales, kept = self.input(x)
         added = None
         if self.up is not None:
             if self.down_stored is not None:

@@ -1,4 +1,4 @@
-"""A quantized model on a GPU: FastLinear in the place of every QuantLinear, the rest in bfloat16."""
+"""A quantized model on a GPU: FastLinear in the place of every QuantLinear, FastMixture of experts, the rest in bfloat16."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ditq.errors import DitqError
+from ditq.kernels.fast_experts import FastMixture
 from ditq.kernels.fast_linear import FastLinear, on_device, why_no_kernel
 from ditq.kernels.quantize import Online
 from ditq.nn import QuantLinear, TransformedLinear
 from ditq.nn.attention_rounding import AttentionRounding
+from ditq.nn.structural.experts import MixtureOfExperts
 from ditq.nn.structural.token_attention import TokenAttention
 
 DTYPE = torch.bfloat16
@@ -50,7 +52,20 @@ def to_gpu(model: nn.Module, device: torch.device, capability: int | None = None
                 raise DitqError(f"target 'cuda': {error}") from error
         elif isinstance(layer, TransformedLinear):
             layer.transform = on_device(layer.transform, device)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, MixtureOfExperts):
+            model.set_submodule(name, FastMixture(layer, device))
     return model.to(device, DTYPE)
+
+
+def separate_experts(model: nn.Module) -> str | None:
+    """In one line, which experts of a model on a GPU have kernels of their own, and why; None where all are joined."""
+    found = [(name, part.why_separate) for name, part in model.named_modules() if isinstance(part, FastMixture)]
+    reasons = {reason: [name for name, why in found if why == reason] for _, reason in found if reason}
+    if not reasons:
+        return None
+    said = "; ".join(f"{names[0]} ({len(names)} in all): {reason}" for reason, names in reasons.items())
+    return f"experts that run one after the other instead of in one kernel: {said}"
 
 
 def as_wanted(name: str, tensor: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ditq.kernels import quantize
-from ditq.kernels.product import product as run_product
+from ditq.kernels.matmul import Product
+from ditq.kernels.product import computed
 from ditq.kernels.quantize import Before, Online, number_type
 from ditq.kernels.storage import StoredWeight
 from ditq.numerics.activation_format import ActivationFormat
@@ -97,9 +98,42 @@ def product(
 ) -> Tensor:
     """y [M, N] of x [M, K]: quantized with its scales, or bfloat16."""
     stored = StoredWeight(rows, columns, bits, run, data, tables, multiplier, scale, group, float8)
-    return run_product(x.contiguous(), x_scale, stored, bias, None if added is None else added.contiguous(), dtype)
+    added = None if added is None else added.contiguous()
+    return computed(Product(x.contiguous(), x_scale, stored, bias, added), dtype)
 
 
 @product.register_fake
 def _(x, x_scale, data, tables, multiplier, scale, bias, added, rows, columns, bits, run, group, float8, dtype):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], rows), dtype=dtype)
+
+
+@custom_op("ditq::experts_product", mutates_args=())
+def experts_product(
+    x: Tensor,
+    x_scale: Tensor | None,
+    data: Tensor,
+    tables: Tensor | None,
+    multiplier: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    chosen: Tensor,
+    experts: int,
+    rows: int,
+    columns: int,
+    bits: int,
+    run: int,
+    group: int,
+    float8: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y [samples E C, N] of the rows `chosen` [samples E, C] of x [M, K], by weights of E experts in one [rows = E N, K]."""
+    stored = StoredWeight(rows, columns, bits, run, data, tables, multiplier, scale, group, float8)
+    product = Product(x.contiguous(), x_scale, stored, bias, chosen=chosen.contiguous(), experts=experts)
+    return computed(product, dtype)
+
+
+@experts_product.register_fake
+def _(
+    x, x_scale, data, tables, multiplier, scale, bias, chosen, experts, rows, columns, bits, run, group, float8, dtype
+):  # type: ignore[no-untyped-def]
+    return x.new_empty((chosen.numel(), rows // experts), dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 import triton
@@ -11,50 +12,49 @@ from torch.nn import functional as F
 
 from ditq.kernels import matmul
 from ditq.kernels.decode import decode_into
+from ditq.kernels.matmul import Product
 from ditq.kernels.storage import StoredWeight, store_carrier
 from ditq.kernels.tuning import INTERPRETED, Tuner, Way
 from ditq.numerics.carrier import E4M3
 
-_CHECKED = 16  # tokens of a result that are compared with the plain meaning
+_CHECKED = 16  # tokens of a result, or slots of each expert, that are compared with the plain meaning
 _scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 _outgrown: list[Tensor] = []  # captured CUDA graphs may still write there
 
 
-def product(
-    x: Tensor,
-    x_scale: Tensor | None,
-    stored: StoredWeight,
-    bias: Tensor | None,
-    added: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """y [M, N] in `dtype`, of x [M, K] int8 or FP8 with its scales, or bfloat16 without."""
-    y = torch.empty(x.shape[0], stored.rows, dtype=dtype, device=x.device)
-    if not len(x):
-        return y
-    _run(_way(x, x_scale, stored, bias, added, y), x, x_scale, stored, bias, added, y)
+def computed(product: Product, dtype: torch.dtype) -> Tensor:
+    """y in `dtype`: [M, N], or [samples E C, N] of experts."""
+    count, tokens, outputs = product.size
+    y = torch.empty(count * tokens, outputs, dtype=dtype, device=product.x.device)
+    if len(y):
+        _run(_way(product, y), product, y)
     return y
 
 
-def _run(
-    way: Way,
-    x: Tensor,
-    x_scale: Tensor | None,
-    stored: StoredWeight,
-    bias: Tensor | None,
-    added: Tensor | None,
-    y: Tensor,
-) -> None:
+def _run(way: Way, product: Product, y: Tensor) -> None:
+    stored = product.stored
     if way.decoded:
         full = scratch(stored, torch.bfloat16 if way.library else (E4M3 if stored.float8 else torch.int8))
         decode_into(stored, full)
         if way.library:
-            result = F.linear(x, full).float()
-            result = result if bias is None else result + bias
-            y.copy_(result if added is None else result + added)
+            y.copy_(_by_library(product, full))
             return
-        stored = store_carrier(full, stored.scale)
-    matmul.launch(x, x_scale, stored, bias, added, y, way.tile)
+        product = replace(product, stored=store_carrier(full, stored.scale))
+    matmul.launch(product, y, way.tile)
+
+
+def _by_library(product: Product, full: Tensor) -> Tensor:
+    """The vendor's product with a weight in full, bfloat16 [N, K] or [E N, K]."""
+    if product.chosen is None:
+        result = F.linear(product.x, full).float()
+        result = result if product.bias is None else result + product.bias
+        return result if product.added is None else result + product.added
+    count, slots, outputs = product.size
+    samples, experts = count // product.experts, product.experts
+    rows = product.x[product.chosen.clamp_min(0)].view(samples, experts, slots, -1)
+    result = (rows @ full.view(experts, outputs, -1).transpose(1, 2)).float()
+    result = result if product.bias is None else result + product.bias.view(experts, 1, outputs)
+    return torch.where((product.chosen >= 0).view(samples, experts, slots, 1), result, 0).view(-1, outputs)
 
 
 def scratch(stored: StoredWeight, dtype: torch.dtype) -> Tensor:
@@ -72,29 +72,34 @@ def _tuner(device: torch.device) -> Tuner:
     return Tuner(torch.cuda.get_device_name(device), 10 * major + minor)
 
 
-def _way(
-    x: Tensor, x_scale: Tensor | None, stored: StoredWeight, bias: Tensor | None, added: Tensor | None, y: Tensor
-) -> Way:
-    if x.device.type == "cpu":
+def _way(product: Product, y: Tensor) -> Way:
+    if product.x.device.type == "cpu":
         return INTERPRETED
 
     def run(way: Way) -> Tensor:
         y.fill_(torch.nan)
-        _run(way, x, x_scale, stored, bias, added, y)
+        _run(way, product, y)
         return y
 
     def right(found: Tensor) -> bool:
-        few = slice(0, min(_CHECKED, len(x)))
-        meaning = matmul.matmul_meaning(
-            x[few], None if x_scale is None else x_scale[few], stored, bias, None if added is None else added[few]
-        )
-        error = torch.linalg.vector_norm(found[few].double() - meaning) / torch.linalg.vector_norm(meaning).clamp_min(
-            1e-30
-        )
-        return (
-            bool(found.isfinite().all()) and float(error) < 1e-2
-        )  # bfloat16 results err by 2e-3, a wrong byte by far more
+        part, meaning = _checked(product, found)
+        error = torch.linalg.vector_norm(part.double() - meaning) / torch.linalg.vector_norm(meaning).clamp_min(1e-30)
+        # bfloat16 results err by 2e-3, a wrong byte by far more
+        return bool(found.isfinite().all()) and float(error) < 1e-2
 
-    return _tuner(x.device).way(
-        stored, x.dtype, len(x), run, right, lambda call: triton.testing.do_bench(call, warmup=5, rep=20)
-    )
+    return _tuner(product.x.device).way(
+        product.stored, product.x.dtype, product.tokens, product.experts, run, right,
+        lambda call: triton.testing.do_bench(call, warmup=5, rep=20),
+    )  # fmt: skip
+
+
+def _checked(product: Product, found: Tensor) -> tuple[Tensor, Tensor]:
+    """(part of what was found, what is meant there)."""
+    few = slice(0, _CHECKED)
+    if product.chosen is not None:
+        part = replace(product, chosen=product.chosen[:, few].contiguous())
+        count, slots, outputs = product.size
+        return found.view(count, slots, outputs)[:, few].reshape(-1, outputs), matmul.experts_meaning(part)
+    scales = None if product.x_scale is None else product.x_scale[few]
+    added = None if product.added is None else product.added[few]
+    return found[few], matmul.matmul_meaning(product.x[few], scales, product.stored, product.bias, added)

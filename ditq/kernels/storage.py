@@ -14,7 +14,8 @@ Codes of 5, 6 and 7 bits, and FP8 carriers with group multipliers, are stored as
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,10 +31,10 @@ _DECODED = (2, 3, 4)
 class StoredWeight:
     """A weight [rows, columns] as the kernels read it.
 
-    bits: 2, 3, 4 or 8. data: as above. tables: the codes' carriers, as bytes, four an int32 word: [words], or [O, words]
-    where each row has its own; None at 8 bits. multiplier: uint8 [O, G] or None. scale: float32 [O], or [O, G] by groups of
-    columns. group: columns that share a multiplier or a scale, 0 where there are no groups. float8: whether the carriers
-    are FP8 numbers.
+    bits: 2, 3, 4 or 8. data: as above. tables: the codes' carriers, as bytes, four an int32 word: [words], or [T, words]
+    where every O / T rows have their own, a single row or those of one expert; None at 8 bits. multiplier: uint8 [O, G] or
+    None. scale: float32 [O], or [O, G] by groups of columns. group: columns that share a multiplier or a scale, 0 where there
+    are no groups. float8: whether the carriers are FP8 numbers.
     """
 
     rows: int
@@ -52,6 +53,16 @@ class StoredWeight:
         """What it takes of GPU memory."""
         tensors = (self.data, self.tables, self.multiplier, self.scale)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @property
+    def rows_a_table(self) -> int:
+        """Rows that share a table."""
+        return self.rows if self.tables is None or self.tables.dim() == 1 else self.rows // len(self.tables)
+
+    @property
+    def table_a_row(self) -> bool:
+        """Whether each row has a table of its own."""
+        return self.tables is not None and self.tables.dim() == 2 and self.rows_a_table == 1
 
 
 def runs_a_span(bits: int) -> int:
@@ -101,6 +112,36 @@ def store_carrier(carrier: Tensor, scale: Tensor) -> StoredWeight:
     return StoredWeight(rows, columns, 8, RUN, carrier.contiguous(), None, None, scale.float(), group, float8)
 
 
+def why_not_stacked(weights: Sequence[StoredWeight]) -> str | None:
+    """Why these cannot lie one after the other as one weight, or None."""
+
+    def differ(what: Callable[[StoredWeight], object]) -> bool:
+        return len({what(weight) for weight in weights}) > 1
+
+    if differ(lambda w: (w.rows, w.columns)):
+        return "their sizes differ"
+    if differ(lambda w: (w.bits, w.float8, w.table_a_row)):
+        return "their formats differ"
+    if differ(lambda w: (w.group, w.run, w.multiplier is None, w.scale.dim())):
+        return "their groups of columns differ"
+    return None
+
+
+def stack(weights: Sequence[StoredWeight]) -> StoredWeight:
+    """Weights [O, I] of E experts as one [E O, I]; each keeps its own table."""
+    first = weights[0]
+    tables = [torch.atleast_2d(w.tables) for w in weights if w.tables is not None]
+    multipliers = [w.multiplier for w in weights if w.multiplier is not None]
+    return replace(
+        first,
+        rows=len(weights) * first.rows,
+        data=torch.cat([w.data for w in weights], dim=-2),
+        tables=torch.cat(tables) if tables else None,
+        multiplier=torch.cat(multipliers) if multipliers else None,
+        scale=torch.cat([w.scale for w in weights]),
+    )
+
+
 def _data(codes: Tensor, bits: int, run: int) -> Tensor:
     """Codes uint8 [O, I] -> the bytes of their spans; columns beyond I hold code 0, which meets an input of 0."""
     runs = runs_a_span(bits)
@@ -134,7 +175,10 @@ def carrier_meaning(stored: StoredWeight) -> Tensor:
         return stored.data
     numbers = stored.tables.view(torch.int8)
     index = codes_meaning(stored).long()
-    chosen = numbers[index] if numbers.dim() == 1 else numbers.gather(1, index)
+    if numbers.dim() == 2:
+        chosen = numbers.repeat_interleave(stored.rows_a_table, 0).gather(1, index)
+    else:
+        chosen = numbers[index]
     if stored.float8:
         return chosen.contiguous().view(torch.float8_e4m3fn)
     if stored.multiplier is None:

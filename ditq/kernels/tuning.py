@@ -40,7 +40,7 @@ class Way:
 INTERPRETED = Way(Tile(32, 64))
 
 
-def tiles(capability: int, bits: int, kind: torch.dtype) -> list[Tile]:
+def tiles(capability: int, bits: int, kind: torch.dtype, experts: int = 1) -> list[Tile]:
     """Tiles tried on a GPU of that compute capability (90 for 9.0), best guess first."""
     hopper = 90 <= capability < 120  # RTX 50, 12.0, has the tensor cores and the shared memory of Ada
     if kind == torch.bfloat16:
@@ -53,17 +53,19 @@ def tiles(capability: int, bits: int, kind: torch.dtype) -> list[Tile]:
     if bits == 4:
         other = Tile(256, 64, True, 8, 3) if hopper and kind != E4M3 else Tile(128, 64, False, 4, 3)
         return [Tile(128, 128, hopper, 8, 3), other, Tile(64, 64, hopper, 4, 3)]
-    return [Tile(128, 128, hopper, 8, 2), Tile(128, 64, hopper, 8 if hopper else 4, 2), Tile(64, 64, hopper, 4, 2)]
+    planes = [Tile(128, 128, hopper, 8, 2), Tile(128, 64, hopper, 8 if hopper else 4, 2), Tile(64, 64, hopper, 4, 2)]
+    # With the rows of experts to look up, the largest tile would take more registers than Ampere has.
+    return planes[1:] if experts > 1 and capability < 89 else planes
 
 
-def ways(capability: int, bits: int, kind: torch.dtype, tokens: int) -> list[Way]:
+def ways(capability: int, bits: int, kind: torch.dtype, tokens: int, experts: int = 1) -> list[Way]:
     """What is tried for that many tokens."""
-    found = [Way(tile) for tile in tiles(capability, bits, kind)]
+    found = [Way(tile) for tile in tiles(capability, bits, kind, experts)]
     if tokens >= MANY:
         if kind == torch.bfloat16:
             found.append(Way(Tile(0, 0), decoded=True, library=True))
         elif bits < 8:
-            found += [Way(tile, decoded=True) for tile in tiles(capability, 8, kind)]
+            found += [Way(tile, decoded=True) for tile in tiles(capability, 8, kind, experts)]
     return found
 
 
@@ -73,12 +75,12 @@ def bucket(tokens: int) -> int:
     return power * 3 // 4 if power >= 4 and tokens <= power * 3 // 4 else power
 
 
-def label(stored: StoredWeight, kind: torch.dtype, tokens: int) -> str:
+def label(stored: StoredWeight, kind: torch.dtype, tokens: int, experts: int = 1) -> str:
     """What a way is kept under."""
-    form = [name for name, given in (("rows", stored.tables is not None and stored.tables.dim() == 2),
+    form = [name for name, given in ((f"{experts} experts", experts > 1), ("rows", stored.table_a_row),
                                      ("multipliers", stored.multiplier is not None),
                                      ("scales", stored.scale.dim() == 2)) if given]  # fmt: skip
-    shape = f"{bucket(tokens)}x{stored.rows}x{stored.columns}"
+    shape = f"{bucket(tokens)}x{stored.rows // experts}x{stored.columns}"
     return " ".join([f"w{stored.bits}", str(kind).removeprefix("torch."), shape, *form])
 
 
@@ -98,20 +100,21 @@ class Tuner:
         self.known: dict[str, Way] = _read(self.path)
 
     def way(
-        self, stored: StoredWeight, kind: torch.dtype, tokens: int, run: Callable[[Way], Tensor],
+        self, stored: StoredWeight, kind: torch.dtype, tokens: int, experts: int, run: Callable[[Way], Tensor],
         right: Callable[[Tensor], bool], cost: Callable[[Callable[[], object]], float],
     ) -> Way:  # fmt: skip
         """The fastest way whose result is right.
 
-        run: compute with a way; right: whether what it gave is the product; cost: the time that a call takes.
+        tokens: that one weight is multiplied with; experts: whose weights are in `stored`; run: compute with a way; right:
+        whether what it gave is the product; cost: the time that a call takes.
 
         Raises:
             DitqError: no way gives the right result on this GPU.
         """
-        key = label(stored, kind, tokens)
+        key = label(stored, kind, tokens, experts)
         if key not in self.known:
             times: dict[Way, float] = {}
-            for way in ways(self.capability, stored.bits, kind, tokens):
+            for way in ways(self.capability, stored.bits, kind, tokens, experts):
                 try:
                     correct = right(run(way))
                 except triton.runtime.OutOfResources:  # a tile for a larger GPU of the same generation

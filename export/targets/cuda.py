@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,7 @@ def runner(engine: Engine, threads: int | None = None) -> Runner:
         DitqError: a format without a kernel; a model that does not fit in the GPU's memory.
     """
     from ditq.kernels.captured import CapturedCalls
-    from ditq.kernels.on_gpu import as_wanted, to_gpu
+    from ditq.kernels.on_gpu import as_wanted, separate_experts, to_gpu
     from ditq.kernels.traced import compiled
 
     device = torch.device("cuda", torch.cuda.current_device())
@@ -66,6 +67,8 @@ def runner(engine: Engine, threads: int | None = None) -> Runner:
         model = to_gpu(rebuild(engine), device, 10 * major + minor)
     except torch.cuda.OutOfMemoryError as error:
         raise _too_large(engine, "its weights do not") from error
+    if separate := separate_experts(model):
+        print(f"note: {engine.name}: {separate}", file=sys.stderr)
     forward = compiled(model)
 
     def call(inputs: Mapping[str, Tensor]) -> Tensor:

@@ -11,12 +11,15 @@ from torch import nn
 
 from ditq.export import Engine, write_engine
 from ditq.families import family_of
+from ditq.graph import DiTGraph
 from ditq.nn import ActivationFormat, InputTransform, QuantLinear
 from ditq.nn.quant_linear import Branch
+from ditq.nn.structural.experts import divided
 from ditq.numerics.codebooks import CODEBOOKS
 from ditq.numerics.low_rank import fit_low_rank
 from ditq.numerics.rotation import Rotation, block_hadamard_rotation, hadamard_rotation
 from ditq.numerics.weight_code import encode
+from ditq.passes.feed_forwards import isolate
 from tests.families_small import small_inputs, small_model
 
 
@@ -76,6 +79,21 @@ def quantize_blocks(model: nn.Module, weight_only: bool = False) -> nn.Module:
             layer = quantized(linear, name, transform=transform)
         setattr(model.get_submodule(parent), leaf, layer)
     return model
+
+
+def with_experts(family: str, choice: str) -> nn.Module:
+    """A shallow model whose last feed-forward is 4 experts, quantized."""
+    model = shallow_model(family)
+    graph = DiTGraph(model, small_inputs(model))
+    found = list(graph.feed_forwards.values())[-1]
+    place = isolate(graph, found)
+    order = torch.randperm(place.form.hidden, generator=torch.Generator().manual_seed(0))
+    shared, parts = order[: place.form.hidden // 4], order[place.form.hidden // 4 :].view(4, -1)
+    mixture = divided(model.get_submodule(place.module), place.form, shared, parts, top=2, capacity=1.25, choice=choice)
+    # With this seed small FLUX's scores have no near ties, of which bfloat16 would decide some otherwise.
+    nn.init.normal_(mixture.router.weight, generator=torch.Generator().manual_seed(12))  # type: ignore[arg-type]
+    graph.replace(place.module, mixture)
+    return quantize_blocks(model)
 
 
 def engine_of(model: nn.Module, folder: Path, **settings: Any) -> Engine:

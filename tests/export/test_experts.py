@@ -10,35 +10,15 @@ from typing import Any
 
 import onnx
 import pytest
-import torch
-from torch import nn
 
 from ditq.errors import DitqError
 from ditq.export import Engine, site_agreement
 from ditq.export.plans.make import make_plans
 from ditq.export.plans.proof import prove
 from ditq.export.targets.torch import rebuild
-from ditq.graph import DiTGraph
-from ditq.nn.structural.experts import divided
-from ditq.parts import FeedForward
-from ditq.passes.feed_forwards import isolate
-from tests.export.quantized import engine_of, quantize_blocks, shallow_model
+from tests.export.quantized import engine_of, shallow_model, with_experts
 from tests.export.test_plans import sizes_for
 from tests.families_small import small_inputs
-
-
-def with_experts(family: str, choice: str) -> nn.Module:
-    """A shallow model whose last feed-forward is 4 experts, quantized."""
-    model = shallow_model(family)
-    graph = DiTGraph(model, small_inputs(model))
-    found: FeedForward = list(graph.feed_forwards.values())[-1]
-    place = isolate(graph, found)
-    order = torch.randperm(place.form.hidden, generator=torch.Generator().manual_seed(0))
-    shared, parts = order[: place.form.hidden // 4], order[place.form.hidden // 4 :].view(4, -1)
-    mixture = divided(model.get_submodule(place.module), place.form, shared, parts, top=2, capacity=1.25, choice=choice)
-    nn.init.normal_(mixture.router.weight)  # type: ignore[arg-type]
-    graph.replace(place.module, mixture)
-    return quantize_blocks(model)
 
 
 @pytest.mark.parametrize(("family", "choice"), [("flux", "token"), ("dit", "expert")])

@@ -19,11 +19,12 @@ def test_the_whole_tool_runs_and_every_variant_gives_the_models_output(capsys: p
     small = ["--device", "cpu", "--small", "--rounds", "1"]
     main([*small, "--shapes", "dit-xl-block", "--only", "compiled,w4a8 FP8,w4a16"])
     main([*small, "--shapes", "flux", "--only", "w3a8", "--no-products"])
+    main([*small, "--shapes", "flux-experts", "--only", "int8 dynamic,w4a8 FP8", "--no-products"])
     out = capsys.readouterr().out
     failed = [line for line in out.splitlines() if line.startswith("#") and "Error" in line]
     assert not failed, failed
     table = [line.rsplit(maxsplit=5) for line in re.findall(r"^(?:dit|flux).*$", out, re.MULTILINE)]
-    assert len(table) == 5 + 1
+    assert len(table) == 5 + 1 + 2
     for name, *_, error in table:
         bound = 0.01 if "bf16" in name else 0.35 if "w3" in name else 0.2
         assert float(error) < bound, (name, error)
@@ -38,6 +39,11 @@ def test_sizes_are_those_of_the_real_models() -> None:
     image, text, square = 4096, 512, 3072**2
     linear = (19 * 12 * (image + text) + 38 * 12 * (image + text)) * square
     assert multiply_adds(model) == (linear, 2 * 57 * (image + text) ** 2 * 3072)
+    with torch.device("meta"):
+        dense, experts = (Denoiser(SHAPES[name]) for name in ("flux-feed-forward", "flux-experts"))
+    assert multiply_adds(dense) == (8 * 4608 * square, 0)
+    slots = 12 * 960  # 4608 tokens x top 2 x capacity 1.25 / 12
+    assert multiply_adds(experts) == ((2 * 4608 + slots // 2) * square + 4608 * 12 * 3072, 0)
 
 
 def test_the_benchmarks_layers_mean_their_weights() -> None:

@@ -9,21 +9,25 @@ import pytest
 import torch
 from torch import fx
 
+from ditq.kernels.fast_experts import ExpertLinears
 from ditq.kernels.fast_linear import FastLinear
 from ditq.kernels.on_gpu import as_wanted, to_gpu
 from ditq.kernels.traced import compiled
-from tests.export.quantized import quantize_blocks, relative, shallow_model
+from tests.export.quantized import quantize_blocks, relative, shallow_model, with_experts
 from tests.families_small import forward, small_inputs
 from tests.kernels import interpreter
 
 interpreter.install()
 QUANTIZED, PRODUCT = torch.ops.ditq.quantized.default, torch.ops.ditq.product.default
+EXPERTS = torch.ops.ditq.experts_product.default
 
 # How many inputs are quantized, of them with a norm, a modulation, an activation, in one block of each kind. flux: attention in
 # and out, feed-forward in and out, each for image and text; the single block's in and out, where it joins attention and GELU.
 # sd3: two blocks, whose first has an attention of the image alone beside the joint one, and whose last does not change the
-# text. PixArt's and DiT's blocks are made of the same parts.
-EXPECTED = {"flux": (10, 5, 5, 2), "sd3": (15, 8, 8, 3)}
+# text. PixArt's and DiT's blocks are made of the same parts. With experts in the single block, its input is still quantized
+# once, for attention, shared and routed experts alike; then what the attention gives, and what GELU gives in the shared expert
+# and in all routed ones together.
+EXPECTED = {"flux": (10, 5, 5, 2), "sd3": (15, 8, 8, 3), "flux experts": (12, 5, 5, 4)}
 RUN = ("flux",)  # interpreting takes long
 TOKENS = {
     "hidden_states": (1, 6),
@@ -33,9 +37,11 @@ TOKENS = {
 }  # axis, how many
 
 
-@pytest.mark.parametrize("family", EXPECTED)
-def test_a_denoiser_is_one_graph_that_quantizes_each_input_once_and_computes_the_meaning(family: str) -> None:
-    model = quantize_blocks(shallow_model(family))
+@pytest.mark.parametrize(("family", "choice"), [("flux", ""), ("sd3", ""), ("flux", "token"), ("flux", "expert")])
+def test_a_denoiser_is_one_graph_that_quantizes_each_input_once_and_computes_the_meaning(
+    family: str, choice: str
+) -> None:
+    model = with_experts(family, choice) if choice else quantize_blocks(shallow_model(family))
     inputs: dict[str, Any] = small_inputs(model, batch=1)
     if family == "flux":
         inputs |= {name: inputs[name].narrow(axis, 0, count) for name, (axis, count) in TOKENS.items()}
@@ -56,6 +62,7 @@ def test_a_denoiser_is_one_graph_that_quantizes_each_input_once_and_computes_the
     assert len(graphs) == 1
     calls = Counter(node.target for node in graphs[0].graph.nodes)
     assert calls[PRODUCT] >= sum(isinstance(layer, FastLinear) for layer in fast.modules())
+    assert calls[EXPERTS] == sum(isinstance(layer, ExpertLinears) for layer in fast.modules()) == (2 if choice else 0)
     quantizers = [node for node in graphs[0].graph.nodes if node.target is QUANTIZED]
     fused = (
         len(quantizers),
@@ -63,7 +70,7 @@ def test_a_denoiser_is_one_graph_that_quantizes_each_input_once_and_computes_the
         sum(node.args[1] is not None for node in quantizers),
         sum(node.args[10] != "" for node in quantizers),
     )
-    assert fused == EXPECTED[family]
+    assert fused == EXPECTED[f"{family} experts" if choice else family]
     if family in RUN:
         # bfloat16 (2^-9 a rounding, some dozens of them) around integers that a last bit moves where they lie next to a tie.
         assert relative(found.float(), expected) < 0.05

@@ -72,12 +72,12 @@ def test_a_low_rank_branch(branch: Any) -> None:
 def test_a_transform_that_the_kernel_has_no_form_of_is_computed_by_torch() -> None:
     rotation = outlier_rotation(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)), 64, steps=2)
     fast = check(layer(transform=InputTransform(rotations=[(0, 128, rotation)])))
-    assert fast.transform is not None
+    assert fast.input.transform is not None
 
 
 def test_transforms_in_the_kernel() -> None:
     full = InputTransform(torch.rand(128) + 0.5, torch.randn(128), [(0, 128, hadamard_rotation(128))])
-    assert check(layer(transform=full)).transform is None
+    assert check(layer(transform=full)).input.transform is None
 
 
 @pytest.mark.parametrize("form", [
@@ -92,7 +92,8 @@ def test_layers_that_read_their_input_alike_share_the_plan() -> None:
     plans: dict[str, Online] = {}
     makes = [FastLinear(layer(transform=BLOCKS, bits=bits), plans) for bits in (3, 4)]
     other = FastLinear(layer(), plans)
-    assert makes[0].plan is makes[1].plan and other.plan is not makes[0].plan and len(plans) == 2
+    first, second, third = (fast.input.plan for fast in (*makes, other))
+    assert first is second and third is not first and len(plans) == 2
 
 
 def test_moving_a_model_to_bfloat16_leaves_the_scales_alone() -> None:
@@ -141,6 +142,8 @@ def test_what_no_kernel_can_run_is_told_with_what_to_do() -> None:
     unsigned = layer(activation=ActivationFormat(8, "token", "unsigned", shift=0.1))
     assert "unsigned" in (why_no_kernel(unsigned) or "")
     assert "set group_size: 64" in (why_no_kernel(layer(group_size=16)) or "")
+    assert "set group_size: 32" in (why_no_kernel(layer(96, group_size=48)) or "")
+    assert "set group_size: null" in (why_no_kernel(layer(48, group_size=24)) or "")
     with pytest.raises(ValueError, match="site: activations with a scale a timestep"):
         FastLinear(timed)
     float8 = layer(activation=FLOAT)

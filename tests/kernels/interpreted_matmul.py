@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ditq.kernels.matmul import Tile, launch, matmul_meaning
+from ditq.kernels.matmul import Product, Tile, launch, matmul_meaning
 from ditq.kernels.storage import StoredWeight, store, store_carrier
 from ditq.numerics.carrier import E4M3
 from ditq.numerics.weight_code import WeightCode
@@ -16,10 +16,10 @@ SMALL, TURNED = Tile(32, 64), Tile(16, 32, weight_first=True)
 
 
 def weight(
-    rows: int, columns: int, bits: int, form: str = "table", float8: bool = False, group: int = 64
+    rows: int, columns: int, bits: int, form: str = "table", float8: bool = False, group: int = 64, seed: int = 0
 ) -> StoredWeight:
     """A stored weight of random codes; form: one table, one a row, or with scales or multipliers of groups."""
-    generator = torch.Generator().manual_seed(rows + columns + bits)
+    generator = torch.Generator().manual_seed(rows + columns + bits + seed)
     codes = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
     shape = (rows, 2**bits) if "rows" in form else (2**bits,)
     table = torch.randint(-127, 128, shape, generator=generator).sort(-1).values.to(torch.int8)
@@ -46,7 +46,7 @@ def check(
     b = torch.randn(stored.rows, generator=generator) if bias else None
     a = torch.randn(tokens, stored.rows, generator=generator) if added else None
     y = torch.full((tokens, stored.rows), torch.nan)
-    launch(x, x_scale, stored, b, a, y, tile)
+    launch(Product(x, x_scale, stored, b, a), y, tile)
     expected = matmul_meaning(x, x_scale, stored, b, a)
     # Integer sums are exact, then a few float32 roundings; sums of floats lose at most K of them, in the mean sqrt(K);
     # a weight in float goes to bfloat16 by group.

@@ -54,6 +54,7 @@ SAMPLE = [
     ("w8a8 FP8, ", 89, r"mma\.sync\.aligned\.m16n8k32\.\S*f32\.e4m3\.e4m3\.f32"),
     ("w4a8, ", 90, r"wgmma\.mma_async\S*\.s32\.s8\.s8"),
     ("w3a8, ", 100, r"tcgen05\.mma\S*kind::i8"),
+    ("12 experts, w4a8, ", 90, r"wgmma\.mma_async\S*\.s32\.s8\.s8"),
     ("norm, modulation, block Hadamard, int8", 90, r"mma\S*\.bf16\.bf16"),
 ]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.export.quantized import quantize_blocks, quantized, relative, shallow_model
+from tests.export.quantized import quantize_blocks, quantized, relative, shallow_model, with_experts
 from tests.families_small import FAMILIES, forward, small_inputs
 
 pytest.importorskip("triton")
@@ -17,7 +17,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 from ditq.kernels.captured import CapturedCalls  # noqa: E402  triton first
 from ditq.kernels.fast_linear import FastLinear  # noqa: E402
+from ditq.kernels.matmul import Product, experts_meaning  # noqa: E402
 from ditq.kernels.on_gpu import as_wanted, to_gpu  # noqa: E402
+from ditq.kernels.product import computed  # noqa: E402
+from ditq.kernels.storage import stack  # noqa: E402
 from ditq.kernels.traced import compiled  # noqa: E402
 from ditq.nn import ActivationFormat, InputTransform  # noqa: E402
 from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation  # noqa: E402
@@ -50,9 +53,30 @@ def test_linears_of_dit_xl(bits: int, width: int, tokens: int) -> None:
     assert relative(FastLinear(layer.cuda())(x.cuda().bfloat16()).float().cpu(), expected) < 1e-2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("slots", [1, 77, 960])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_products_of_experts_of_flux(bits: int, slots: int) -> None:
+    """Five experts of 768 x 3072, each way of every tile measured and so compared; some slots are not used."""
+    generator = torch.Generator().manual_seed(bits + slots)
+    layers = [quantized(nn.Linear(3072, 768), "site", bits=bits).requires_grad_(False).cuda() for _ in range(5)]
+    stored = stack([FastLinear(layer).stored for layer in layers])
+    x = torch.randint(-127, 128, (1000, 3072), generator=generator).to(torch.int8).cuda()
+    chosen = torch.randint(-1, 1000, (10, slots), generator=generator, dtype=torch.int32).cuda()
+    chosen[3] = -1
+    bias = torch.cat([layer.bias for layer in layers if layer.bias is not None])
+    product = Product(x, torch.rand(1000, device="cuda"), stored, bias, chosen=chosen, experts=5)
+    assert relative(computed(product, torch.float32).double(), experts_meaning(product)) < 1e-5
+    half = Product(x.bfloat16(), None, stored, bias, chosen=chosen, experts=5)
+    assert relative(computed(half, torch.float32).double(), experts_meaning(half)) < 1e-2
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "flux of experts", "dit of experts"])
 def test_denoisers_compiled_and_replayed_compute_their_meaning(family: str) -> None:
-    model = quantize_blocks(shallow_model(family))
+    family, _, experts = family.partition(" ")
+    if experts:
+        model = with_experts(family, {"flux": "token", "dit": "expert"}[family])
+    else:
+        model = quantize_blocks(shallow_model(family))
     device = torch.device("cuda")
     examples = [small_inputs(model, batch=batch, seed=seed) for batch, seed in ((2, 0), (2, 1), (1, 2))]
     expected = [forward(model, inputs) for inputs in examples]

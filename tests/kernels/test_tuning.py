@@ -37,7 +37,7 @@ def find(tuner: Tuner, cost: Callable[[Way], float], right: Callable[[Way], bool
     def cost_of(call: Callable[[], Any]) -> float:
         return cost(TRIED[int(call())])
 
-    return tuner.way(STORED, torch.int8, 100, run, lambda found: right(TRIED[int(found)]), cost_of)
+    return tuner.way(STORED, torch.int8, 100, 1, run, lambda found: right(TRIED[int(found)]), cost_of)
 
 
 def test_the_fastest_way_is_taken_and_known_to_the_next_run() -> None:
@@ -74,3 +74,4 @@ def test_every_format_has_tiles_for_every_generation() -> None:
         for bits in (2, 3, 4, 8):
             for kind in (torch.int8, torch.float8_e4m3fn, torch.bfloat16):
                 assert len(set(tiles(capability, bits, kind))) > 1
+                assert len(set(tiles(capability, bits, kind, experts=12))) > 1

@@ -15,8 +15,7 @@ from torch.nn import functional as F
 
 from ditq.nn.sliced import FeedForwardForm, linear_of, sliced
 from ditq.nn.structural import StructuralPart, register
-
-FINENESS = 64  # capacities are kept in 64ths, so that the number of slots is whole arithmetic on the number of tokens
+from ditq.numerics.routing import FINENESS, Routes, route, slots_of
 
 
 class RepresentativeRouter(nn.Module):
@@ -71,8 +70,7 @@ class MixtureOfExperts(StructuralPart):
 
     def slots(self, tokens: int) -> int:
         """Tokens of a sample that one expert answers at most."""
-        whole = len(self.experts) * FINENESS
-        return (tokens * self.top * self.capacity + whole - 1) // whole
+        return slots_of(tokens, len(self.experts), self.top, self.capacity)
 
     def scores(self, x: Tensor) -> Tensor:
         """[B, N, E]."""
@@ -80,46 +78,30 @@ class MixtureOfExperts(StructuralPart):
 
     def forward(self, x: Tensor) -> Tensor:
         samples, tokens, width = x.shape
-        experts, slots = len(self.experts), self.slots(tokens)
+        slots = self.slots(tokens)
         y, scores = self.shared(x), self.scores(x)
-        asked = scores.topk(self.top, dim=-1).indices  # [B, N, k]
-        wanted = scores
-        if self.choice == "token":
-            every = torch.arange(experts, device=x.device)
-            asks = (asked[..., None] == every).any(dim=2)
-            # In every runtime the same tokens stand in slots that no one asked for: those of the highest scores below 0.
-            above = 1 + scores - scores.amin(dim=1, keepdim=True)
-            wanted = torch.where(asks, above, -1 / above)
-        best, token = wanted.transpose(1, 2).topk(slots, dim=-1)  # [B, E, C]
-        sample = torch.arange(samples, device=x.device)[:, None, None]
+        routes = route(scores, self.top, slots, self.choice)
         # Embedding is the lookup of rows: one operator in every runtime, which reads nothing twice.
-        rows, lines = token + sample * tokens, x.reshape(-1, width)
+        rows, lines = routes.rows(), x.reshape(-1, width)
         made = [expert(F.embedding(row, lines)) for expert, row in zip(self.experts, rows.unbind(1), strict=True)]
         if self.training:
-            made = self._gated(made, scores, token, asked)
+            made = self._gated(made, scores, routes)
         nothing = torch.zeros_like(y[:, :1])
         answers = torch.cat([*made, nothing], dim=1).reshape(-1, width)  # of a sample E C + 1
-        last = experts * slots
-        slot = torch.arange(last, device=x.device).reshape(1, experts, slots)
-        if self.choice == "token":
-            slot = torch.where(best > 0, slot, last)
-        slot = slot.expand(samples, experts, slots)
-        place = torch.full_like(scores, last, dtype=torch.int64).transpose(1, 2).scatter(2, token, slot)  # [B, E, N]
+        last = len(self.experts) * slots
         if self.chosen is not None:
-            self.chosen.append((place < last).detach())
-        place = place.transpose(1, 2)
-        if self.choice == "token":
-            place = place.gather(2, asked)
-        for each in (place + sample * (last + 1)).unbind(2):
+            self.chosen.append((routes.place < last).detach())
+        first = torch.arange(samples, device=x.device)[:, None, None] * (last + 1)
+        for each in (routes.answers() + first).unbind(2):
             y = y + F.embedding(each, answers)
         return y
 
-    def _gated(self, made: list[Tensor], scores: Tensor, token: Tensor, asked: Tensor) -> list[Tensor]:
+    def _gated(self, made: list[Tensor], scores: Tensor, routes: Routes) -> list[Tensor]:
         """The same values, with a gradient to the router; notes how unequal the load is."""
         share = scores.softmax(dim=-1)
-        load = torch.bincount(asked.flatten(), minlength=len(made)).to(share) / asked.numel()
+        load = torch.bincount(routes.asked.flatten(), minlength=len(made)).to(share) / routes.asked.numel()
         self._balance_loss = len(made) * (load * share.mean(dim=(0, 1))).sum() - 1
-        gate = share.transpose(1, 2).gather(2, token)  # [B, E, C]
+        gate = share.transpose(1, 2).gather(2, routes.token)  # [B, E, C]
         gate = 1 + gate - gate.detach()
         return [values * each[..., None] for values, each in zip(made, gate.unbind(1), strict=True)]
 
