@@ -8,7 +8,7 @@ at all timesteps and `mob` others in each bin of timesteps, of each stack as `--
 behind it. All are measured on held-out prompts that nothing was learned from: the denoiser's error along the original's
 trajectories, and pictures drawn from the same noise: their PSNR, and the distances (lite0-FD) of all of them together to the
 original's and, with `--real`, to as many real pictures of the same captions. `linears` is the share of the parameters of the
-blocks' linears over tokens that one token passes through.
+blocks' linears over tokens that one token passes through; `loads` the least and the most of a sample's tokens that an expert gets.
 """
 
 from __future__ import annotations
@@ -163,12 +163,25 @@ def main(
                     f"{picture_psnr(wanted, drawn):.2f}",
                     *(distance(drawn.pictures, p) for _, p in measured),
                 ]
-                row = [form, f"{share:.4g}", f"{linears:.3f}", str(count), alone, *figures, f"{minutes:.1f}"]
+                loads = reports[-1].summary.get("least and most of the tokens an expert gets")
+                spread = "" if loads is None else " to ".join(f"{100 * load:.1f} %" for load in loads)
+                row = [form, f"{share:.4g}", f"{linears:.3f}", str(count), alone, *figures, spread, f"{minutes:.1f}"]
                 rows.append(row)
                 click.echo("  ".join(row), err=True)
     distances = [f"lite0-FD, {name}" for name, _ in measured]
     table(
-        ["form", "active", "linears", "steps", "error of one alone", "denoiser, dB", "PSNR, dB", *distances, "minutes"],
+        [
+            "form",
+            "active",
+            "linears",
+            "steps",
+            "error of one alone",
+            "denoiser, dB",
+            "PSNR, dB",
+            *distances,
+            "loads",
+            "minutes",
+        ],
         rows,
     )
 
