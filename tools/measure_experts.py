@@ -8,7 +8,7 @@ at all timesteps and `mob` others in each bin of timesteps, of each stack as `--
 behind it. All are measured on held-out prompts that nothing was learned from: the denoiser's error along the original's
 trajectories, and pictures drawn from the same noise: their PSNR, and the distances (lite0-FD) of all of them together to the
 original's and, with `--real`, to as many real pictures of the same captions. `linears` is the share of the parameters of the
-blocks' linears over tokens that one token passes through; `loads` the least and the most of a sample's tokens that an expert gets.
+blocks' linears over tokens that one token passes through; `loads` the least and the most of the tokens that an expert gets.
 """
 
 from __future__ import annotations
