@@ -14,12 +14,22 @@ BAND = 256  # channels of a second moment that are computed together
 class InputAccumulator:
     """Takes in rows [R, C] of one input, each call in one of B bins.
 
-    Depends only on the rows, their order, and (seed, name): not on what other inputs got.
+    Depends only on the rows, their order, and (seed, name): not on what other inputs got. Second moments are summed where the
+    rows are, on `device`: a matrix for each bin, or one for all with `by_bin` false.
     """
 
-    def __init__(self, name: str, width: int, bins: int, rows_per_bin: int, seed: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        width: int,
+        bins: int,
+        rows_per_bin: int,
+        seed: int,
+        by_bin: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.count = torch.zeros(bins, dtype=torch.int64)
-        self.second_moment = torch.zeros(bins, width, width)
+        self.second_moment = torch.zeros(bins if by_bin else 1, width, width, device=device)
         self.total = torch.zeros(bins, width, dtype=torch.float64)
         self.absmax = torch.zeros(bins, width)
         self.crest = torch.zeros(bins, dtype=torch.float64)
@@ -31,7 +41,9 @@ class InputAccumulator:
         """Take in rows [R, C] for bin `number`; False, and nothing taken in, when a value is not finite."""
         if not rows.shape[0]:
             return True
-        rows = rows.to(torch.float32, copy=True)  # the model may go on to change its tensor in place
+        rows = rows.to(
+            self.second_moment.device, torch.float32, copy=True
+        )  # the model may go on to change its tensor in place
         if not rows.abs().max().isfinite():
             return False
         if number != self._waiting_bin or sum(part.shape[0] for part in self._waiting) >= ROWS_AT_ONCE:
@@ -47,13 +59,9 @@ class InputAccumulator:
             return
         rows, number = torch.cat(self._waiting), self._waiting_bin
         self._waiting = []
-        moment = self.second_moment[number]
+        moment = self.second_moment[number if len(self.second_moment) > 1 else 0]
         for start in range(0, rows.shape[1], BAND):  # the upper triangle in bands; the rest is its mirror image
-            left, right = rows[:, start : start + BAND].T, rows[:, start:]
-            if rows.is_cpu:
-                moment[start : start + BAND, start:].addmm_(left, right)
-            else:
-                moment[start : start + BAND, start:] += (left @ right).cpu()
+            moment[start : start + BAND, start:].addmm_(rows[:, start : start + BAND].T, rows[:, start:])
         self.total[number] += rows.sum(0, dtype=torch.float64).cpu()
         torch.maximum(self.absmax[number], rows.abs().amax(0).cpu(), out=self.absmax[number])
         self.crest[number] += crest_factors(rows).sum(dtype=torch.float64).cpu()
@@ -67,7 +75,7 @@ class InputAccumulator:
         sizes = torch.tensor([sample.rows.shape[0] for sample in self.samples])
         return {
             "count": self.count,
-            "second_moment": self.second_moment,
+            "second_moment": self.second_moment.cpu(),
             "total": self.total.float(),
             "absmax": self.absmax,
             "crest": (self.crest / self.count.clamp_min(1)).float(),

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ditq.calibration.collect import MEMORY_LIMIT, collect_statistics, moved
+from ditq.calibration.collect import collect_statistics, moved
 from ditq.calibration.probing import measure_step_weights
 from ditq.calibration.prompts import BUILTIN_SETS, builtin_prompts, read_conditions, spread
 from ditq.calibration.record import INDEX as TRAJECTORIES_INDEX
@@ -26,6 +26,7 @@ from ditq.calibration.statistics import TRAJECTORIES, Statistics
 from ditq.calibration.step_weights import StepWeights
 from ditq.calibration.storage import PARTIAL, make_folder, remove_folder, rename
 from ditq.checkpoint import BUILT_IN, Checkpoint, read_json
+from ditq.devices import AUTO, device_of, dtype_on
 from ditq.errors import DitqError, Interrupted
 from ditq.folders import without_new_parents
 from ditq.graph import DiTGraph
@@ -49,9 +50,10 @@ def calibrate(
     rows_per_bin: int = 512,
     prompts_limit: int | None = None,
     arguments: Mapping[str, Any] | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    memory_limit: int = MEMORY_LIMIT,
+    dtype: torch.dtype | None = None,
+    device: str = AUTO,
+    moments: str = "auto",
+    memory_limit: int | None = None,
     step_weights: bool = False,
     force: bool = False,
     resume: bool = False,
@@ -71,8 +73,10 @@ def calibrate(
         rows_per_bin: rows of each input that are kept as they are, a bin.
         prompts_limit: use at most so many of the conditions.
         arguments: further arguments of the pipeline's call, over the checkpoint's own defaults.
-        dtype, device: of the model while it draws and while its inputs are read; sums are float32 on the CPU.
-        memory_limit: bytes that the statistics may take at a time; where they need more, the model runs more often.
+        dtype, device: of the model while it draws and while its inputs are read (see devices.py); sums are float32 there.
+        moments: second moments by timestep bin or over all, see `collect_statistics`.
+        memory_limit: bytes that the statistics may take at a time, None for half of what is free; where they need more, the
+            model runs more often.
         step_weights: also measure what an error at each step is worth in the end (step_weights.py).
         force: replace an existing folder (made by this function; nothing else is ever removed).
         resume: continue an interrupted calibration with the same settings; a finished one is simply opened.
@@ -86,12 +90,14 @@ def calibrate(
     for name, value in (("bins", bins), ("rows_per_bin", rows_per_bin), ("prompts_limit", prompts_limit)):
         if value is not None and value < 1:
             raise DitqError(f"{name} is {value}; give at least 1")
+    place = device_of(device)
+    dtype = dtype or dtype_on(place)
     settings = SamplingSettings.for_checkpoint(checkpoint, steps, seed, arguments)
     check_arguments(pipeline_class(checkpoint), settings.arguments)
     chosen = choose_conditions(checkpoint, conditions, prompts_limit)
     out = Path(out)
     with _working_folder(out, force=force, resume=resume) as folder:
-        pipeline = checkpoint.load_pipeline(dtype=dtype).to(device)
+        pipeline = checkpoint.load_pipeline(dtype=dtype).to(place)
         trajectories = record_trajectories(
             checkpoint,
             chosen,
@@ -102,7 +108,7 @@ def calibrate(
             pipeline=pipeline,
             dtype=dtype,
         )
-        graph = DiTGraph(pipeline.transformer, moved(_example_inputs(checkpoint, trajectories), device, dtype))
+        graph = DiTGraph(pipeline.transformer, moved(_example_inputs(checkpoint, trajectories), place, dtype))
         if step_weights and StepWeights.read(folder) is None:
             linears = {name: graph.linear(name) for name, site in graph.sites.items() if site.role == "token"}
             measure_step_weights(pipeline, linears, chosen, settings, trajectories.steps, progress).write(folder)
@@ -113,6 +119,7 @@ def calibrate(
             bins,
             rows_per_bin,
             seed=seed,
+            moments=moments,
             memory_limit=memory_limit,
             folder=folder,
             progress=progress,

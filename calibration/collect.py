@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -18,8 +19,13 @@ from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.parts import InputGroup
 from ditq.progress import ProgressBar, ProgressSetting, progress_bar
+from ditq.suggest import unknown_key
 
-MEMORY_LIMIT = 2 << 30
+LEAST_MEMORY = 2 << 30
+MOST_BY_BIN = 16 << 30  # bytes of second moments beyond which they are summed over all bins
+ROWS = 1 << 18  # of the input with most; calls beyond that are left out, evenly
+ROWS_A_CHANNEL = 8  # at least, of the widest input
+MOMENTS = ("auto", "bins", "all")
 
 
 def collect_statistics(
@@ -31,15 +37,21 @@ def collect_statistics(
     groups: Iterable[str] | None = None,
     progress: ProgressSetting = None,
     seed: int = 0,
-    memory_limit: int = MEMORY_LIMIT,
+    moments: str = "auto",
+    memory_limit: int | None = None,
     folder: str | Path | None = None,
 ) -> Statistics:
-    """Run the graph's model through all recorded calls and gather the statistics of its linear inputs.
+    """Run the graph's model through the recorded calls and gather the statistics of its linear inputs.
 
     `groups` names the input groups wanted (default: all that the model uses). They are gathered in as many runs over
-    the trajectories as it takes for the statistics of one run to fit in `memory_limit` bytes, at least one group a run.
-    With `folder`, each run's statistics are written there and let go, and runs that are there already are not repeated;
-    without, all stay in memory. The result does not depend on how the groups were divided.
+    the trajectories as it takes for the statistics of one run to fit in `memory_limit` bytes, at least one group a run;
+    None is half of what is free where the model is. With `folder`, each run's statistics are written there and let go, and
+    runs that are there already are not repeated; without, all stay in memory. The result does not depend on how the groups
+    were divided.
+
+    `moments`: second moments for each bin of timesteps (`bins`), over all (`all`), or by bin where they take no more than 16
+    GiB (`auto`). Where a call has thousands of tokens fewer calls tell enough: they are taken evenly from all steps until an
+    input has 2^18 rows, or eight a channel of the widest.
 
     Text tokens that a call's attention mask hides are left out where keys and values of cross attention read them: they
     have no effect there, and padding would otherwise make up most of what PixArt's layers seem to get.
@@ -47,35 +59,59 @@ def collect_statistics(
     Raises DitqError for values that are not finite (naming site and step), an unknown group, or bad settings.
     """
     for name, value in (("bins", bins), ("rows_per_bin", rows_per_bin), ("memory_limit", memory_limit)):
-        if value < 1:
+        if value is not None and value < 1:
             raise DitqError(f"{name} is {value}; give at least 1")
+    if moments not in MOMENTS:
+        raise DitqError(unknown_key("moments", moments, list(MOMENTS)))
     wanted = _wanted(graph, groups)
+    device = next(graph.model.parameters()).device
+    by_bin = is_by_bin(wanted, bins, moments)
+    matrices = bins if by_bin else 1
+    chosen = _enough_calls(graph, trajectories, wanted, bins)
     settings = {"bins": bins, "rows_per_bin": rows_per_bin, "seed": seed}
     metadata = {**_origin(trajectories), **settings}
-    runs = list(_divide(wanted, bins, rows_per_bin, memory_limit))
+    if not by_bin:
+        metadata["moments"] = "all"
+    if len(chosen) < trajectories.count():
+        metadata["calls"] = len(chosen)
+    runs = list(_divide(wanted, matrices, bins, rows_per_bin, memory_limit or free_memory(device) // 2))
     sites = {group.name: group.sites for group in wanted}
     gathered: dict[str, InputStatistics] = {}
     described: dict[str, dict[str, Any]] = {}
-    with progress_bar("collecting statistics", len(runs) * trajectories.count(), progress) as bar:
+    with progress_bar("collecting statistics", len(runs) * len(chosen), progress) as bar:
         for number, run in enumerate(runs):
             names = {**metadata, "inputs": [group.name for group in run]}
             path = Path(folder) / _file_name(number, len(runs)) if folder is not None else None
             stored = read_groups(path, names) if path is not None else None
             if stored is None:
-                inputs = {g.name: InputAccumulator(g.name, g.width, bins, rows_per_bin, seed) for g in run}
-                found = _replay(graph, trajectories, inputs, bar)
+                inputs = {
+                    g.name: InputAccumulator(g.name, g.width, bins, rows_per_bin, seed, by_bin, device) for g in run
+                }
+                found = _replay(graph, trajectories, chosen, inputs, bar)
                 if path is None:
                     gathered.update(found)
                 else:
                     (path.parent / INDEX).unlink(missing_ok=True)  # it describes files that are about to change
                     stored = write_groups(path, found, sites, names)
             described.update(stored or {})
-            bar.advance_to((number + 1) * trajectories.count())
+            bar.advance_to((number + 1) * len(chosen))
     if folder is None:
         return Statistics(gathered, sites, metadata)
     write_index(Path(folder), metadata, described)
     _remove_others(Path(folder), {str(entry["file"]) for entry in described.values()})
     return Statistics.open(folder)
+
+
+def is_by_bin(groups: Iterable[InputGroup], bins: int, moments: str) -> bool:
+    """Whether second moments are kept for each bin: where asked, or with `auto` where they are small."""
+    return moments == "bins" or (moments == "auto" and 4 * bins * sum(g.width**2 for g in groups) <= MOST_BY_BIN)
+
+
+def bytes_on_disk(graph: DiTGraph, bins: int = 4, moments: str = "auto", rows_per_bin: int = 512) -> int:
+    """About what the statistics of a model will take, without the recorded calls."""
+    groups = _wanted(graph, None)
+    matrices = bins if is_by_bin(groups, bins, moments) else 1
+    return sum(4 * g.width * (matrices * (g.width + 1) // 2 + bins * (rows_per_bin + 2)) for g in groups)
 
 
 def _remove_others(folder: Path, files: set[str]) -> None:
@@ -114,12 +150,44 @@ def _origin(trajectories: Trajectories) -> dict[str, Any]:
     }
 
 
-def _divide(groups: list[InputGroup], bins: int, rows_per_bin: int, limit: int) -> Iterator[list[InputGroup]]:
-    """The groups in order, cut into runs whose statistics fit the limit."""
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had there now; of the CPU's at least 4 GiB are taken to be free."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return max(int(psutil.virtual_memory().available), 2 * LEAST_MEMORY)
+
+
+def _enough_calls(graph: DiTGraph, trajectories: Trajectories, groups: list[InputGroup], bins: int) -> list[int]:
+    """Numbers of the calls to read: all, or of large calls as many as tell enough, evenly from all steps."""
+    steps = trajectories.steps_of_calls()
+    rows = _rows_of_a_call(graph, trajectories, groups)
+    enough = max(ROWS, ROWS_A_CHANNEL * max((group.width for group in groups), default=0))
+    count = min(len(steps), max(2 * bins, -(-enough // max(rows, 1))))
+    by_step = sorted(range(len(steps)), key=steps.__getitem__)
+    return sorted(by_step[place * len(steps) // count] for place in range(count))
+
+
+@torch.no_grad()
+def _rows_of_a_call(graph: DiTGraph, trajectories: Trajectories, groups: list[InputGroup]) -> int:
+    """How many rows the input with most of them gets in the first recorded call."""
+    call, seen = next(trajectories.calls()), [0]
+    with ExitStack() as hooks:
+        for group in groups:
+            site = graph.linear(group.sites[0])
+            handle = site.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:-1].numel()))
+            hooks.callback(handle.remove)
+        graph.model(**moved(call.arguments, next(graph.model.parameters()).device))
+    return max(seen)
+
+
+def _divide(
+    groups: list[InputGroup], matrices: int, bins: int, rows_per_bin: int, limit: int
+) -> Iterator[list[InputGroup]]:
+    """The groups in order, cut into runs whose statistics fit the limit; `matrices` second moments each."""
     run: list[InputGroup] = []
     used = 0
     for group in groups:
-        size = 4 * bins * group.width * (group.width + rows_per_bin + 4)
+        size = 4 * group.width * (matrices * group.width + bins * (rows_per_bin + 4))
         if run and used + size > limit:
             yield run
             run, used = [], 0
@@ -135,9 +203,13 @@ def _file_name(number: int, count: int) -> str:
 
 @torch.no_grad()
 def _replay(
-    graph: DiTGraph, trajectories: Trajectories, inputs: dict[str, InputAccumulator], bar: ProgressBar
+    graph: DiTGraph,
+    trajectories: Trajectories,
+    chosen: Sequence[int],
+    inputs: dict[str, InputAccumulator],
+    bar: ProgressBar,
 ) -> dict[str, InputStatistics]:
-    """One run over the trajectories for some of the input groups."""
+    """One run over the chosen calls for some of the input groups."""
     device = next(graph.model.parameters()).device
     with ExitStack() as hooks:
         watchers = [_Watcher(graph, name, found, trajectories) for name, found in inputs.items()]
@@ -145,7 +217,7 @@ def _replay(
             # all sites of a group read the same tensor: the first stands for them
             site = graph.linear(graph.groups[watcher.name].sites[0])
             hooks.callback(site.register_forward_pre_hook(watcher).remove)
-        for call in trajectories.calls():
+        for call in trajectories.calls(chosen=frozenset(chosen)):
             for watcher in watchers:
                 watcher.call = call
             graph.model(**moved(call.arguments, device))

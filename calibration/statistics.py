@@ -19,6 +19,7 @@ from torch import Tensor
 from ditq.calibration.accumulate import crest_factors
 from ditq.calibration.step_weights import StepWeights
 from ditq.calibration.storage import make_folder, tensor_digest, write_json, write_tensors
+from ditq.calibration.triangles import packed, unpacked
 from ditq.checkpoint import read_json
 from ditq.errors import DitqError
 from ditq.numerics.rotation import Rotation
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 INDEX = "statistics.json"
 TRAJECTORIES = "trajectories"  # the folder beside it that holds the recorded calls
 FORMAT = "ditq statistics"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)  # 1 held second moments whole
 KEPT_IN_MEMORY = 2 << 30  # bytes of inputs that stay in memory once read from a folder
 
 
@@ -40,7 +42,7 @@ class InputStatistics:
 
     Attributes:
         count: int64 [B], rows seen.
-        second_moment: float32 [B, C, C], sum of x^T x.
+        second_moment: float32 [B, C, C], sum of x^T x; [1, C, C] where it was summed over all bins, as of large models.
         total: float32 [B, C], sum of x.
         absmax: float32 [B, C], max |x|.
         crest: float32 [B], mean over rows of max|x| / rms(x); 0 for an empty bin.
@@ -66,6 +68,11 @@ class InputStatistics:
         """B, the number of timestep bins."""
         return self.count.shape[0]
 
+    @property
+    def by_bin(self) -> bool:
+        """Is there a second moment for each bin?"""
+        return len(self.second_moment) == self.bins
+
     def hessian(self, weights: Tensor | None = None) -> Tensor:
         """[C, C]: E[x^T x] over all rows, half the Hessian of the layer's squared output error (GPTQ, Frantar 2022).
 
@@ -73,7 +80,13 @@ class InputStatistics:
 
         Raises:
             ValueError: for weights of another shape, or of which none counts.
+            DitqError: weights, but second moments that were summed over all bins.
         """
+        if weights is not None and self.bins > 1 and not self.by_bin:
+            raise DitqError(
+                "these statistics hold second moments over all timesteps, so steps cannot be weighed; calibrate with "
+                "--moments bins"
+            )
         return self._average(self.second_moment, weights)
 
     def mean(self, weights: Tensor | None = None) -> Tensor:
@@ -125,13 +138,16 @@ class InputStatistics:
         scale = scale.double().cpu()
         offset = torch.zeros_like(scale) if shift is None else shift.double().cpu()
         second_moment, total = torch.empty_like(self.second_moment), torch.empty_like(self.total)
-        for number, rows in enumerate(self.count.tolist()):
+        every = slice(None)  # the bins that each second moment is of
+        whole = [slice(number, number + 1) for number in range(self.bins)] if self.by_bin else [every]
+        for number, bins in enumerate(whole):
+            rows, sums = int(self.count[bins].sum()), self.total[bins].double().sum(0) * scale
             moment = self.second_moment[number].double() * scale * scale[:, None]
-            sums = self.total[number].double() * scale
             moment -= torch.outer(sums, offset) + torch.outer(offset, sums) - rows * torch.outer(offset, offset)
             moment = _rotate(_rotate(moment, rotations).T, rotations)
             second_moment[number] = (moment + moment.T) / 2
-            total[number] = _rotate(sums - rows * offset, rotations)
+        for number, rows in enumerate(self.count.tolist()):
+            total[number] = _rotate(self.total[number].double() * scale - rows * offset, rotations)
         sample = _rotate(self.sample.double() * scale - offset, rotations).float()
         absmax, crest = self.absmax * scale.abs().float(), torch.zeros_like(self.crest)
         only_scaled = shift is None and not rotations
@@ -232,7 +248,7 @@ class Statistics:
         index = read_json(path)
         if index.get("format") != FORMAT:
             raise DitqError(f"{path}: not written by ditq; give a folder made by `ditq calibrate`")
-        if index.get("version") != FORMAT_VERSION:
+        if index.get("version") not in READ_VERSIONS:
             version = index.get("version")
             raise DitqError(f"{path}: has format version {version}, this ditq reads {FORMAT_VERSION}; calibrate again")
         try:
@@ -288,6 +304,8 @@ class _StoredGroups(Mapping[str, InputStatistics]):
         try:
             with safe_open(str(path), framework="pt") as file:
                 read = {field.name: file.get_tensor(f"{name}.{field.name}") for field in fields(InputStatistics)}
+                if read["second_moment"].dim() == 2:
+                    read["second_moment"] = unpacked(read["second_moment"], self.widths[name])
         except (SafetensorError, OSError) as error:
             raise DitqError(f"{path}: the statistics of {name} cannot be read ({error}); calibrate again") from error
         found = InputStatistics(**read)
@@ -305,10 +323,11 @@ class _StoredGroups(Mapping[str, InputStatistics]):
             raise DitqError(f"{path}: missing, truncated or damaged; calibrate again") from error
         for name, place in self._files.items():
             width = self.widths[name]
-            shapes = {"count": (bins,), "second_moment": (bins, width, width), "total": (bins, width)}
-            for part, shape in shapes.items():
+            moments = [(number, width * (width + 1) // 2) for number in (bins, 1)] + [(bins, width, width)]
+            shapes: dict[str, list[Any]] = {"count": [(bins,)], "second_moment": moments, "total": [(bins, width)]}
+            for part, known in shapes.items():
                 info = tensors.get(f"{name}.{part}")
-                if place == file and (info is None or info.shape != shape):
+                if place == file and (info is None or info.shape not in known):
                     raise DitqError(f"{path}: does not hold the statistics of {name} as {INDEX} says; calibrate again")
 
 
@@ -324,6 +343,7 @@ def write_groups(
     for name, found in groups.items():
         for field in fields(InputStatistics):
             tensors[f"{name}.{field.name}"] = getattr(found, field.name).contiguous()
+        tensors[f"{name}.second_moment"] = packed(found.second_moment)
         described[name] = {
             "width": found.width,
             "sites": list(sites[name]),

@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 INTERRUPTED = "interrupted; nothing was left half-written"
 SEED = click.IntRange(min=0, max=2**62)  # seed + number of the prompt must fit 64 bits
+_DEVICE_HELP = "Where the model draws and is read: cpu, cuda or cuda:N; auto: a GPU if there is one, in bfloat16."
 _GPU_HELP = (
     "A kind of GPU to build a plan for, e.g. sm89; may be repeated.  [default: this one; else sm80, sm89, sm120]"
 )
@@ -71,12 +72,13 @@ def cli() -> None:
 )
 @click.option("--config", type=click.Path(path_type=Path), help="config.json of a single .safetensors file.")
 @click.option("--seed", default=0, show_default=True, type=SEED)
+@click.option("--device", default="auto", show_default=True, help=_DEVICE_HELP)
 @click.option("--resume", is_flag=True, help="Go on where an interrupted compile to the same folder stopped.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 def compile_command(checkpoint: str, out: Path, recipe: str, budget: str | None, candidates: str | None, target: str,
                     gpus: tuple[str, ...], sizes: str | None, prompts: Path | None, limit: int | None,
                     steps: int | None, stats: Path | None, evaluated: int, cache_text: bool, config: Path | None,
-                    seed: int, resume: bool, force: bool) -> None:  # fmt: skip
+                    seed: int, device: str, resume: bool, force: bool) -> None:  # fmt: skip
     """Compile CHECKPOINT (a folder, a .safetensors file, or `mini`) into an engine folder with a report.
 
     \b
@@ -98,7 +100,7 @@ def compile_command(checkpoint: str, out: Path, recipe: str, budget: str | None,
     asked = None if budget is None else Budget.parse(budget, candidates)
     options = CompileOptions(target=target, conditions=prompts, limit=limit, steps=steps, statistics=stats,
                              budget=asked, seed=seed, resume=resume, force=force, cache_text=cache_text, gpus=gpus,
-                             sizes=sizes)  # fmt: skip
+                             sizes=sizes, device=device)  # fmt: skip
     opened = Checkpoint.open(checkpoint, config)
     if not processes.is_first():
         take_part(opened, recipe, replace(options, progress=False))
@@ -120,7 +122,7 @@ def compile_command(checkpoint: str, out: Path, recipe: str, budget: str | None,
     laps = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in result.seconds.items())
     click.echo(f"{'time':10s} {laps}; peak memory {result.peak_memory / 2**30:.1f} GiB")
     if evaluated and opened.pipeline_root is not None:
-        _print_evaluation(report_on(out, opened, limit=evaluated, speed=False))
+        _print_evaluation(report_on(out, opened, limit=evaluated, device=device, speed=False))
     click.echo(f"engine in {out}; next: ditq sample {out} " + _example(opened))
 
 
@@ -139,11 +141,15 @@ def _said_of_text(sites: int) -> str:
 @click.option("--bins", default=4, show_default=True, type=click.IntRange(min=1), help="Timestep bins.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="An argument of the pipeline's call.")
 @click.option("--seed", default=0, show_default=True, type=SEED)
+@click.option("--moments", default="auto", show_default=True, type=click.Choice(("auto", "bins", "all")),
+              help="Second moments by timestep bin, or over all; auto: by bin where they fit in 16 GiB.")  # fmt: skip
+@click.option("--device", default="auto", show_default=True, help=_DEVICE_HELP)
 @click.option("--step-weights", is_flag=True, help="Also measure what an error at each step is worth.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted calibration stopped.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 def calibrate(checkpoint: str, out: Path, prompts: Path | None, limit: int | None, steps: int | None, bins: int,
-              settings: tuple[str, ...], seed: int, step_weights: bool, resume: bool, force: bool) -> None:  # fmt: skip
+              settings: tuple[str, ...], seed: int, moments: str, device: str, step_weights: bool, resume: bool,
+              force: bool) -> None:  # fmt: skip
     """Run CHECKPOINT's real pipeline on prompts and keep the statistics of every linear's input.
 
     \b
@@ -154,7 +160,8 @@ def calibrate(checkpoint: str, out: Path, prompts: Path | None, limit: int | Non
 
     opened = Checkpoint.open(checkpoint)
     found = run(opened, out, conditions=prompts, steps=steps, bins=bins, seed=seed, prompts_limit=limit,
-                arguments=_arguments(settings), step_weights=step_weights, resume=resume, force=force)  # fmt: skip
+                arguments=_arguments(settings), moments=moments, device=device, step_weights=step_weights, resume=resume,
+                force=force)  # fmt: skip
     count, steps_run = found.metadata["condition_count"], found.metadata["steps"]
     click.echo(f"{len(found.groups)} inputs over {count} conditions of {steps_run} steps, in {found.bins} bins")
     click.echo(f"statistics in {out}; next: ditq compile {checkpoint} -o engine --stats {out}")
@@ -197,10 +204,11 @@ def sample(engine: str, prompt: str, out: Path, against: str | None, checkpoint:
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps.")
 @click.option("--target", default="auto", show_default=True, help="Run the engine so; see `ditq targets`.")
 @click.option("--seed", default=1000, show_default=True, type=SEED, help="Seed of the first prompt's noise.")
+@click.option("--device", default="auto", show_default=True, help=_DEVICE_HELP)
 @click.option("--fail-below", metavar="METRIC=NUMBER,...", help="Exit with 1 if a metric is worse, e.g. psnr=22.")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Where the report goes; default: the engine folder.")
 def evaluate(engine: str, against: str | None, prompts: Path | None, limit: int, steps: int | None, target: str,
-             seed: int, fail_below: str | None, out: Path | None) -> None:  # fmt: skip
+             seed: int, device: str, fail_below: str | None, out: Path | None) -> None:  # fmt: skip
     """Measure what ENGINE lost: same prompts, same seeds, picture by picture; writes report.html and report.json.
 
     \b
@@ -211,7 +219,7 @@ def evaluate(engine: str, against: str | None, prompts: Path | None, limit: int,
 
     thresholds = parse_thresholds(fail_below) if fail_below else {}
     evaluation = report_on(engine, against, conditions=prompts, limit=limit, steps=steps, seed=seed, target=target,
-                           where=out)  # fmt: skip
+                           where=out, device=device)  # fmt: skip
     _print_evaluation(evaluation)
     click.echo(f"report in {Path(out or engine) / 'report.html'}")
     violated = evaluation.fail_below(thresholds)

@@ -24,6 +24,7 @@ from ditq.calibration.collect import collect_statistics
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
+from ditq.devices import AUTO, device_of
 from ditq.errors import DitqError, Interrupted
 from ditq.export.engine import Engine, check_replaceable, write_engine
 from ditq.export.plans.make import MadePlan, kinds_of_gpu, make_plans
@@ -54,6 +55,7 @@ class CompileOptions:
         steps: denoising steps of calibration; None is the checkpoint's own.
         statistics: a folder that `ditq calibrate` wrote, instead of calibrating now.
         budget: formats of single linears are chosen so that this holds: `size=4.2MB`, `bits=3.5`, `psnr>=24`; over a recipe's.
+        device: where the model runs while it is calibrated: `auto`, `cpu`, `cuda` (devices.py).
         seed: seed of every random choice.
         resume: go on where an interrupted compile of the same output stopped.
         force: replace the output folder if it exists.
@@ -70,6 +72,7 @@ class CompileOptions:
     steps: int | None = None
     statistics: str | Path | None = None
     budget: Budget | str | None = None
+    device: str = AUTO
     seed: int = 0
     resume: bool = False
     force: bool = False
@@ -108,6 +111,7 @@ def compile(
     out = Path(out)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     _check_processes(options)
+    device_of(options.device)
     check_output(out, options.force)
     check_replaceable(out)
     wanted = target(options.target)
@@ -282,8 +286,12 @@ def run_passes(
 
 def _collected_again(graph: DiTGraph, context: Context, options: CompileOptions) -> Statistics:
     """Statistics of the model as structural passes have left it, on the calls that were recorded of the original."""
-    bins = int(context.calibration["bins"])
-    return collect_statistics(graph, context.trajectories(), bins, seed=options.seed, progress=options.progress)
+    bins, device = int(context.calibration["bins"]), device_of(options.device)
+    graph.model.to(device)
+    try:
+        return collect_statistics(graph, context.trajectories(), bins, seed=options.seed, progress=options.progress)
+    finally:
+        graph.model.to("cpu")
 
 
 def _check_products(recipe: Recipe, graph: DiTGraph, wanted: Target) -> None:
@@ -312,6 +320,7 @@ def _statistics(checkpoint: Checkpoint, graph: DiTGraph, work: Path, options: Co
         work / "calibration",
         conditions=options.conditions,
         steps=options.steps,
+        device=options.device,
         seed=options.seed,
         prompts_limit=options.limit,
         resume=options.resume,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ditq.calibration.collect import bytes_on_disk
 from ditq.checkpoint import Checkpoint
 from ditq.cost_model import GPUS, Costs, costs_after, costs_before, this_processor
 from ditq.errors import DitqError
@@ -86,6 +87,7 @@ class Inspection:
             "recipe": self.recipe.to_json(),
             "online_multiply_adds": list(self.online),
             "text_sites": self.text_sites,
+            "statistics_bytes": bytes_on_disk(self.graph),
             "roles": self.by_role(),
             "costs": self.costs(),
             "predicted_at_best": self.predicted(),

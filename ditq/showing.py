@@ -80,7 +80,16 @@ def show(what: str, recipe: str, config: Path | None = None, tokens: int | None 
         _online_cost(found.recipe.name, found.online, total),
         *_budget(found.recipe),
         _text_share(found, total),
+        _needed(values),
     ], values
+
+
+def _needed(values: Mapping[str, Any]) -> str:
+    """What a compile takes, as far as the structure tells."""
+    return (
+        f"calibration keeps about {values['statistics_bytes'] / 1e9:.2g} GB of statistics on disk beside the recorded calls; "
+        f"compiling holds the weights in float32, {4 * values['parameters'] / 1e9:.2g} GB of memory"
+    )
 
 
 def _costs(found: Inspection, values: Mapping[str, Any]) -> Lines:

@@ -272,3 +272,14 @@ def test_whatever_is_found_to_feed_an_input_can_take_a_scale_and_a_shift(family:
     report = Smooth(select=["*"]).run(graph, Context(statistics_of(graph)))
     assert report.summary["inputs folded"] == sum(group.feed is not None for group in graph.groups.values())
     assert (forward(graph.model, inputs) - reference).norm() < 1e-5 * reference.norm()
+
+
+def test_the_largest_of_the_first_pixarts_gets_its_picture_size_without_being_told():
+    """Its config leaves use_additional_conditions to the class, which decides by the size of 1024 pixels."""
+    config = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "cross_attention_dim": 64,
+              "caption_channels": 24, "sample_size": 128}  # fmt: skip
+    model = diffusers.PixArtTransformer2DModel(**config).eval()
+    family = family_of("PixArtTransformer2DModel")
+    assert family is not None
+    graph = DiTGraph(model, family.example_inputs(model.config, 2, 0))
+    assert "adaln_single.emb.resolution_embedder.linear_1" in graph.sites

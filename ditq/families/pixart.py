@@ -17,7 +17,10 @@ def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
     mask = torch.ones(batch, text, dtype=torch.int64)
     mask[-1, text // 2 :] = 0
     conditions: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
-    if config.get("use_additional_conditions"):
+    additional = config.get("use_additional_conditions")
+    if additional is None:  # the class decides by the size then: of alpha's checkpoints that of 1024 pixels has them
+        additional = config["sample_size"] == 128
+    if additional:
         conditions = {"resolution": torch.full((batch, 2), 1024.0), "aspect_ratio": torch.ones(batch, 1)}
     return {
         "hidden_states": normal(batch, config["in_channels"], side, side),

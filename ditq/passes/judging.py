@@ -173,7 +173,8 @@ def hold_out(statistics: InputStatistics) -> tuple[InputStatistics, Tensor, Tens
     held = torch.bincount(bins, minlength=statistics.bins)
     for number in bins.unique().tolist():
         rows = statistics.sample[places[bins == number]].double()
-        moments[number] = (moments[number].double() - rows.T @ rows).to(moments.dtype)
+        place = number if statistics.by_bin else 0
+        moments[place] = (moments[place].double() - rows.T @ rows).to(moments.dtype)
         totals[number] = (totals[number].double() - rows.sum(0)).to(totals.dtype)
     rest = replace(statistics, count=statistics.count - held, second_moment=moments, total=totals)
     worth = (statistics.count.double() / held)[bins]

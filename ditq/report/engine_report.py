@@ -12,6 +12,7 @@ from torch import nn
 
 from ditq.calibration.sampling import DenoiserCall, SamplingSettings, sample
 from ditq.checkpoint import BUILT_IN, Checkpoint
+from ditq.devices import AUTO
 from ditq.errors import DitqError
 from ditq.export.arguments import flatten
 from ditq.export.baseline import float_onnx
@@ -61,6 +62,7 @@ def report_on(
     seed: int = 1000,
     target: str = "auto",
     where: str | Path | None = None,
+    device: str = AUTO,
     speed: bool = True,
     progress: ProgressSetting = None,
 ) -> Evaluation:
@@ -80,6 +82,7 @@ def report_on(
         limit=limit,
         quantized=rebuild(engine),
         name=f"{engine.name} ({transformer.target})",
+        device=device,
         progress=progress,
     )
     sizes = file_sizes(engine.folder, checkpoint)

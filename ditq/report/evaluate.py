@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ditq.calibration.calibrate import Conditions, choose_conditions, default_conditions, pipeline_class
+from ditq.calibration.collect import moved
 from ditq.calibration.prompts import builtin_prompts, spread
 from ditq.calibration.sampling import (
     DenoiserCall,
@@ -34,6 +35,7 @@ from ditq.calibration.sampling import (
     sample_one,
 )
 from ditq.checkpoint import BUILT_IN, Checkpoint
+from ditq.devices import AUTO, device_of, dtype_on
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
@@ -71,6 +73,7 @@ def evaluate(
     layers: bool = True,
     quantized: nn.Module | None = None,
     name: str = "",
+    device: str = AUTO,
     progress: ProgressSetting = None,
 ) -> Evaluation:
     """Measure what the engine loses against the checkpoint that it was made from.
@@ -84,6 +87,7 @@ def evaluate(
         layers: measure every quantized linear too (needs the engine's torch form).
         quantized: the engine's torch form, where `engine` runs elsewhere; by default the engine itself.
         name: what the report calls the engine.
+        device: where the original and the rest of its pipeline run (devices.py).
 
     Raises DitqError for conditions or settings that the pipeline does not take, and for latents that are not finite.
     """
@@ -94,7 +98,8 @@ def evaluate(
         chosen = heldout_conditions(checkpoint, limit)
     else:
         chosen = choose_conditions(checkpoint, conditions, limit)
-    pipeline = checkpoint.load_pipeline()
+    place = device_of(device)
+    pipeline = checkpoint.load_pipeline(dtype=dtype_on(place)).to(place)
     original = pipeline.transformer
     changed = {} if steps is None else {"num_inference_steps": steps}
     settings = SamplingSettings({**checkpoint.sampling, **changed}, seed)
@@ -132,7 +137,9 @@ def evaluate(
     if feature_distance.weights_path() is None:
         evaluation.notes.append(f"lite0-FD {feature_distance.NOT_INSTALLED}")
     if layers:
-        _measure_layers(evaluation, checkpoint, original, quantized or engine, calls=kept_calls, progress=progress)
+        calls = [moved(call, "cpu", torch.float32) for call in kept_calls]
+        original = original.to("cpu", torch.float32)
+        _measure_layers(evaluation, checkpoint, original, quantized or engine, calls=calls, progress=progress)
     return evaluation
 
 

@@ -14,15 +14,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ditq.calibration import collect
 from ditq.calibration.accumulate import InputAccumulator, RowSample, crest_factors
 from ditq.calibration.collect import collect_statistics
 from ditq.calibration.record import Trajectories, record_trajectories
 from ditq.calibration.sampling import SamplingSettings
 from ditq.calibration.statistics import InputStatistics, Statistics
+from ditq.calibration.triangles import packed, unpacked
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation
+from ditq.passes.judging import hold_out
 from tests.calibration.small_pipelines import ARGUMENTS, CONDITIONS, mini, pipeline_of, saved_checkpoint
 
 EPS = 2.0**-24  # unit roundoff of float32
@@ -165,20 +168,100 @@ def test_a_run_that_is_on_disk_is_not_repeated(graph: DiTGraph, trajectories: Tr
         if done == total // 2 + 1:
             raise KeyboardInterrupt
 
-    def collect(folder: Path, progress: Any = None) -> Statistics:
+    def collected(folder: Path, progress: Any = None) -> Statistics:
         return collect_statistics(
             graph, trajectories, BINS, 16, groups=SOME[:2], memory_limit=1, folder=folder, progress=progress
         )
 
-    collect(tmp_path / "whole")
+    collected(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        collect(tmp_path / "resumed", interrupt)
+        collected(tmp_path / "resumed", interrupt)
     assert [path.name for path in (tmp_path / "resumed").iterdir()] == ["statistics-00001-of-00002.safetensors"]
     steps: list[int] = []
-    collect(tmp_path / "resumed", lambda name, done, total: steps.append(done))
+    collected(tmp_path / "resumed", lambda name, done, total: steps.append(done))
     assert steps[:3] == [0, trajectories.count(), trajectories.count() + 1]
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "resumed" / path.name).read_bytes()
+
+
+def test_second_moments_over_all_bins_are_the_sum_of_those_of_each(
+    statistics: Statistics, graph: DiTGraph, trajectories: Trajectories, tmp_path: Path
+) -> None:
+    found = collect_statistics(graph, trajectories, BINS, 16, groups=SOME, moments="all", folder=tmp_path)
+    assert found.metadata == {**statistics.metadata, "moments": "all"}
+    for name in SOME:
+        whole, divided = found.groups[name], statistics.groups[name]
+        assert whole.second_moment.shape == (1, whole.width, whole.width) and not whole.by_bin
+        for field in fields(InputStatistics):
+            if field.name != "second_moment":
+                assert torch.equal(getattr(whole, field.name), getattr(divided, field.name))
+        rows = float(divided.count.sum())
+        torch.testing.assert_close(whole.hessian(), divided.hessian(), rtol=1e-5, atol=rows * EPS)
+        scale, shift = torch.linspace(0.5, 2, whole.width), torch.linspace(-1, 1, whole.width)
+        changed = [each.transformed(scale, shift, [(0, 64, hadamard_rotation(64))]) for each in (whole, divided)]
+        torch.testing.assert_close(changed[0].hessian(), changed[1].hessian(), rtol=1e-4, atol=rows * EPS)
+        assert torch.equal(changed[0].total, changed[1].total)
+        rest = [hold_out(each)[0] for each in (whole, divided)]
+        torch.testing.assert_close(rest[0].hessian(), rest[1].hessian(), rtol=1e-4, atol=1e-4)
+        with pytest.raises(DitqError, match="calibrate with --moments bins"):
+            whole.hessian(torch.ones(BINS))
+
+
+def test_moments_are_summed_over_all_bins_where_they_would_be_too_large(
+    graph: DiTGraph, trajectories: Trajectories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collect, "MOST_BY_BIN", 4 * BINS * sum(graph.groups[name].width ** 2 for name in SOME[:2]))
+    for names, by_bin in ((SOME[:2], True), (SOME[:3], False)):
+        found = collect_statistics(graph, trajectories, BINS, 16, groups=names)
+        assert all(each.by_bin == by_bin for each in found.groups.values())
+    with pytest.raises(DitqError, match="moments"):
+        collect_statistics(graph, trajectories, BINS, moments="steps")
+
+
+def test_of_large_calls_as_many_as_tell_enough_are_read_evenly_from_all_steps(
+    statistics: Statistics, graph: DiTGraph, trajectories: Trajectories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = next(trajectories.calls()).arguments["hidden_states"].shape[:2].numel()
+    monkeypatch.setattr(collect, "ROWS", 2 * rows)
+    monkeypatch.setattr(collect, "ROWS_A_CHANNEL", 0)
+    found = collect_statistics(graph, trajectories, 1, 16, groups=[TOKENS])
+    assert trajectories.count() > 2 and found.metadata["calls"] == 2 and "calls" not in statistics.metadata
+    assert int(found.groups[TOKENS].count.sum()) == 2 * rows
+    chosen = collect._enough_calls(graph, trajectories, [graph.groups[TOKENS]], 1)
+    read = [trajectories.steps_of_calls()[number] for number in chosen]
+    assert sorted(read) == [0, trajectories.steps // 2]
+    monkeypatch.setattr(collect, "ROWS_A_CHANNEL", 10**6)  # the widest input asks for more
+    assert len(collect._enough_calls(graph, trajectories, [graph.groups[TOKENS]], 1)) == trajectories.count()
+
+
+def test_what_statistics_will_take_on_disk_is_told_before(
+    statistics: Statistics, graph: DiTGraph, trajectories: Trajectories, tmp_path: Path
+) -> None:
+    for moments in ("bins", "all"):
+        collect_statistics(graph, trajectories, BINS, 16, moments=moments, folder=tmp_path / moments)
+        found = sum(path.stat().st_size for path in (tmp_path / moments).glob("*.safetensors"))
+        assert collect.bytes_on_disk(graph, BINS, moments, 16) == pytest.approx(found, rel=0.1)
+
+
+def test_a_triangle_holds_the_whole_symmetric_matrix() -> None:
+    rows = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
+    matrices = rows.mT @ rows
+    matrices = (matrices + matrices.mT) / 2
+    assert packed(matrices).shape == (3, 15) and torch.equal(unpacked(packed(matrices), 5), matrices)
+
+
+def test_statistics_of_the_first_version_are_read(saved: Path, statistics: Statistics, tmp_path: Path) -> None:
+    """Which held second moments whole."""
+    folder = shutil.copytree(saved, tmp_path / "old")
+    index = json.loads((folder / "statistics.json").read_text())
+    (folder / "statistics.json").write_text(json.dumps({**index, "version": 1}))
+    path = folder / "statistics.safetensors"
+    tensors = load_file(path)
+    for name in SOME:
+        tensors[f"{name}.second_moment"] = statistics.groups[name].second_moment.contiguous()
+    save_file(tensors, path)
+    opened = Statistics.open(folder)
+    assert all(same(opened.groups[name], statistics.groups[name]) for name in SOME)
 
 
 def test_hidden_text_tokens_do_not_count_for_cross_attention(tmp_path: Path) -> None:
@@ -317,7 +400,7 @@ def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         (lambda folder: (folder / "statistics.json").unlink(), "not a statistics folder"),
         (lambda folder: (folder / "statistics.json").write_text("[]"), "should hold a JSON object"),
         (edit(lambda index: index.update(format="other")), "not written by ditq"),
-        (edit(lambda index: index.update(version=2)), "has format version 2, this ditq reads 1"),
+        (edit(lambda index: index.update(version=3)), "has format version 3, this ditq reads 2"),
         (edit(lambda index: index.pop("groups")), "damaged or incomplete"),
         (edit(lambda index: index["groups"][TOKENS].update(width=8)), f"does not hold the statistics of {TOKENS}"),
         (edit(lambda index: index["groups"][TOKENS].update(file="../x.safetensors")), "which is outside the folder"),
