@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 from torch import nn
 
 from ditq.errors import DitqError
+from ditq.families import family_of
 from ditq.graph import DiTGraph
 from ditq.parts import ChannelRange, LinearModulation, TableModulation
 from ditq.passes import Context
@@ -276,7 +278,7 @@ def test_whatever_is_found_to_feed_an_input_can_take_a_scale_and_a_shift(family:
 
 def test_the_largest_of_the_first_pixarts_gets_its_picture_size_without_being_told():
     """Its config leaves use_additional_conditions to the class, which decides by the size of 1024 pixels."""
-    config = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "cross_attention_dim": 64,
+    config = {"num_attention_heads": 3, "attention_head_dim": 32, "num_layers": 2, "cross_attention_dim": 96,
               "caption_channels": 24, "sample_size": 128}  # fmt: skip
     model = diffusers.PixArtTransformer2DModel(**config).eval()
     family = family_of("PixArtTransformer2DModel")
