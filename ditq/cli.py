@@ -236,7 +236,9 @@ def evaluate(engine: str, against: str | None, prompts: Path | None, limit: int,
 @click.option("--threads", type=click.IntRange(min=1), help="Processor threads; default: all.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def bench(engine: str, against: str | None, rounds: int, threads: int | None, as_json: bool) -> None:
-    """Time one denoiser call of ENGINE against the original in torch and in ONNX Runtime float32, in turns."""
+    """Time one denoiser call of ENGINE against the original in torch and in ONNX Runtime float32, in turns; and say where
+    the engine's time goes, by kinds of work.
+    """
     from ditq.report.engine_report import benchmark
 
     rows = benchmark(engine, against, rounds=rounds, threads=threads)
@@ -246,6 +248,12 @@ def bench(engine: str, against: str | None, rounds: int, threads: int | None, as
     _table(["", "median ms", "fastest", "slowest", "times as fast as torch"],
            [[r["name"], *(f"{r[k]:.1f}" for k in ("median_ms", "fastest_ms", "slowest_ms")),
              f"{r['times_as_fast']:.2f}"] for r in rows])  # fmt: skip
+    own = rows[-1]
+    if "shares" in own:
+        found = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in own["shares"].items())
+        click.echo(f"{own['name']}, by {own['target']}: {found}")
+    if "gpu_bytes" in own:
+        click.echo(f"{own['name']}: {own['gpu_bytes'] / 1e6:.0f} MB of GPU memory")
 
 
 @cli.command()

@@ -14,11 +14,13 @@ from ditq.calibration.sampling import DenoiserCall, SamplingSettings, sample
 from ditq.checkpoint import BUILT_IN, Checkpoint
 from ditq.devices import AUTO
 from ditq.errors import DitqError
+from ditq.export import time_shares
 from ditq.export.arguments import flatten
 from ditq.export.baseline import float_onnx
 from ditq.export.engine import Engine
-from ditq.export.loader import load_engine
+from ditq.export.loader import engine_inputs, load_engine
 from ditq.export.session import open_session, session_options
+from ditq.export.targets import target
 from ditq.export.targets.torch import rebuild
 from ditq.inspection import example_inputs
 from ditq.progress import ProgressSetting
@@ -115,8 +117,19 @@ def report_on(
 
 def compare_speed(engine: Engine, checkpoint: Checkpoint, rounds: int = 15, threads: int | None = None) -> Speed:
     """Time one real denoiser call of the original in torch and ONNX Runtime float32 and of the engine, in turns."""
-    original, transformer = checkpoint.load_model(), load_engine(engine.folder, threads=threads)
+    original = checkpoint.load_model()
     inputs = real_call(checkpoint, original)
+    return _timed(checkpoint, original, load_engine(engine.folder, threads=threads), inputs, rounds, threads)
+
+
+def _timed(
+    checkpoint: Checkpoint,
+    original: nn.Module,
+    transformer: nn.Module,
+    inputs: Mapping[str, Any],
+    rounds: int,
+    threads: int | None,
+) -> Speed:
     if threads is not None:
         torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="ditq-baseline-") as folder:
@@ -153,9 +166,34 @@ def real_call(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
 
 
 def benchmark(engine_folder: str, against: str | None, rounds: int, threads: int | None) -> list[dict[str, Any]]:
-    """Rows of `compare_speed`: name, median_ms, fastest_ms, slowest_ms, times_as_fast (as torch float32)."""
+    """Rows of `compare_speed`: name, median_ms, fastest_ms, slowest_ms, times_as_fast (as torch float32).
+
+    The engine's own row also has `target` and, where its target can tell, `shares` of the time of a call by kinds of work
+    (export/time_shares.py); on a GPU `gpu_bytes`, what the engine and its calls take of its memory.
+    """
     engine = Engine.open(engine_folder)
-    return list(table(compare_speed(engine, original_of(engine, against), rounds, threads), TORCH))
+    checkpoint = original_of(engine, against)
+    original = checkpoint.load_model()
+    inputs = real_call(checkpoint, original)
+    free = _free_gpu_bytes()
+    transformer = load_engine(engine.folder, threads=threads)
+    rows = list(table(_timed(checkpoint, original, transformer, inputs, rounds, threads), TORCH))
+    own, chosen = rows[-1], target(transformer.target)
+    own["target"] = transformer.target
+    if chosen.device == "cuda":
+        own["gpu_bytes"] = free - _free_gpu_bytes()
+        own["shares"] = time_shares.of_kernels(_call(transformer, inputs))
+    elif chosen.shares is not None:
+        own["shares"] = dict(chosen.shares(engine, engine_inputs(engine, inputs), threads))
+    return rows
+
+
+def _free_gpu_bytes() -> int:
+    """Of the GPU's memory, by its driver: what any library has taken is gone from it."""
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.synchronize()
+    return int(torch.cuda.mem_get_info()[0])
 
 
 def draw(

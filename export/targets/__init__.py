@@ -73,6 +73,8 @@ class Target:
         prove: (engine) -> by what was built of it, what became of the planned low-bit products. None: nothing is proven.
         plans: whether the engine's graph is built for single kinds of GPU (`ditq plan`).
         half: whether it multiplies in half precision what is not low-bit.
+        shares: (engine, inputs of a call, threads) -> shares of its time by kinds of work, where a runtime on the CPU can tell
+            (export/time_shares.py); of one on a GPU its kernels do.
         carriers: of the products of quantized inputs that it has (numerics/carrier.py); inputs in floating point go with any.
         device: where its runner takes inputs; dtype: what a pipeline around it should compute in.
         check: (model) -> None, or DitqError for a part that it cannot run. A target with `check` and without `lower` can be
@@ -91,6 +93,7 @@ class Target:
     prove: Callable[[Engine], Mapping[str, FusionReport]] | None = None
     plans: bool = False
     half: bool = False
+    shares: Callable[[Engine, Mapping[str, Tensor], int | None], Mapping[str, float]] | None = None
 
     def check_product(self, site: str, carrier: str, activation_bits: int) -> None:
         """Raise DitqError for a linear whose quantized input and weight this target cannot multiply."""

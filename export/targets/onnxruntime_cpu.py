@@ -189,6 +189,21 @@ def prove(engine: Engine) -> dict[str, FusionReport]:
     return {"": prove_fusion(engine)}
 
 
+def shares(engine: Engine, inputs: Mapping[str, Tensor], threads: int | None = None) -> Mapping[str, float]:
+    """Where the time of a call goes, by the runtime's own profile."""
+    from ditq.export.time_shares import of_session
+
+    return of_session(engine, inputs, threads)
+
+
 TARGET = register(
-    Target("onnxruntime-cpu", "ONNX Runtime on the CPU, integer matmuls", available, lower, runner, prove=prove)
+    Target(
+        "onnxruntime-cpu",
+        "ONNX Runtime on the CPU, integer matmuls",
+        available,
+        lower,
+        runner,
+        prove=prove,
+        shares=shares,
+    )
 )

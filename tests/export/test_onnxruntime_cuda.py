@@ -14,10 +14,16 @@ from ditq.errors import DitqError
 from ditq.export.session import open_session, session_options
 from ditq.export.targets.onnxruntime_cuda import lower
 from ditq.nn import ActivationFormat, InputTransform, QuantLinear
+from ditq.nn.structural.linear_attention import LinearAttention
+from ditq.nn.structural.local_attention import LocalAttention
+from ditq.nn.structural.token_attention import TokenAttention
 from ditq.numerics.carrier import FLOAT8
 from ditq.numerics.rotation import hadamard_rotation
+from ditq.numerics.window import Window
+from tests.export import test_token_attentions
 from tests.export.quantized import relative
 from tests.export.test_forms import SAME, graph_of, layer_of, tokens
+from tests.export.test_token_attentions import grids, part_of
 
 TOKEN, TENSOR, FLOAT = ActivationFormat(8, "token"), ActivationFormat(8, "tensor"), ActivationFormat()
 TIMED = ActivationFormat(8, "timestep", edges=(600.0, 300.0))
@@ -115,6 +121,20 @@ def test_a_weight_that_no_block_divides_is_expanded_to_float16() -> None:
     model = check(layer_of(width=40, activation=FLOAT, codebook="uniform"), "dequantized", tolerance=HALF)
     assert "MatMulNBits" not in operators(model)
     check(layer_of(activation=FLOAT, carrier=FLOAT8), "dequantized", tolerance=HALF)
+
+
+@pytest.mark.parametrize(("part", "half"), [
+    (part_of(LocalAttention, True, window=Window("circle", 2, 3), pool=2), True),
+    (part_of(LinearAttention, False, features="softmax", window=Window("tiles", 3, 2), added=True, locality=True), False),
+], ids=["windows", "linear"])  # fmt: skip
+def test_token_attentions_are_products_in_half_precision_but_for_sums_over_all_tokens(
+    part: TokenAttention, half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(test_token_attentions, "lower", lower)
+    monkeypatch.setattr(test_token_attentions, "CLOSE", 3 * HALF)  # through at most three products
+    test_token_attentions.check_form(part, *grids(half))
+    kinds = operators(test_token_attentions.graph_of(part, grids(half)[0], fixed=True))
+    assert "MatMul" in kinds and ("Cast" in kinds) == half
 
 
 def test_layers_of_one_input_share_its_rotation_and_its_integers() -> None:
