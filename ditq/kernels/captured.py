@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,10 @@ class CapturedCalls:
         self.call = call
         self.captured: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        key = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(inputs.items()))
+    def __call__(self, inputs: Mapping[str, Tensor], *also: Hashable) -> Tensor:
+        """also: what else differs between calls that are not recorded as one."""
+        shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(inputs.items()))
+        key = (shapes, *also)
         if key not in self.captured:
             self.captured[key] = self._capture(inputs)
             if len(self.captured) > KEPT:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ditq.errors import DitqError
+from ditq.kernels.answered_attention import KINDS, take_off
 from ditq.kernels.fast_experts import FastMixture
 from ditq.kernels.fast_linear import FastLinear, on_device, why_no_kernel
 from ditq.kernels.quantize import Online
@@ -26,7 +27,7 @@ def check(model: nn.Module, capability: int | None = None) -> None:
             raise DitqError(
                 f"{layer.site}: target 'cuda' has no kernel for rounded attention; leave the pass quantize_attention out"
             )
-        if isinstance(layer, TokenAttention):
+        if isinstance(layer, TokenAttention) and type(layer) not in KINDS:
             raise DitqError(
                 f"{layer.site}: target 'cuda' has no kernel for {layer.what}; leave the pass {layer.kind} out"
             )
@@ -55,6 +56,7 @@ def to_gpu(model: nn.Module, device: torch.device, capability: int | None = None
     for name, layer in list(model.named_modules()):
         if isinstance(layer, MixtureOfExperts):
             model.set_submodule(name, FastMixture(layer, device))
+    take_off(model, device)
     return model.to(device, DTYPE)
 
 

@@ -1,35 +1,41 @@
 """The denoiser as one traced graph for the GPU: inputs quantized once, and norm, modulation, activation in the same kernel.
 
-torch.compile traces the model's forward, whole or not at all, into a graph of torch's functions. Two rewrites of it are done
+torch.compile traces the model's forward, whole or not at all, into a graph of torch's functions. Three rewrites of it are done
 before its own compiler goes on:
 
     1. Of several `ditq::quantized` with the same arguments, as q, k and v have them, one is left.
     2. What makes such an input goes into the kernel: gelu(z) and the like, layer_norm(z), and layer_norm(z) (1 + gamma) + beta
        with gamma and beta of each sample. The kernel then reads z in its place. What others read as well stays in the graph.
+    3. An attention that a part answers for becomes the part's operator (answered_attention.py).
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ditq.errors import DitqError
 from ditq.kernels import operators  # noqa: F401  registers what is looked for
+from ditq.kernels.answered_attention import Answer, answers_of
 
+SIZES = 256  # combinations of shapes that a model may be called with; torch would refuse the ninth
 Compiler = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
 
 _X, _GAMMA, _BETA, _NORM, _EPSILON, _ACTIVATION = 0, 1, 2, 8, 9, 10  # places in the arguments of ditq::quantized
 _SAME = {"to", "contiguous", "float", "type_as"}
 
 
-def rewrite(graph: fx.GraphModule) -> fx.GraphModule:
-    """Both rewrites, in place."""
+def rewrite(graph: fx.GraphModule, answers: Mapping[str, Answer]) -> fx.GraphModule:
+    """All rewrites, in place. answers: the parts that answer for attentions, by the module that these are in."""
     share_inputs(graph)
     fuse_before(graph)
+    put_answers(graph, answers)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
@@ -65,6 +71,41 @@ def fuse_before(graph: fx.GraphModule) -> None:
             arguments[_X], arguments[_NORM] = norm.args[0], True
             arguments[_EPSILON] = _argument(norm, 4, "eps", 1e-5)
         node.args = tuple(arguments)
+
+
+def put_answers(graph: fx.GraphModule, answers: Mapping[str, Answer]) -> None:
+    """Let the parts answer for the attentions of their modules.
+
+    Raises:
+        DitqError: a part whose module computes no attention in this graph.
+    """
+    found = set()
+    for node in graph.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
+        site = _module_of(node, answers)
+        if site is None:
+            continue
+        found.add(site)
+        given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
+        given |= node.kwargs
+        if given.get("attn_mask") is not None or given.get("dropout_p") or given.get("is_causal"):
+            raise DitqError(f"{site}: target 'cuda' has no {answers[site].part.what} with a mask or with dropout")
+        node.target = torch.ops.ditq.answered_attention.default
+        arguments = (given["query"], given["key"], given["value"], answers[site].number, given.get("scale"))
+        node.args, node.kwargs = arguments, {}
+    if missing := sorted(set(answers) - found):
+        raise DitqError(f"{missing[0]}: torch {torch.__version__} traces no attention there; set target: torch")
+
+
+def _module_of(node: fx.Node, sites: Iterable[str]) -> str | None:
+    """The one of these modules in whose forward a node was traced."""
+    inside = {_path(str(entry[0])) for entry in node.meta.get("nn_module_stack", {}).values()}
+    return next((site for site in sites if site in inside), None)
+
+
+def _path(source: str) -> str:
+    """blocks.0.attn of what Dynamo calls L['self'].__dict__['_modules']['blocks'].0.attn, or the like in other versions."""
+    words = re.findall(r"\w+", source)
+    return ".".join(word for word in words if word not in {"L", "self", "__dict__", "_modules"})
 
 
 def _is(node: Any, function: Any) -> bool:
@@ -161,6 +202,13 @@ def inductor(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
 
 def compiled(model: nn.Module, inner: Compiler = inductor) -> Callable[..., Any]:
     """The model's forward, traced as one graph for each combination of shapes, rewritten, and compiled by `inner`."""
-    return torch.compile(
-        model, backend=lambda graph, inputs: inner(rewrite(graph), inputs), fullgraph=True, dynamic=False
+    answers = answers_of(model)
+    traced: Callable[..., Any] = torch.compile(
+        model, backend=lambda graph, inputs: inner(rewrite(graph, answers), inputs), fullgraph=True, dynamic=False
     )
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=SIZES):
+            return traced(*arguments, **keywords)
+
+    return call

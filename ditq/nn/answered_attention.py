@@ -50,6 +50,17 @@ def answer(attention: nn.Module, name: str, part: AnswersAttention) -> Callable[
     return undo
 
 
+def unanswer(attention: nn.Module) -> None:
+    """Let no part answer for `attention` any more."""
+    for name, child in list(attention.named_children()):
+        if isinstance(child, AnswersAttention):
+            delattr(attention, name)
+    for hooks in (attention._forward_pre_hooks, attention._forward_hooks):
+        for number, hook in list(hooks.items()):
+            if hook in (_enter, _leave):
+                del hooks[number]
+
+
 def answering(attention: nn.Module) -> AnswersAttention | None:
     """The part that answers for a module, if there is one."""
     return next((child for child in attention.children() if isinstance(child, AnswersAttention)), None)

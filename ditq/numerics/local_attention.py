@@ -90,6 +90,17 @@ def windowed(
     return y.reshape(batch, heads, -1, y.shape[-1])[:, :, on(query, made.places)]
 
 
+_elsewhere: dict[
+    tuple[int, torch.device], tuple[np.ndarray, Tensor]
+] = {}  # with the array, so that its id stays its own
+
+
 def on(tensor: Tensor, array: np.ndarray) -> Tensor:
-    """The array as a tensor on that tensor's device."""
-    return torch.from_numpy(array).to(tensor.device)
+    """The array as a tensor on that tensor's device, where a copy of it stays: calls that are recorded must copy nothing."""
+    device = tensor.device
+    if device.type == "cpu":
+        return torch.from_numpy(array)
+    if (id(array), device) not in _elsewhere:
+        with torch.inference_mode(False):
+            _elsewhere[id(array), device] = (array, torch.from_numpy(array).to(device))
+    return _elsewhere[id(array), device][1]

@@ -56,6 +56,7 @@ def runner(engine: Engine, threads: int | None = None) -> Runner:
     Raises:
         DitqError: a format without a kernel; a model that does not fit in the GPU's memory.
     """
+    from ditq.kernels.answered_attention import tell_grids
     from ditq.kernels.captured import CapturedCalls
     from ditq.kernels.on_gpu import as_wanted, separate_experts, to_gpu
     from ditq.kernels.traced import compiled
@@ -80,10 +81,12 @@ def runner(engine: Engine, threads: int | None = None) -> Runner:
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         try:
             with torch.no_grad():
-                return captured(inputs)
+                return captured(inputs, *tell_grids(model, unflatten(inputs, layout)))
         except torch.cuda.OutOfMemoryError as error:
             raise _too_large(engine, "a call of this size does not") from error
         except torch._dynamo.exc.TorchDynamoException as error:
+            if isinstance(found := getattr(error, "inner_exception", None), DitqError):
+                raise found from error
             raise DitqError(f"{engine.name}: torch cannot trace the model as one graph: {first_line(error)}") from error
 
     return run

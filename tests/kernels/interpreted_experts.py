@@ -67,8 +67,9 @@ def check(product: Product, tile: Tile) -> None:
     assert not y.view(count, slots, -1)[product.chosen < 0].any()
 
 
-@pytest.mark.parametrize("form", ["table", "rows", "multipliers"])
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("bits", "form"), [(2, "table"), (3, "multipliers"), (3, "rows"), (4, "multipliers"), (4, "rows")]
+)
 def test_experts_of_every_form(bits: int, form: str) -> None:
     check(operands(experts(72, 192, bits, form), "int8"), SMALL)
 
@@ -141,7 +142,7 @@ def layer(linear: nn.Linear, name: str, seed: int = 1, **settings: Any) -> Quant
 
 def agreement(made: MixtureOfExperts, dtype: torch.dtype = torch.bfloat16) -> tuple[FastMixture, float]:
     """(what stands in its place on a GPU, how far its answer is from the meaning)."""
-    x = torch.randn(2, 11, WIDTH, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(2)).to(dtype)
     with torch.no_grad():
         expected = made(x.float())
         fast = to_gpu(nn.Sequential(made), torch.device("cpu"))[0]

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from tests.export.quantized import quantize_blocks, quantized, relative, shallow_model, with_experts
-from tests.families_small import FAMILIES, forward, small_inputs
+from tests.families_small import FAMILIES, forward, small_graph, small_inputs
+from tests.nn.test_token_attention import converted, sized
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 
-from ditq.kernels.captured import CapturedCalls  # noqa: E402  triton first
+from ditq.kernels.answered_attention import tell_grids  # noqa: E402  triton first
+from ditq.kernels.captured import CapturedCalls  # noqa: E402
 from ditq.kernels.fast_linear import FastLinear  # noqa: E402
 from ditq.kernels.matmul import Product, experts_meaning  # noqa: E402
 from ditq.kernels.on_gpu import as_wanted, to_gpu  # noqa: E402
@@ -23,7 +25,10 @@ from ditq.kernels.product import computed  # noqa: E402
 from ditq.kernels.storage import stack  # noqa: E402
 from ditq.kernels.traced import compiled  # noqa: E402
 from ditq.nn import ActivationFormat, InputTransform  # noqa: E402
+from ditq.nn.structural.linear_attention import LinearAttention  # noqa: E402
+from ditq.nn.structural.local_attention import LocalAttention  # noqa: E402
 from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation  # noqa: E402
+from ditq.numerics.window import Window  # noqa: E402
 
 FLOAT = ActivationFormat()
 
@@ -93,4 +98,31 @@ def test_denoisers_compiled_and_replayed_compute_their_meaning(family: str) -> N
             for inputs, meant in zip(examples, expected, strict=True):
                 tensors = {name: v.to(device) for name, v in inputs.items() if isinstance(v, torch.Tensor)}
                 assert relative(captured(tensors).float().cpu(), meant) < 0.05
+    assert len(captured.captured) == 2
+
+
+@pytest.mark.parametrize("settings", [{"window": Window("circle", 2, 2)}, {"window": Window("tiles", 1, 2), "pool": 2}])
+@pytest.mark.parametrize("kind", [LocalAttention, LinearAttention])
+def test_windows_and_linear_attention_compute_their_meaning(kind: Any, settings: dict[str, Any]) -> None:
+    """Two pictures of the same number of tokens and other sides: recorded for each, one after the other, and again."""
+    if kind is LinearAttention:
+        settings = {"features": "softmax", "window": None if "pool" in settings else settings["window"]}
+    model = quantize_blocks(converted(small_graph("flux"), kind, **settings))
+    pictures = [sized(model, *sides) for sides in ((3, 8), (8, 3))]
+    expected = [forward(model, inputs) for inputs in pictures]
+    fast = to_gpu(model, torch.device("cuda"))
+    call = compiled(fast)
+    plain = {name: v for name, v in pictures[0].items() if not isinstance(v, torch.Tensor)}
+
+    def run(tensors: Any) -> torch.Tensor:
+        wanted = {name: as_wanted(name, tensor) for name, tensor in tensors.items()}
+        return call(**wanted, **plain, return_dict=False)[0]
+
+    captured = CapturedCalls(run)
+    with torch.no_grad():
+        for _ in range(2):
+            for inputs, meant in zip(pictures, expected, strict=True):
+                tensors = {name: v.cuda() for name, v in inputs.items() if isinstance(v, torch.Tensor)}
+                grids = tell_grids(fast, tensors)
+                assert relative(captured(tensors, *grids).float().cpu(), meant) < 0.05
     assert len(captured.captured) == 2

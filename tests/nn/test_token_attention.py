@@ -109,6 +109,10 @@ def test_tokens_that_are_no_picture_are_refused() -> None:
         part(*[torch.zeros(1, 2, 4, 32)] * 3, None, None)
 
 
+class WithoutKernel(LocalAttention):
+    """A part that no target has a kernel for."""
+
+
 def test_a_target_without_a_kernel_says_so() -> None:
     with pytest.raises(DitqError, match="no kernel for local attention; leave the pass local_attention out"):
-        check(converted(small_graph("dit"), window=Window("tiles", 1, 2)))
+        check(converted(small_graph("dit"), WithoutKernel, window=Window("tiles", 1, 2)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from inspect import signature
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.library import custom_op
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ditq.nn.answered_attention import AnswersAttention, answer
+from ditq.nn.answered_attention import AnswersAttention, answer, unanswer
 from ditq.nn.structural import StructuralPart
 from ditq.numerics.local_attention import temperature
 from ditq.numerics.token_layout import Grid, TokenLayout
@@ -117,10 +117,25 @@ def token_attentions(model: nn.Module) -> dict[str, TokenAttention]:
     return {part.site: part for part in model.modules() if isinstance(part, TokenAttention)}
 
 
+def detach_all(model: nn.Module) -> dict[str, TokenAttention]:
+    """Take all of them off `model`, which then computes torch's own attention; they are returned, by their site."""
+    found = token_attentions(model)
+    for site in found:
+        unanswer(model.get_submodule(site))
+    for number, hook in list(model._forward_pre_hooks.items()):
+        if hook is _tell_grid:
+            del model._forward_pre_hooks[number]
+    return found
+
+
 def _tell_grid(model: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> None:
+    tell(token_attentions(model).values(), signature(model.forward).bind(*arguments, **keywords).arguments)
+
+
+def tell(parts: Iterable[TokenAttention], given: Mapping[str, Any]) -> None:
+    """Tell parts the grid of a call of their model, of its arguments by name."""
     grids: dict[tuple[TokenLayout, bool], Grid] = {}
-    given = signature(model.forward).bind(*arguments, **keywords).arguments
-    for part in token_attentions(model).values():
+    for part in parts:
         key = (part.layout, part.exporting)
         if key not in grids:
             grids[key] = part.layout.traced_grid(given) if part.exporting else part.layout.grid(given)

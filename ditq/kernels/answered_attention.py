@@ -1,0 +1,202 @@
+"""Attentions that a part answers for, on a GPU: windows by torch's FlexAttention, linear attention as its products.
+
+The parts are taken off the model, so that the traced graph has torch's own attention at their places, for which traced.py puts
+`ditq::answered_attention`. To the compiler that is one node; it asks the part, which knows the picture's size of the call.
+
+FlexAttention skips blocks of 128 queries and 128 keys that see nothing of each other. So image tokens are put into an order in
+which such a block is a square of the picture; which blocks see each other is found once a size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.library import custom_op
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from ditq.nn.structural.linear_attention import LinearAttention
+from ditq.nn.structural.local_attention import LocalAttention
+from ditq.nn.structural.token_attention import TokenAttention, detach_all, tell
+from ditq.numerics.linear_attention import linear_attention
+from ditq.numerics.local_attention import Pooling
+from ditq.numerics.token_layout import Grid
+from ditq.numerics.window import Window, patches
+
+_BLOCK = 128
+_SQUARE = (8, 16)  # rows and columns of the picture that are a block
+_IMAGE, _TEXT, _POOLED = 0, 1, 2
+
+_numbers = count()
+_answers: WeakValueDictionary[int, Answer] = WeakValueDictionary()
+
+
+class Answer:
+    """A part as the operator finds it: in float32 on the device, whatever the model computes in."""
+
+    def __init__(self, part: TokenAttention, device: torch.device) -> None:
+        self.part, self.number = part.to(device, torch.float32), next(_numbers)
+        _answers[self.number] = self
+        part.attention = KINDS[type(part)](part)  # type: ignore[method-assign,assignment]
+
+
+_MARK = "ditq_answers"
+
+
+def take_off(model: nn.Module, device: torch.device) -> None:
+    """Take the parts off `model`; `answers_of` it tells them."""
+    setattr(model, _MARK, {site: Answer(part, device) for site, part in detach_all(model).items()})
+
+
+def answers_of(model: nn.Module) -> dict[str, Answer]:
+    """The parts that answer for attentions of a model on a GPU, by the module that these are in."""
+    found: dict[str, Answer] = getattr(model, _MARK, {})
+    return found
+
+
+def tell_grids(model: nn.Module, given: Mapping[str, Any]) -> tuple[Grid, ...]:
+    """Tell the parts the size of the picture of a call with these arguments. What was told: a recorded call is for that."""
+    parts = [answer.part for answer in answers_of(model).values()]
+    tell(parts, given)
+    return tuple(dict.fromkeys(part.grid for part in parts if part.grid is not None))
+
+
+@custom_op("ditq::answered_attention", mutates_args=())
+def answered_attention(query: Tensor, key: Tensor, value: Tensor, number: int, scale: float | None) -> Tensor:
+    """What the part of that number gives for query, key, value [B, h, N, d]."""
+    y = _answers[number].part(query, key, value, None, scale)
+    return y.transpose(1, 2).contiguous().transpose(1, 2)  # which is how the model reads it
+
+
+@answered_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, number: int, scale: float | None) -> Tensor:
+    batch, heads, tokens, width = query.shape
+    return query.new_empty((batch, tokens, heads, width)).transpose(1, 2)
+
+
+# --- windows
+
+
+@dataclass(frozen=True, eq=False)
+class Laid:
+    """Tokens in an order of squares [N], where each of them went [N], and which blocks of them see each other."""
+
+    order: Tensor
+    places: Tensor
+    mask: BlockMask
+
+
+@lru_cache(maxsize=64)
+def laid_out(window: Window, pool: int, grid: Grid, device: torch.device) -> Laid:
+    """For a picture of that size; `pool`: patches of which there are keys behind those of the tokens, 0 for none."""
+    rows, columns = (array.reshape(-1) for array in np.indices((grid.height, grid.width)))
+    square = rows // _SQUARE[0] * grid.width + columns // _SQUARE[1]
+    image = np.lexsort((columns, rows, square))
+    text = np.arange(grid.text)
+    order = np.concatenate((text, image + grid.text) if grid.text_first else (image, text + grid.image))
+    nowhere = np.full(grid.text, -1)
+    pooled = len(patches(pool, grid.height, grid.width)) if pool else 0
+
+    def of_tokens(array: np.ndarray, of_text: int) -> np.ndarray:
+        parts = (nowhere * 0 + of_text, array[image])
+        return np.concatenate(parts if grid.text_first else parts[::-1])
+
+    kind = np.concatenate((of_tokens(rows * 0 + _IMAGE, _TEXT), np.full(pooled, _POOLED)))
+    row, column = (np.concatenate((of_tokens(array, 0), np.zeros(pooled, int))) for array in (rows, columns))
+    kinds, key_rows, key_columns = (torch.from_numpy(array).to(device, torch.int32) for array in (kind, row, column))
+    sees = _in_circle(window, key_rows, key_columns)
+    if window.shape == "tiles":
+        sees = _in_square(window, grid, key_rows, key_columns)
+
+    def seen(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        by_image = (kinds[key] != _IMAGE) | sees(query, key)
+        return torch.where(kinds[query] == _TEXT, kinds[key] != _POOLED, by_image)
+
+    mask = create_block_mask(seen, None, None, len(order), len(kind), device=device, BLOCK_SIZE=_BLOCK)
+    places = np.argsort(order)
+    return Laid(torch.from_numpy(order).to(device), torch.from_numpy(places).to(device), mask)
+
+
+Sees = Callable[[Tensor, Tensor], Tensor]
+"""(number of a query, of a key) -> whether the one sees the other, both image tokens."""
+
+
+def _in_circle(window: Window, rows: Tensor, columns: Tensor) -> Sees:
+    def sees(query: Tensor, key: Tensor) -> Tensor:
+        down, right = rows[query] - rows[key], columns[query] - columns[key]
+        return down * down + right * right < window.size**2
+
+    return sees
+
+
+def _in_square(window: Window, grid: Grid, rows: Tensor, columns: Tensor) -> Sees:
+    firsts = [
+        ((places // window.tile) * window.tile - window.before).clamp(0, max(length - window.extent, 0))
+        for places, length in ((rows, grid.height), (columns, grid.width))
+    ]
+    extent = window.extent
+
+    def sees(query: Tensor, key: Tensor) -> Tensor:
+        down, right = rows[key] - firsts[0][query], columns[key] - firsts[1][query]
+        return (down >= 0) & (down < extent) & (right >= 0) & (right < extent)
+
+    return sees
+
+
+@lru_cache
+def _compiled(function: Callable[..., Tensor], compiles: bool) -> Callable[..., Tensor]:
+    """By torch's compiler, if that is wanted, one for the parts of all layers."""
+    return torch.compile(function, fullgraph=True, dynamic=False) if compiles else function
+
+
+def windowed(query: Tensor, key: Tensor, value: Tensor, laid: Laid, scale: float, extra: list[Tensor]) -> Tensor:
+    """Attention of tokens [B, h, N, d] to those that each sees, with `extra` keys and values behind them."""
+    query, key, value = (tensor[:, :, laid.order] for tensor in (query, key, value))
+    if extra:
+        key, value = torch.cat((key, extra[0].to(key)), -2), torch.cat((value, extra[1].to(value)), -2)
+    # On a CPU, where the tests compare it with the meaning, it is torch's own in floating point, without a compiler.
+    flex = _compiled(flex_attention, query.is_cuda)
+    return flex(query, key, value, block_mask=laid.mask, scale=scale)[:, :, laid.places]
+
+
+Attention = Callable[[Tensor, Tensor, Tensor, Grid, float], Tensor]
+
+
+def _local(part: TokenAttention) -> Attention:
+    assert isinstance(part, LocalAttention)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
+        extra = []
+        if part.pool:
+            pooling = Pooling(part.pool, part.pool_keys, part.pool_values)
+            for tokens, weights in ((key, part.pool_keys), (value, part.pool_values)):
+                extra.append(pooling.pooled(grid.parted(tokens)[0], weights, grid))
+        laid = laid_out(part.window, part.pool, grid, query.device)
+        return windowed(query, key, value, laid, scale, extra)
+
+    return attention
+
+
+def _linear(part: TokenAttention) -> Attention:
+    assert isinstance(part, LinearAttention)
+    form = part.form()
+    # The gathers of a window are by constant indices, which lie on the device already; a trace would copy them anew.
+    compute = _compiled(linear_attention, part.query_map.is_cuda and form.window is None)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
+        return compute(query, key, value, grid, scale, form)
+
+    return attention
+
+
+KINDS: dict[type[TokenAttention], Callable[[TokenAttention], Attention]] = {
+    LocalAttention: _local,
+    LinearAttention: _linear,
+}

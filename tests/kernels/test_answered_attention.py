@@ -1,0 +1,99 @@
+"""Windows and linear attention on the GPU target: what stands in their place computes their meaning, here on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from torch import fx
+from torch._dynamo.exc import BackendCompilerFailed
+
+from ditq.errors import DitqError
+from ditq.kernels.answered_attention import KINDS, answers_of, laid_out, take_off, tell_grids
+from ditq.kernels.on_gpu import as_wanted, to_gpu
+from ditq.kernels.traced import compiled
+from ditq.nn.structural.linear_attention import LinearAttention
+from ditq.nn.structural.local_attention import LocalAttention
+from ditq.nn.structural.token_attention import TokenAttention, token_attentions
+from ditq.numerics.token_layout import Grid
+from ditq.numerics.window import Window
+from tests.export.quantized import relative
+from tests.export.test_token_attentions import HEADS, WIDTH, part_of
+from tests.families_small import forward, small_graph, small_inputs
+from tests.nn.test_token_attention import converted, sized
+
+CPU = torch.device("cpu")
+ANSWERED = torch.ops.ditq.answered_attention.default
+SDPA = torch.nn.functional.scaled_dot_product_attention
+
+
+@pytest.mark.parametrize("text_first", [True, False])
+@pytest.mark.parametrize(
+    ("window", "pool"),
+    [(Window("circle", 3, 4), 0), (Window("tiles", 3, 2), 0), (Window("tiles", 2, 3), 3), (Window("circle", 5, 3), 2)],
+    ids=str,
+)
+def test_windows_by_blocks_compute_what_they_mean(window: Window, pool: int, text_first: bool) -> None:
+    """Softmax in float32 over the same keys in another order; pictures of more than one block, which no square divides."""
+    for found in (Grid(9, 13, 17, text_first), Grid(0, 20, 9, text_first)):
+        part = part_of(LocalAttention, found.text > 0, window=window, pool=pool)
+        generator = torch.Generator().manual_seed(1)
+        given = [torch.randn(2, HEADS, found.text + found.image, WIDTH, generator=generator) for _ in range(3)]
+        expected = part.attention(*given, found, 0.3)
+        assert relative(KINDS[LocalAttention](part)(*given, found, 0.3), expected) < 1e-5
+
+
+def test_blocks_that_see_nothing_of_each_other_are_skipped() -> None:
+    """64 x 64 tokens, circles of 8: of 32 blocks of 8 x 16 a query's own and those up to 7 rows and columns away are left."""
+    mask = laid_out(Window("circle", 8, 4), 0, Grid(0, 64, 64), CPU).mask
+    seen = (mask.kv_num_blocks + (0 if mask.full_kv_num_blocks is None else mask.full_kv_num_blocks)).flatten()
+    assert len(seen) == 32 and int(seen.max()) == 9 and int(seen.min()) == 4
+
+
+MODELS: dict[str, tuple[type[TokenAttention], dict[str, Any]]] = {
+    "flux": (LocalAttention, {"window": Window("tiles", 1, 2), "pool": 2}),
+    "pixart": (LinearAttention, {"features": "softmax", "window": Window("circle", 2, 2)}),
+    "dit": (LinearAttention, {"features": "relu", "locality": True}),
+}
+SIDES = {"flux": [(3, 8), (8, 3)], "dit": [(5, 5)]}  # DiT takes square pictures only
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_model_with_such_attentions_is_one_graph_for_pictures_of_every_form(family: str) -> None:
+    kind, settings = MODELS[family]
+    model = converted(small_graph(family), kind, **settings)
+    parts = len(token_attentions(model))
+    pictures = [sized(model, *side) for side in SIDES.get(family, [(3, 8)])]
+    expected = [forward(model, inputs) for inputs in pictures]
+    fast = to_gpu(model, CPU)
+    assert not token_attentions(fast) and len(answers_of(fast)) == parts
+    graphs: list[fx.GraphModule] = []
+    call = compiled(fast, lambda graph, _: graphs.append(graph) or graph.forward)  # type: ignore[func-returns-value]
+    told = set()
+    for inputs, meant in zip(pictures, expected, strict=True):
+        told.add(tell_grids(fast, inputs))
+        wanted = {name: as_wanted(name, v) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
+        assert relative(forward(call, wanted).float(), meant) < 0.05  # bfloat16 everywhere but in the parts
+    assert len(told) == len(pictures)
+    if family == "flux":  # the same shapes, so the same graph, in which the parts know the picture
+        assert len(graphs) == 1
+    for graph in graphs:
+        targets = [node.target for node in graph.graph.nodes]
+        assert targets.count(ANSWERED) == parts
+        assert targets.count(SDPA) == (parts if family == "pixart" else 0)  # which has cross attention too
+
+
+def test_a_part_that_the_trace_does_not_reach_is_an_error() -> None:
+    model = converted(small_graph("dit"), window=Window("tiles", 1, 2))
+    take_off(model, CPU)
+    answers = answers_of(model)
+    answers["elsewhere"] = next(iter(answers.values()))
+    inputs = small_inputs(model)
+    tell_grids(model, inputs)
+    with pytest.raises(BackendCompilerFailed, match=r"elsewhere: torch .* traces no attention there") as error:
+        forward(compiled(model, lambda graph, _: graph.forward), inputs)
+    assert isinstance(error.value.inner_exception, DitqError)  # which the target shows
