@@ -1,26 +1,28 @@
-"""Which nodes of engines ONNX Runtime's own CUDA provider takes, found out on a machine without a GPU.
+"""What ONNX Runtime's own CUDA provider makes of engines, found out on a machine without a GPU.
 
     python -m venv gpu && gpu/bin/pip install onnxruntime-gpu           # in an environment of its own
-    python -m tools.cuda_placement --python gpu/bin/python engine [engine ...]
+    python -m tools.cuda_placement --python gpu/bin/python --call engine [engine ...]
 
 The provider decides while a session is opened, by the kernels that it has registered, and asks the GPU for little more than its
-name. So it is given a CUDA whose functions do nothing but hand out memory: libraries with the names and symbols that it wants,
-compiled here with the C compiler. It loads the weights into that memory, places every node, and writes down the graph that it
-would run. Nothing is computed. Needs `readelf` and a C compiler; Linux.
+name. So it is given libraries of CUDA whose functions do nothing (tools/cuda_without_gpu.py). It loads the weights into that
+memory, places every node, and writes down the graph that it would run. With --call it also runs each graph, on zeros of the
+engine's usual sizes, and launches its kernels, which are counted by kinds. Nothing is computed.
 
-Prints, of each graph, the operators on the GPU and those left to the CPU, and copies between them; the exit code is 1 if a
-planned low-bit product is not on the GPU, or a product of matrices is left to the CPU.
+Prints, of each graph, the operators on the GPU and those left to the CPU, copies between them, and the kernels of a call; the
+exit code is 1 if a planned low-bit product is not on the GPU, or a product of matrices is left to the CPU. Graphs with a
+convolution cannot be called: its kernel is chosen by cuDNN.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,49 +30,30 @@ import click
 import onnx
 
 from ditq.export import Engine
+from ditq.export.plans.sizes import sizes_of
 from ditq.export.providers.choice import CUDA
 from ditq.export.providers.proof import CPU, Placed, report
+from tools.cuda_without_gpu import compile_cuda, wanted_symbols
 
 LIBRARY = "libonnxruntime_providers_cuda.so"
-# Functions that must give an answer; all others return 0, success, and do nothing. A GPU of compute capability 8.9 with 80 GB.
-ANSWERS = {
-    "cudaGetDeviceProperties": "(char *p, int d) { memset(p, 0, 1008); *(size_t *)(p + 288) = (size_t)80 << 30;"
-    " *(size_t *)(p + 296) = 49152; *(int *)(p + 304) = 65536; *(int *)(p + 308) = 32; *(int *)(p + 320) = 1024;"
-    " *(int *)(p + 360) = 8; *(int *)(p + 364) = 9; *(int *)(p + 388) = 108; return 0; }",
-    "cudaGetDeviceCount": "(int *n) { *n = 1; return 0; }",
-    "cudaGetDevice": "(int *n) { *n = 0; return 0; }",
-    "cudaDeviceGetAttribute": "(int *v, int a, int d)"
-    " { *v = a == 75 ? 8 : a == 76 ? 9 : a == 16 ? 108 : a == 10 ? 32 : 0; return 0; }",
-    "cudaMalloc": "(void **p, size_t n) { *p = aligned_alloc(256, (n + 256) / 256 * 256); return 0; }",
-    "cudaMallocHost": "(void **p, size_t n) { *p = malloc(n); return 0; }",
-    "cudaHostAlloc": "(void **p, size_t n, unsigned f) { *p = malloc(n); return 0; }",
-    "cudaMallocFromPoolAsync": "(void **p, size_t n, void *a, void *b) { *p = malloc(n); return 0; }",
-    "cudaFree": "(void *p) { free(p); return 0; }",
-    "cudaFreeHost": "(void *p) { free(p); return 0; }",
-    "cudaFreeAsync": "(void *p, void *s) { free(p); return 0; }",
-    "cudaMemcpy": "(void *d, const void *s, size_t n, int k) { memcpy(d, s, n); return 0; }",
-    "cudaMemcpyAsync": "(void *d, const void *s, size_t n, int k, void *t) { memcpy(d, s, n); return 0; }",
-    "cudaMemset": "(void *d, int v, size_t n) { memset(d, v, n); return 0; }",
-    "cudaMemsetAsync": "(void *d, int v, size_t n, void *s) { memset(d, v, n); return 0; }",
-    "cudaMemGetInfo": "(size_t *f, size_t *t) { *f = (size_t)70 << 30; *t = (size_t)80 << 30; return 0; }",
-    "cudaPointerGetAttributes": "(char *p, const void *q) { memset(p, 0, 32); *(int *)p = 2; return 0; }",
-    "cudaRuntimeGetVersion": "(int *v) { *v = 13000; return 0; }",
-    "cudaDriverGetVersion": "(int *v) { *v = 13000; return 0; }",
-    "cudaStreamIsCapturing": "(void *s, int *v) { *v = 0; return 0; }",
-    "cudaFuncGetAttributes": "(char *p, const void *f) { memset(p, 0, 128); return 0; }",
-    "cudaGetDriverEntryPointByVersion": "(const char *n, void **f, unsigned v, unsigned long long l, int *s)"
-    " { *f = 0; if (s) *s = 1; return 0; }",
-    "cublasGetMathMode": "(void *h, int *m) { *m = 0; return 0; }",
-}  # fmt: skip
-HANDLES = ("Create", "CreateWithFlags", "Create_v2", "Instantiate")  # how functions end that hand out something to hold
-TEXTS = ("ErrorName", "ErrorString", "StatusName", "StatusString")
+CALLED = "CALLED"
+KINDS = (  # of kernels, the first that fits
+    ("products of int8", re.compile(r"cublas 3 x 3 -> 10")),
+    ("products of float16 with few-bit weights", re.compile(r"FpAIntB|fpA_intB")),
+    ("few-bit weights expanded to float16", re.compile(r"Dequantize.*(Blockwise|Bits)", re.IGNORECASE)),
+    ("products of float16", re.compile(r"cublas 2 x 2 -> 2")),
+    ("products of float32", re.compile(r"cublas 0 x 0 -> 0")),
+    ("attentions in one kernel", re.compile(r"flash_fwd_kernel|fmha", re.IGNORECASE)),
+    ("others", re.compile(r"")),
+)
 
 PROBE = """
 import json, sys
+import numpy as np
 import onnxruntime
 onnxruntime.set_default_logger_severity(4)
-found = {}
-for number, graph in enumerate(json.loads(sys.argv[1])):
+found, types = {}, {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
+for number, (graph, sizes) in enumerate(json.loads(sys.argv[1]).items()):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     for key in ("session.record_ep_graph_assignment_info", "ep.cuda.fpa_intb_gemm"):
@@ -82,80 +65,58 @@ for number, graph in enumerate(json.loads(sys.argv[1])):
     session = onnxruntime.InferenceSession(graph, options, providers=providers, enable_fallback=0)
     parts = session.get_provider_graph_assignment_info()
     found[graph] = [[node.name, node.op_type, part.ep_name] for part in parts for node in part.get_nodes()]
+    given = {}
+    if sizes is not None:
+        shapes = {item: [sizes.get(size, size) for size in item.shape] for item in session.get_inputs()}
+        given = {item.name: np.zeros(shape, types[item.type]) for item, shape in shapes.items()}
+        session.run(None, given)  # the first call also tries tiles
+    print("CALLED", file=sys.stderr, flush=True)
+    if given:
+        session.run(None, given)
+    print("CALLED", file=sys.stderr, flush=True)
 print(json.dumps(found))
 """
 
 
-def wanted_symbols(library: Path) -> dict[str, list[str]]:
-    """What the provider wants of each library of CUDA, by the library's name."""
-    said = subprocess.run(
-        ["readelf", "-W", "--dyn-syms", "-d", library], check=True, capture_output=True, text=True
-    ).stdout
-    libraries = [line.split("[")[1].rstrip("]") for line in said.splitlines() if "(NEEDED)" in line]
-    wanted: dict[str, list[str]] = {name: [] for name in libraries if name.startswith(("libcu", "libnv"))}
-    for line in said.splitlines():
-        fields = line.split()
-        if len(fields) < 8 or fields[6] != "UND":
-            continue
-        symbol, _, version = fields[7].partition("@")
-        owner = version if version in wanted else next((name for name in wanted if name.startswith("libcuda.")), "")
-        if version in wanted or (not version and symbol.startswith("cu")):
-            wanted[owner].append(symbol)
-    return wanted
-
-
-def source_of(symbols: Iterable[str]) -> str:
-    """C of functions that do nothing, or what ANSWERS says."""
-    lines = ["#include <stdlib.h>", "#include <string.h>", "int loaded(void) { return 1; }", "static void *none[64];"]
-    for symbol in symbols:
-        if symbol in ANSWERS:
-            lines.append(f"int {symbol}{ANSWERS[symbol]}")
-        elif symbol == "__cudaRegisterFatBinary":
-            lines.append(f"void **{symbol}(void *p) {{ return none; }}")
-        elif symbol.endswith(TEXTS):
-            lines.append(f'const char *{symbol}(int e) {{ return "none"; }}')
-        elif symbol.endswith(HANDLES):
-            lines.append(f"int {symbol}(void **p) {{ *p = malloc(64); return 0; }}")
-        else:
-            lines.append(f"int {symbol}(void) {{ return 0; }}")
-    return "\n".join(lines) + "\n"
-
-
-def compile_cuda(wanted: Mapping[str, Iterable[str]], folder: Path) -> None:
-    """The libraries, in the folder."""
-    for name, symbols in wanted.items():
-        code, versions = folder / f"{name}.c", folder / f"{name}.map"
-        code.write_text(source_of(symbols))
-        versions.write_text(f"{name} {{ global: *; }};\n")
-        settings = ["-shared", "-fPIC", "-w", f"-Wl,-soname,{name}"]
-        settings += [] if name.startswith("libcuda.") else [f"-Wl,--version-script={versions}"]
-        subprocess.run(["cc", *settings, code, "-o", folder / name], check=True)
-
-
 @dataclass(frozen=True)
 class Opened:
-    """A graph as the provider took it. placed: by node, operator and provider; run: operators of what it would then run."""
+    """A graph as the provider took it. placed: by node, operator and provider; run: operators of what it would then run;
+    kernels: of a call, by kinds.
+    """
 
     placed: Mapping[str, Placed]
     run: Counter[str]
+    kernels: Counter[str]
 
 
-def opened_with_cuda(python: str, graphs: Sequence[Path]) -> dict[Path, Opened]:
-    """Each graph, opened by that interpreter's ONNX Runtime."""
+def opened_with_cuda(python: str, graphs: Mapping[Path, Mapping[str, int] | None]) -> dict[Path, Opened]:
+    """Each graph, opened by that interpreter's ONNX Runtime, and called where sizes of its axes are given."""
     where = "import onnxruntime, os; print(os.path.dirname(onnxruntime.__file__))"
-    package = subprocess.run([python, "-c", where], check=True, capture_output=True, text=True).stdout.strip()
+    package = _ran([python, "-c", where], os.environ).stdout.strip()
     with tempfile.TemporaryDirectory(prefix="ditq-cuda-") as folder:
         compile_cuda(wanted_symbols(Path(package) / "capi" / LIBRARY), Path(folder))
-        names = json.dumps([str(graph) for graph in graphs])
-        environment = {**os.environ, "LD_LIBRARY_PATH": folder}
-        ran = subprocess.run(
-            [python, "-c", PROBE, names, folder], check=True, capture_output=True, text=True, env=environment
-        )
+        asked = json.dumps({str(graph): sizes for graph, sizes in graphs.items()})
+        ran = _ran([python, "-c", PROBE, asked, folder], {**os.environ, "LD_LIBRARY_PATH": folder})
         models = [onnx.load(f"{folder}/{number}.onnx", load_external_data=False) for number in range(len(graphs))]
     read = json.loads(ran.stdout.splitlines()[-1])
     placed = [{name: (kind, by) for name, kind, by in read[str(graph)]} for graph in graphs]
-    kinds = [Counter(node.op_type for node in model.graph.node) for model in models]
-    return dict(zip(graphs, map(Opened, placed, kinds), strict=True))
+    operators = [Counter(node.op_type for node in model.graph.node) for model in models]
+    kernels = [kernels_of(said) for said in ran.stderr.split(f"{CALLED}\n")[1::2]]
+    return dict(zip(graphs, map(Opened, placed, operators, kernels), strict=True))
+
+
+def _ran(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    ran = subprocess.run(command, check=False, capture_output=True, text=True, env=dict(environment))
+    if ran.returncode:
+        said = [line for line in ran.stderr.splitlines() if line.strip() and not line.startswith("KERNEL ")]
+        raise click.ClickException(said[-1] if said else f"{command[0]} ended with code {ran.returncode}")
+    return ran
+
+
+def kernels_of(said: str) -> Counter[str]:
+    """Kernels by kinds, of what the libraries wrote down."""
+    names = [line.removeprefix("KERNEL ") for line in said.splitlines() if line.startswith("KERNEL ")]
+    return Counter(next(kind for kind, pattern in KINDS if pattern.search(name)) for name in names)
 
 
 def listed(kinds: Counter[str]) -> str:
@@ -165,13 +126,16 @@ def listed(kinds: Counter[str]) -> str:
 @click.command()
 @click.argument("engines", nargs=-1, required=True)
 @click.option("--python", required=True, help="The interpreter of an environment with onnxruntime-gpu.")
-def main(engines: tuple[str, ...], python: str) -> None:
+@click.option("--call", is_flag=True, help="Run each graph and count the kernels that it launches.")
+def main(engines: tuple[str, ...], python: str, call: bool) -> None:
     opened = [Engine.open(engine) for engine in engines]
-    places = {(engine.name, graph): engine.folder.resolve() / graph for engine in opened for graph in engine.graphs}
-    found = opened_with_cuda(python, list(places.values()))
-    complete = True
+    wanted: dict[Path, Mapping[str, int] | None] = {}
     for engine in opened:
-        graphs = {graph: found[places[engine.name, graph]] for graph in engine.graphs}
+        usual = {axis: three[1] for axis, three in sizes_of(engine).items()} if call else None
+        wanted |= {engine.folder.resolve() / graph: usual for graph in engine.graphs}
+    found, complete = opened_with_cuda(python, wanted), True
+    for engine in opened:
+        graphs = {graph: found[engine.folder.resolve() / graph] for graph in engine.graphs}
         proof = report(engine, {graph: taken.placed for graph, taken in graphs.items()}, CUDA)
         complete &= proof.complete
         click.echo(f"{engine.name}: {proof}")
@@ -181,6 +145,8 @@ def main(engines: tuple[str, ...], python: str) -> None:
                 click.echo(f"  {graph} {what}: {listed(kinds)}")
             copies = sum(count for kind, count in taken.run.items() if kind.startswith("Memcpy"))
             click.echo(f"  {graph} copies between them: {copies}")
+            if call:
+                click.echo(f"  {graph} kernels of a call: {listed(taken.kernels)}")
     sys.exit(0 if complete else 1)
 
 

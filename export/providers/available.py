@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 
@@ -71,9 +72,8 @@ def _installed(package: str) -> bool:
 
 @functools.cache
 def not_loaded() -> str | None:
-    """Why a session does not get the provider, whose library wants CUDA of the version that it was built with; None if it does.
-
-    ONNX Runtime itself writes a warning and goes on without.
+    """Why a session does not get the provider, or cannot run by it; None if it can. The library wants CUDA and cuDNN of the
+    versions that it was built with; without them ONNX Runtime itself writes a warning and goes on without the provider.
     """
     import onnxruntime
 
@@ -88,22 +88,29 @@ def not_loaded() -> str | None:
             _smallest_graph(), session_options(1), providers=[CUDA, "CPUExecutionProvider"], enable_fallback=0
         )
         if CUDA in session.get_providers():
+            session.run(None, {"x": np.zeros((1, 2), np.float32)})
             return None
         ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"))
         reason = "no reason was given"
-    except (OSError, *RUNTIME_ERRORS) as error:
+    except (OSError, RuntimeError, *RUNTIME_ERRORS) as error:
         reason = first_line(error)
     finally:
         onnxruntime.set_default_logger_severity(2)
     wants = getattr(onnxruntime, "cuda_version", "") or "of the version that it was built with"
     return (
-        f"the CUDA provider of onnxruntime-gpu {onnxruntime.__version__} does not load ({reason}); it wants CUDA {wants} and "
+        f"the CUDA provider of onnxruntime-gpu {onnxruntime.__version__} does not run ({reason}); it wants CUDA {wants} and "
         'cuDNN 9, which pip install "onnxruntime-gpu[cuda,cudnn]" brings, and a driver for it'
     )
 
 
 def _smallest_graph() -> bytes:
-    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
-    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "smallest", [x], [y])
+    """A maximum, for which the provider needs cuDNN."""
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, n]) for name, n in (("x", 2), ("y", 1))
+    )
+    axes = onnx.helper.make_tensor("axes", onnx.TensorProto.INT64, [1], [-1])
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("ReduceMax", ["x", "axes"], ["y"])], "smallest", [x], [y], [axes]
+    )
     made: Any = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
     return bytes(made.SerializeToString())

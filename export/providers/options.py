@@ -19,7 +19,8 @@ def options_of(provider: str, engine: Engine, graph: str, stream: int) -> dict[s
     common = {"device_id": str(torch.cuda.current_device())} | ({"user_compute_stream": str(stream)} if stream else {})
     if provider == CUDA:
         # Products that are left in float32 are so because they need its digits, and weights take what they take, no power of 2.
-        return {**common, "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+        memory = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
+        return {**common, "use_tf32": "0", **memory}
     cache = _cache(engine, graph)
     profile = _profile(_PREFIX[provider], engine, graph)
     if provider == RTX:

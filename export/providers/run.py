@@ -64,7 +64,7 @@ def calls(engine: Engine, graphs: Mapping[str, BoundSession]) -> Runner:
         try:
             made = {} if texts is None else texts({name: inputs[name] for name in names["inputs"]})
             return graphs[engine.graph_at(inputs.get(ARGUMENT))]({**inputs, **made})[engine.manifest["output"]]
-        except RUNTIME_ERRORS as error:
+        except (RuntimeError, *RUNTIME_ERRORS) as error:  # the former of a bound call
             raise failure(engine, error) from error
 
     return run

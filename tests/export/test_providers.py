@@ -118,6 +118,7 @@ def test_providers_get_the_stream_and_tensorrt_a_cache_and_the_sizes(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     sized = Engine(engine.folder, {**engine.manifest, "sizes": {"batch": [1, 2, 4], "text_tokens": [8, 16, 32]}})
     cuda = options_of(CUDA, sized, "model.onnx", 7)
+    assert cuda.pop("cudnn_conv_algo_search") == "HEURISTIC"  # not a search at every new size
     assert cuda == {
         "device_id": "1",
         "user_compute_stream": "7",
@@ -158,7 +159,7 @@ def test_everything_that_is_missing_is_said_in_one_line(monkeypatch: pytest.Monk
 def test_a_provider_that_does_not_load_is_said_with_what_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
     here.not_loaded.cache_clear()
     why = lacking(monkeypatch, [CUDA, CPU], ("onnxruntime-gpu",), "sm89")  # there is no such library here
-    assert "does not load (" in why and "it wants CUDA" in why and "cuDNN 9" in why
+    assert "does not run (" in why and "it wants CUDA" in why and "cuDNN 9" in why
     here.not_loaded.cache_clear()
 
 
