@@ -31,7 +31,7 @@ def why_no_kernel(layer: QuantLinear, capability: int | None = None) -> str | No
         if grouped is not None and grouped.shape[1] > 1:
             group = layer.in_features // grouped.shape[1]
             if reason := why_not(group):
-                fitting = next((size for size in (64, 32) if layer.in_features % size == 0), "null")
+                fitting = next((size for size in (64, 32) if layer.in_features % size == 0), 0)
                 return f"{reason}; set group_size: {fitting}"
     if form.granularity == "group" and form.group_size % 64:
         return f"groups of {form.group_size} channels have no kernel; set activation_group: 64"

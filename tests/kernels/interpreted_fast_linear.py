@@ -143,7 +143,7 @@ def test_what_no_kernel_can_run_is_told_with_what_to_do() -> None:
     assert "unsigned" in (why_no_kernel(unsigned) or "")
     assert "set group_size: 64" in (why_no_kernel(layer(group_size=16)) or "")
     assert "set group_size: 32" in (why_no_kernel(layer(96, group_size=48)) or "")
-    assert "set group_size: null" in (why_no_kernel(layer(48, group_size=24)) or "")
+    assert "set group_size: 0" in (why_no_kernel(layer(48, group_size=24)) or "")
     with pytest.raises(ValueError, match="site: activations with a scale a timestep"):
         FastLinear(timed)
     float8 = layer(activation=FLOAT)
