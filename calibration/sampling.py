@@ -238,7 +238,15 @@ def sample_one(
         handle.remove()
     if not steps:
         raise DitqError(f"{_class_name(pipeline)} drew {condition!r} without a step of its scheduler; ditq needs one")
-    return Sample(image=output.images[0] if decode else None, latents=steps[-1].latents, steps=steps)
+    return Sample(image=_picture(output) if decode else None, latents=steps[-1].latents, steps=steps)
+
+
+def _picture(output: Any) -> Any:
+    """What the pipeline drew first; of a video the frame in its middle."""
+    if hasattr(output, "images"):
+        return output.images[0]
+    frames = output.frames[0]
+    return frames[len(frames) // 2]
 
 
 def _is_whole(value: Any) -> bool:

@@ -109,7 +109,7 @@ class Structure(Dataflow):
                 queries=tuple(self._linears_behind(query, pure=False)[0]),
                 keys=tuple(self._linears_behind(key, pure=False)[0]),
                 values=tuple(values),
-                outputs=tuple(sorted(outputs, key=lambda o: o.site)),
+                outputs=tuple(sorted(set(outputs), key=lambda o: (o.site, o.start))),
                 foldable=bool(values)
                 and pure_in
                 and pure_out
@@ -288,11 +288,14 @@ class Structure(Dataflow):
             value = call.inputs[0]
 
     def _modulation(self, vector: Value, shift: int, scale: int, width: int) -> Feed | None:
-        source = vector
+        source, whole, alone = vector, size_of_value(vector), self._is_read_once(vector)
         while (call := self.trace.producer.get(source)) and call.function in VIEWS and source not in self._site_of:
             source = call.inputs[0]
+            alone = alone and self._is_read_once(source)
         if source in self._site_of:
-            return LinearModulation(self._site_of[source], shift * width, scale * width)
+            # Where others read the linear's output too, such as other blocks, its rows are not this norm's alone.
+            own = alone and size_of_value(source) == whole
+            return LinearModulation(self._site_of[source], shift * width, scale * width) if own else None
         if call is None or call.function != "add" or len(call.inputs) != 2:
             return None
         table, shared = None, None
@@ -312,6 +315,9 @@ class Structure(Dataflow):
         owner = table.rpartition(".")[0]  # the block, or what stands for it inside
         argument = self._argument(owner, shared)
         return None if argument is None else TableModulation(table, shift, scale, owner, argument)
+
+    def _is_read_once(self, value: Value) -> bool:
+        return len(self.trace.consumers.get(value, [])) == 1
 
     def _argument(self, module: str, value: Value) -> str | None:
         """The name of the module's forward argument that `value` is a view of."""

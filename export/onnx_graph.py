@@ -239,6 +239,7 @@ def _translate(program: Any, names: list[str]) -> ir.Model:
     assert exported is not None
     graph = exported.model
     _drop_idle_squeezes(graph)
+    _choose_by_logic(graph)
     # Rewrite rules are left out: they take a third of the export, and the runtimes have their own.
     cleanups.InlinePass()(graph)
     optimizer.fold_constants_ir(graph, onnx_shape_inference=True, should_fold=_may_fold)
@@ -278,6 +279,23 @@ def _drop_idle_squeezes(graph: ir.Model) -> None:
         if all(x.shape[int(axis)] != 1 for axis in constant.numpy().reshape(-1)):
             node.outputs[0].replace_all_uses_with(x, replace_graph_outputs=True)
             graph.graph.remove(node, safe=True)
+
+
+def _choose_by_logic(graph: ir.Model) -> None:
+    """Where(c, a, b) of truth values -> (c and a) or (not c and b): ONNX Runtime chooses between numbers only."""
+    for node in list(graph.graph):
+        if node.op_type != "Where" or node.outputs[0].dtype != ir.DataType.BOOL:
+            continue
+        condition, one, other = node.inputs
+        left, no = ir.node("And", [condition, one]), ir.node("Not", [condition])
+        right = ir.node("And", [no.outputs[0], other])
+        either = ir.node("Or", [left.outputs[0], right.outputs[0]])
+        for made in (left, no, right, either):
+            made.outputs[0].dtype = ir.DataType.BOOL
+            made.metadata_props.update(node.metadata_props)
+            graph.graph.insert_before(node, made)
+        node.outputs[0].replace_all_uses_with(either.outputs[0], replace_graph_outputs=True)
+        graph.graph.remove(node, safe=True)
 
 
 def _may_fold(node: ir.Node) -> bool | None:

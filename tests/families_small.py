@@ -16,6 +16,7 @@ from ditq.families import family_of
 from ditq.graph import DiTGraph
 
 FAMILIES = ("flux", "sd3", "pixart", "dit")
+OTHERS = ("wan", "chroma", "flux2", "sana", "hunyuan_video")
 
 _BUILDERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flux": (
@@ -39,6 +40,34 @@ _BUILDERS: dict[str, tuple[Any, dict[str, Any]]] = {
         diffusers.DiTTransformer2DModel,
         {"num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 8, "num_layers": 2,
          "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 10},
+    ),
+    "wan": (
+        diffusers.WanTransformer3DModel,
+        {"patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4,
+         "text_dim": 24, "freq_dim": 64, "ffn_dim": 128, "num_layers": 2, "rope_max_seq_len": 64},
+    ),
+    "chroma": (
+        diffusers.ChromaTransformer2DModel,
+        {"in_channels": 8, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2,
+         "joint_attention_dim": 24, "axes_dims_rope": (8, 12, 12), "approximator_num_channels": 16,
+         "approximator_hidden_dim": 32, "approximator_layers": 1},
+    ),
+    "flux2": (
+        diffusers.Flux2Transformer2DModel,
+        {"in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2,
+         "joint_attention_dim": 24, "axes_dims_rope": (8, 8, 8, 8), "timestep_guidance_channels": 64},
+    ),
+    "sana": (
+        diffusers.SanaTransformer2DModel,
+        {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2,
+         "num_cross_attention_heads": 2, "cross_attention_head_dim": 32, "cross_attention_dim": 64, "caption_channels": 24,
+         "sample_size": 8},
+    ),
+    "hunyuan_video": (
+        diffusers.HunyuanVideoTransformer3DModel,
+        {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 1,
+         "num_single_layers": 2, "num_refiner_layers": 1, "patch_size": 1, "patch_size_t": 1, "text_embed_dim": 24,
+         "pooled_projection_dim": 24, "rope_axes_dim": (8, 12, 12)},
     ),
 }  # fmt: skip
 

@@ -11,17 +11,21 @@ from ditq.families import SIDE, Family, Inputs, Sizes, noise, register
 from ditq.numerics.token_layout import TokenLayout
 
 
+def picture_ids(side: int) -> torch.Tensor:
+    """(0, row, column) of each token of a square picture: [side^2, 3]."""
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.stack([torch.zeros(side, side), rows.float(), columns.float()], dim=-1).view(-1, 3)
+
+
 def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
     normal = noise(seed)
     side, text = config.get(SIDE, 8), 16
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    image_ids = torch.stack([torch.zeros(side, side), rows.float(), columns.float()], dim=-1).view(-1, 3)
     inputs = {
         "hidden_states": normal(batch, side * side, config["in_channels"]),
         "encoder_hidden_states": normal(batch, text, config["joint_attention_dim"]),
         "pooled_projections": normal(batch, config["pooled_projection_dim"]),
         "timestep": torch.linspace(0.2, 0.9, batch),
-        "img_ids": image_ids,
+        "img_ids": picture_ids(side),
         "txt_ids": torch.zeros(text, 3),
     }
     if config.get("guidance_embeds"):

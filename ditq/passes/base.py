@@ -221,6 +221,9 @@ class Pass(ABC):
     wants_weights: ClassVar[bool] = False
     """Does it need the weights that an earlier pass coded?"""
 
+    exact: ClassVar[bool] = False
+    """Does it leave the function as it is, up to rounding? The compiler makes sure of it."""
+
     structural: ClassVar[bool] = False
     """Does it change what the model computes? Such passes stand before all others, and the statistics are gathered anew after
     them. They leave the graph refreshed."""

@@ -48,6 +48,7 @@ class Rotate(Pass):
     """
 
     name: ClassVar[str] = "rotate"
+    exact: ClassVar[bool] = True
     not_after: ClassVar[tuple[str, ...]] = ("quantize",)
     mode: str = setting("search", "how the matrix is chosen", ("search", "learned", "literal", "quantile", *KINDS))
     kinds: list[str] = setting(

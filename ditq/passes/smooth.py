@@ -47,6 +47,7 @@ class Smooth(Pass):
     """
 
     name: ClassVar[str] = "smooth"
+    exact: ClassVar[bool] = True
     not_after: ClassVar[tuple[str, ...]] = ("smooth", "rotate", "quantize")
     alpha: float | str = setting(
         0.5, "how much of the spread moves to the weights: 0 none, 1 all; or search", words=("search",)

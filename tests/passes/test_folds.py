@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 
+from ditq.compiler import run_passes
+from ditq.errors import DitqError
+from ditq.graph import DiTGraph
 from ditq.nn import TransformedLinear
-from ditq.passes import Context
+from ditq.passes import Context, PassReport
 from ditq.passes.rotate import Rotate
 from ditq.passes.smooth import Smooth
+from ditq.recipe import Recipe
 from tests.families_small import FAMILIES, forward, small_graph, small_inputs, statistics_of
 
 # float32 rounding through a dozen matrix products; the issue of exactness is decided in the float64 run below.
@@ -94,3 +99,18 @@ def test_centring_removes_the_mean_of_every_folded_input() -> None:
     for group in graph.groups.values():
         if group.feed is not None and graph.sites[group.name].role == "token":
             assert context.statistics(group.name).mean().abs().max() < 1e-4
+
+
+def test_a_fold_that_changes_what_the_model_computes_is_refused() -> None:
+    """As one would in a model whose parts were taken for what they are not."""
+
+    @dataclass(frozen=True)
+    class Wrong(Smooth):
+        def run(self, graph: DiTGraph, context: Context) -> PassReport:
+            report = super().run(graph, context)
+            graph.model.get_parameter("transformer_blocks.0.norm1.linear.bias").mul_(0.9)
+            return report
+
+    graph = small_graph("flux")
+    with pytest.raises(DitqError, match="pass 'smooth' changed what the model computes, by 0"):
+        run_passes(graph, Recipe("test", "", (Wrong(),)), statistics_of(graph))
