@@ -148,8 +148,8 @@ def test_an_engine_that_overflows_is_named(checkpoint: Checkpoint) -> None:
 def test_pictures_of_one_colour_are_named(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     load = Checkpoint.load_pipeline
 
-    def with_a_dead_decoder(self: Checkpoint) -> Any:
-        pipeline = load(self)
+    def with_a_dead_decoder(self: Checkpoint, **settings: Any) -> Any:
+        pipeline = load(self, **settings)
         decode = pipeline.vae.decode
         pipeline.vae.decode = lambda *given, **named: (decode(*given, **named)[0] * 0 - 1,)
         return pipeline
