@@ -203,6 +203,11 @@ def test_second_moments_over_all_bins_are_the_sum_of_those_of_each(
         assert torch.equal(changed[0].total, changed[1].total)
         rest = [hold_out(each)[0] for each in (whole, divided)]
         torch.testing.assert_close(rest[0].hessian(), rest[1].hessian(), rtol=1e-4, atol=1e-4)
+        left, places, _ = hold_out(divided)
+        for number in range(BINS):  # what is held out of a bin goes from that bin's moments
+            rows_held = divided.sample[places[divided.sample_bin[places] == number]]
+            gone = divided.second_moment[number] - left.second_moment[number]
+            torch.testing.assert_close(gone, rows_held.T @ rows_held, rtol=1e-3, atol=1e-2)
         with pytest.raises(DitqError, match="calibrate with --moments bins"):
             whole.hessian(torch.ones(BINS))
 
