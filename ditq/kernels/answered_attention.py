@@ -9,7 +9,8 @@ which such a block is a square of the picture; which blocks see each other is fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -20,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.library import custom_op
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
@@ -30,6 +32,7 @@ from ditq.numerics.local_attention import Pooling
 from ditq.numerics.token_layout import Grid
 from ditq.numerics.window import Window, patches
 
+SIZES = 256  # combinations of shapes that something may be called with; torch would refuse the ninth
 _BLOCK = 128
 _SQUARE = (8, 16)  # rows and columns of the picture that are a block
 _IMAGE, _TEXT, _POOLED = 0, 1, 2
@@ -71,8 +74,25 @@ def tell_grids(model: nn.Module, given: Mapping[str, Any]) -> tuple[Grid, ...]:
 @custom_op("ditq::answered_attention", mutates_args=())
 def answered_attention(query: Tensor, key: Tensor, value: Tensor, number: int, scale: float | None) -> Tensor:
     """What the part of that number gives for query, key, value [B, h, N, d]."""
-    y = _answers[number].part(query, key, value, None, scale)
+    with _as_outside_of_operators():
+        y = _answers[number].part(query, key, value, None, scale)
     return y.transpose(1, 2).contiguous().transpose(1, 2)  # which is how the model reads it
+
+
+@contextmanager
+def _as_outside_of_operators() -> Iterator[None]:
+    """Dispatch as where no operator is being called, without gradients.
+
+    Within an operator torch leaves autograd out, and vmap too where it watches an operator's first call, as it does for
+    compiled graphs. FlexAttention and its compilation are made of both, and would find no kernel.
+    """
+    keys = torch._C.DispatchKey
+    higher = torch._C._dispatch_keyset_full() - torch._C._dispatch_keyset_full_after(keys.Python)
+    excluded = torch._C._dispatch_tls_local_exclude_set() - higher
+    for kept in (keys.AutocastCPU, keys.AutocastCUDA):  # the parts choose their precision themselves
+        excluded = excluded.add(kept)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.no_grad():
+        yield
 
 
 @answered_attention.register_fake
@@ -119,9 +139,36 @@ def laid_out(window: Window, pool: int, grid: Grid, device: torch.device) -> Lai
         by_image = (kinds[key] != _IMAGE) | sees(query, key)
         return torch.where(kinds[query] == _TEXT, kinds[key] != _POOLED, by_image)
 
-    mask = create_block_mask(seen, None, None, len(order), len(kind), device=device, BLOCK_SIZE=_BLOCK)
+    mask = _by_blocks(seen, len(order), len(kind), device)
     places = np.argsort(order)
     return Laid(torch.from_numpy(order).to(device), torch.from_numpy(places).to(device), mask)
+
+
+def _by_blocks(seen: Callable[..., Tensor], queries: int, keys: int, device: torch.device) -> BlockMask:
+    """The mask with its blocks found, 128 queries at a time: whole, a mask of 65,536 tokens would take gigabytes."""
+    none = torch.zeros((), dtype=torch.int64, device=device)
+    key = torch.arange(keys, device=device)
+    beyond = -keys % _BLOCK
+    any_seen, all_seen = [], []
+    for start in range(0, queries, _BLOCK):
+        stop = min(start + _BLOCK, queries)
+        query = torch.arange(start, stop, device=device)
+        # What lies beyond the last token is not seen, so that a block that reaches there is never taken whole.
+        padding = (0, beyond, 0, start + _BLOCK - stop)
+        blocks = F.pad(seen(none, none, query[:, None], key[None]), padding).unflatten(1, (-1, _BLOCK))
+        any_seen.append(blocks.any(2).any(0))
+        all_seen.append(blocks.all(2).all(0))
+    some, full = torch.stack(any_seen), torch.stack(all_seen)
+    numbers = [_numbered(some & ~full), _numbered(full)]
+    return BlockMask.from_kv_blocks(
+        *numbers[0], *numbers[1], BLOCK_SIZE=_BLOCK, mask_mod=seen, seq_lengths=(queries, keys)
+    )
+
+
+def _numbered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """bool [Q, K] -> how many blocks each row has [1, 1, Q], and which, these in front [1, 1, Q, K]: as FlexAttention reads it."""
+    which = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    return blocks.sum(1).to(torch.int32)[None, None], which.to(torch.int32)[None, None].contiguous()
 
 
 Sees = Callable[[Tensor, Tensor], Tensor]
@@ -152,8 +199,16 @@ def _in_square(window: Window, grid: Grid, rows: Tensor, columns: Tensor) -> See
 
 @lru_cache
 def _compiled(function: Callable[..., Tensor], compiles: bool) -> Callable[..., Tensor]:
-    """By torch's compiler, if that is wanted, one for the parts of all layers."""
-    return torch.compile(function, fullgraph=True, dynamic=False) if compiles else function
+    """By torch's compiler, if that is wanted, one for the parts of all layers and for pictures of all sizes."""
+    if not compiles:
+        return function
+    traced = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def call(*arguments: Any, **keywords: Any) -> Tensor:
+        with torch._dynamo.config.patch(recompile_limit=SIZES):
+            return traced(*arguments, **keywords)
+
+    return call
 
 
 def windowed(query: Tensor, key: Tensor, value: Tensor, laid: Laid, scale: float, extra: list[Tensor]) -> Tensor:

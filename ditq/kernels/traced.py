@@ -22,9 +22,8 @@ from torch.nn import functional as F
 
 from ditq.errors import DitqError
 from ditq.kernels import operators  # noqa: F401  registers what is looked for
-from ditq.kernels.answered_attention import Answer, answers_of
+from ditq.kernels.answered_attention import SIZES, Answer, answers_of
 
-SIZES = 256  # combinations of shapes that a model may be called with; torch would refuse the ninth
 Compiler = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
 
 _X, _GAMMA, _BETA, _NORM, _EPSILON, _ACTIVATION = 0, 1, 2, 8, 9, 10  # places in the arguments of ditq::quantized

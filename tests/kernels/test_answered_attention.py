@@ -11,9 +11,12 @@ pytest.importorskip("triton")
 
 from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditq.errors import DitqError
-from ditq.kernels.answered_attention import KINDS, answers_of, laid_out, take_off, tell_grids
+from ditq.kernels import answered_attention
+from ditq.kernels.answered_attention import KINDS, _compiled, answers_of, laid_out, take_off, tell_grids
 from ditq.kernels.on_gpu import as_wanted, to_gpu
 from ditq.kernels.traced import compiled
 from ditq.nn.structural.linear_attention import LinearAttention
@@ -52,6 +55,42 @@ def test_blocks_that_see_nothing_of_each_other_are_skipped() -> None:
     mask = laid_out(Window("circle", 8, 4), 0, Grid(0, 64, 64), CPU).mask
     seen = (mask.kv_num_blocks + (0 if mask.full_kv_num_blocks is None else mask.full_kv_num_blocks)).flatten()
     assert len(seen) == 32 and int(seen.max()) == 9 and int(seen.min()) == 4
+
+
+@pytest.mark.parametrize("pool", [0, 3])
+def test_blocks_are_those_that_torch_finds_by_itself(pool: int) -> None:
+    """In pictures that end within a block, with text, which is seen whole, and pooled keys."""
+    for window in (Window("circle", 5, 3), Window("tiles", 3, 2)):
+        laid = laid_out(window, pool, Grid(140, 20, 19), CPU)
+        found, queries, keys = laid.mask, 140 + 380, 140 + 380 + (49 if pool else 0)
+        assert found.seq_lengths == (queries, keys)
+        expected = create_block_mask(found.mask_mod, None, None, queries, keys, device="cpu")
+        assert torch.equal(found.to_dense(), expected.to_dense())
+        for name in ("kv_num_blocks", "full_kv_num_blocks"):
+            assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+class Watched(TorchDispatchMode):
+    """As torch watches the operators of a compiled graph's first call (_AnalyzeCustomOpInputOutputMode)."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        return function(*arguments, **keywords or {})
+
+
+@pytest.mark.parametrize("compiles", [False, True], ids=["by torch's operators", "compiled"])
+def test_the_operator_runs_while_torch_watches_it(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There neither vmap nor autograd is dispatched to, which FlexAttention is made of, compiled or not."""
+    model = converted(small_graph("flux"), window=Window("circle", 3, 2))
+    take_off(model, CPU)
+    answer = next(iter(answers_of(model).values()))
+    part = answer.part
+    part.grid = Grid(7, 11, 13)  # of no other test, so that nothing is known of it yet
+    given = [torch.randn(1, part.heads, 7 + 11 * 13, part.width) for _ in range(3)]
+    monkeypatch.setattr(answered_attention, "_compiled", lambda function, _: _compiled(function, compiles))
+    with torch.no_grad(), Watched():
+        found = ANSWERED(*given, answer.number, None)
+    expected = LocalAttention.attention(part, *given, part.grid, part.width**-0.5)  # type: ignore[arg-type]
+    assert relative(found, expected) < 1e-5
 
 
 MODELS: dict[str, tuple[type[TokenAttention], dict[str, Any]]] = {
