@@ -97,8 +97,21 @@ def test_denoisers_compiled_and_replayed_compute_their_meaning(family: str) -> N
         for _ in range(2):  # the second time nothing is captured anew
             for inputs, meant in zip(examples, expected, strict=True):
                 tensors = {name: v.to(device) for name, v in inputs.items() if isinstance(v, torch.Tensor)}
-                assert relative(captured(tensors).float().cpu(), meant) < 0.05
+                found = captured(tensors).float().cpu()
+                if experts:
+                    # The router reads bfloat16, so a token whose scores nearly tie may get another expert than in float32:
+                    # its answer is then another one, right as well. Few tokens are that near to a tie.
+                    assert _typical(found, meant) < 0.05 and relative(found, meant) < 0.15
+                else:
+                    assert relative(found, meant) < 0.05
     assert len(captured.captured) == 2
+
+
+def _typical(found: torch.Tensor, meant: torch.Tensor) -> float:
+    """The median over tokens [B, T, C], or places of a picture [B, C, H, W], of ||difference|| to the tokens' usual norm."""
+    axis = 1 if meant.dim() == 4 else 2
+    usual = meant.norm(dim=axis).square().mean().sqrt()
+    return float(((found - meant).norm(dim=axis) / usual).median())
 
 
 @pytest.mark.parametrize("settings", [{"window": Window("circle", 2, 2)}, {"window": Window("tiles", 1, 2), "pool": 2}])
