@@ -14,7 +14,8 @@ In reading order:
     fast_experts.py what stands in the place of a mixture of experts: each of their linears as one kernel
     on_gpu.py       a whole model of them on a GPU, the rest in bfloat16
     answered_attention.py  windows and linear attention, as an operator
-    traced.py       its forward as one graph, in which inputs are quantized once, together with what makes them
+    blocks.py       its blocks compiled each by itself, equal ones once
+    traced.py       a block as one graph, in which inputs are quantized once, together with what makes them
     captured.py     its calls as CUDA graphs
 
 A QuantLinear's integers are the same here: sums of int8 products are exact. Nothing falls back: without a GPU, the operators

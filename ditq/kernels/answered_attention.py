@@ -1,7 +1,8 @@
 """Attentions that a part answers for, on a GPU: windows by torch's FlexAttention, linear attention as its products.
 
 The parts are taken off the model, so that the traced graph has torch's own attention at their places, for which traced.py puts
-`ditq::answered_attention`. To the compiler that is one node; it asks the part, which knows the picture's size of the call.
+`ditq::answered_attention`. To the compiler that is one node, the same in all blocks; it asks the part of the block that runs,
+which knows the picture's size of the call.
 
 FlexAttention skips blocks of 128 queries and 128 keys that see nothing of each other. So image tokens are put into an order in
 which such a block is a square of the picture; which blocks see each other is found once a size.
@@ -9,13 +10,12 @@ which such a block is a square of the picture; which blocks see each other is fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
 from typing import Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch.library import custom_op
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from ditq.kernels.blocks import with_limits
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.token_attention import TokenAttention, detach_all, tell
@@ -32,21 +33,18 @@ from ditq.numerics.local_attention import Pooling
 from ditq.numerics.token_layout import Grid
 from ditq.numerics.window import Window, patches
 
-SIZES = 256  # combinations of shapes that something may be called with; torch would refuse the ninth
 _BLOCK = 128
 _SQUARE = (8, 16)  # rows and columns of the picture that are a block
 _IMAGE, _TEXT, _POOLED = 0, 1, 2
 
-_numbers = count()
-_answers: WeakValueDictionary[int, Answer] = WeakValueDictionary()
+_asked: ContextVar[Sequence[Answer]] = ContextVar("the parts of the block that runs", default=())
 
 
 class Answer:
     """A part as the operator finds it: in float32 on the device, whatever the model computes in."""
 
     def __init__(self, part: TokenAttention, device: torch.device) -> None:
-        self.part, self.number = part.to(device, torch.float32), next(_numbers)
-        _answers[self.number] = self
+        self.part = part.to(device, torch.float32)
         part.attention = KINDS[type(part)](part)  # type: ignore[method-assign,assignment]
 
 
@@ -64,6 +62,16 @@ def answers_of(model: nn.Module) -> dict[str, Answer]:
     return found
 
 
+@contextmanager
+def answering(answers: Sequence[Answer]) -> Iterator[None]:
+    """Let these parts, each by its place among them, answer for the attentions that are computed meanwhile."""
+    before = _asked.set(answers)
+    try:
+        yield
+    finally:
+        _asked.reset(before)
+
+
 def tell_grids(model: nn.Module, given: Mapping[str, Any]) -> tuple[Grid, ...]:
     """Tell the parts the size of the picture of a call with these arguments. What was told: a recorded call is for that."""
     parts = [answer.part for answer in answers_of(model).values()]
@@ -72,10 +80,10 @@ def tell_grids(model: nn.Module, given: Mapping[str, Any]) -> tuple[Grid, ...]:
 
 
 @custom_op("ditq::answered_attention", mutates_args=())
-def answered_attention(query: Tensor, key: Tensor, value: Tensor, number: int, scale: float | None) -> Tensor:
-    """What the part of that number gives for query, key, value [B, h, N, d]."""
+def answered_attention(query: Tensor, key: Tensor, value: Tensor, place: int, scale: float | None) -> Tensor:
+    """What the part at that place among those that are `answering` gives for query, key, value [B, h, N, d]."""
     with _as_outside_of_operators():
-        y = _answers[number].part(query, key, value, None, scale)
+        y = _asked.get()[place].part(query, key, value, None, scale)
     return y.transpose(1, 2).contiguous().transpose(1, 2)  # which is how the model reads it
 
 
@@ -96,7 +104,7 @@ def _as_outside_of_operators() -> Iterator[None]:
 
 
 @answered_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, number: int, scale: float | None) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, place: int, scale: float | None) -> Tensor:
     batch, heads, tokens, width = query.shape
     return query.new_empty((batch, tokens, heads, width)).transpose(1, 2)
 
@@ -166,7 +174,7 @@ def _by_blocks(seen: Callable[..., Tensor], queries: int, keys: int, device: tor
 
 
 def _numbered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """bool [Q, K] -> how many blocks each row has [1, 1, Q], and which, these in front [1, 1, Q, K]: as FlexAttention reads it."""
+    """bool [Q, K] -> how many blocks each row has [1, 1, Q], and the numbers of all, of these first [1, 1, Q, K]."""
     which = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True)
     return blocks.sum(1).to(torch.int32)[None, None], which.to(torch.int32)[None, None].contiguous()
 
@@ -200,15 +208,7 @@ def _in_square(window: Window, grid: Grid, rows: Tensor, columns: Tensor) -> See
 @lru_cache
 def _compiled(function: Callable[..., Tensor], compiles: bool) -> Callable[..., Tensor]:
     """By torch's compiler, if that is wanted, one for the parts of all layers and for pictures of all sizes."""
-    if not compiles:
-        return function
-    traced = torch.compile(function, fullgraph=True, dynamic=False)
-
-    def call(*arguments: Any, **keywords: Any) -> Tensor:
-        with torch._dynamo.config.patch(recompile_limit=SIZES):
-            return traced(*arguments, **keywords)
-
-    return call
+    return with_limits(torch.compile(function, fullgraph=True, dynamic=False)) if compiles else function
 
 
 def windowed(query: Tensor, key: Tensor, value: Tensor, laid: Laid, scale: float, extra: list[Tensor]) -> Tensor:

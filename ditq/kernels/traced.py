@@ -1,7 +1,7 @@
-"""The denoiser as one traced graph for the GPU: inputs quantized once, and norm, modulation, activation in the same kernel.
+"""Each block of a denoiser as a traced graph for the GPU: inputs quantized once, norm, modulation, activation in that kernel.
 
-torch.compile traces the model's forward, whole or not at all, into a graph of torch's functions. Three rewrites of it are done
-before its own compiler goes on:
+torch.compile traces a block's forward, whole or not at all, into a graph of torch's functions, one for all equal blocks. Three
+rewrites of it are done before its own compiler goes on:
 
     1. Of several `ditq::quantized` with the same arguments, as q, k and v have them, one is left.
     2. What makes such an input goes into the kernel: gelu(z) and the like, layer_norm(z), and layer_norm(z) (1 + gamma) + beta
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from torch.nn import functional as F
 
 from ditq.errors import DitqError
 from ditq.kernels import operators  # noqa: F401  registers what is looked for
-from ditq.kernels.answered_attention import SIZES, Answer, answers_of
+from ditq.kernels.answered_attention import Answer, answering, answers_of
+from ditq.kernels.blocks import Forward, blocks_of, in_blocks
 
 Compiler = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
 
@@ -30,11 +32,11 @@ _X, _GAMMA, _BETA, _NORM, _EPSILON, _ACTIVATION = 0, 1, 2, 8, 9, 10  # places in
 _SAME = {"to", "contiguous", "float", "type_as"}
 
 
-def rewrite(graph: fx.GraphModule, answers: Mapping[str, Answer]) -> fx.GraphModule:
-    """All rewrites, in place. answers: the parts that answer for attentions, by the module that these are in."""
+def rewrite(graph: fx.GraphModule, sites: Sequence[str] = ()) -> fx.GraphModule:
+    """All rewrites, in place. sites: the modules within the block whose attentions parts answer for, in the parts' order."""
     share_inputs(graph)
     fuse_before(graph)
-    put_answers(graph, answers)
+    put_answers(graph, sites)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
@@ -72,27 +74,31 @@ def fuse_before(graph: fx.GraphModule) -> None:
         node.args = tuple(arguments)
 
 
-def put_answers(graph: fx.GraphModule, answers: Mapping[str, Answer]) -> None:
-    """Let the parts answer for the attentions of their modules.
+def put_answers(graph: fx.GraphModule, sites: Sequence[str]) -> None:
+    """Let parts answer for the attentions of these modules.
 
     Raises:
         DitqError: a part whose module computes no attention in this graph.
     """
     found = set()
     for node in graph.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
-        site = _module_of(node, answers)
+        site = _module_of(node, sites)
         if site is None:
             continue
         found.add(site)
         given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
         given |= node.kwargs
         if given.get("attn_mask") is not None or given.get("dropout_p") or given.get("is_causal"):
-            raise DitqError(f"{site}: target 'cuda' has no {answers[site].part.what} with a mask or with dropout")
+            raise DitqError(f"{site}: target 'cuda' has no windows and no linear attention with a mask or with dropout")
         node.target = torch.ops.ditq.answered_attention.default
-        arguments = (given["query"], given["key"], given["value"], answers[site].number, given.get("scale"))
+        arguments = (given["query"], given["key"], given["value"], sites.index(site), given.get("scale"))
         node.args, node.kwargs = arguments, {}
-    if missing := sorted(set(answers) - found):
-        raise DitqError(f"{missing[0]}: torch {torch.__version__} traces no attention there; set target: torch")
+    if missing := sorted(set(sites) - found):
+        raise _no_attention(missing[0])
+
+
+def _no_attention(site: str) -> DitqError:
+    return DitqError(f"{site}: torch {torch.__version__} traces no attention there; set target: torch")
 
 
 def _module_of(node: fx.Node, sites: Iterable[str]) -> str | None:
@@ -199,15 +205,37 @@ def inductor(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     return compile_whole(graph, inputs)
 
 
-def compiled(model: nn.Module, inner: Compiler = inductor) -> Callable[..., Any]:
-    """The model's forward, traced as one graph for each combination of shapes, rewritten, and compiled by `inner`."""
+def compiled(model: nn.Module, inner: Compiler = inductor) -> Forward:
+    """The model's call, its blocks compiled in place: each traced as one graph for each combination of shapes and rewritten.
+
+    What is left is compiled by `inner`. Equal blocks, with parts that answer for the same of their attentions, share the graph.
+
+    Raises:
+        DitqError: a part that answers for an attention outside of the blocks.
+    """
     answers = answers_of(model)
-    traced: Callable[..., Any] = torch.compile(
-        model, backend=lambda graph, inputs: inner(rewrite(graph, answers), inputs), fullgraph=True, dynamic=False
-    )
+    own: dict[str, dict[str, Answer]] = {name: {} for name in blocks_of(model)}
+    for site, answer in answers.items():
+        block = next((name for name in own if not name or site.startswith(f"{name}.")), None)
+        if block is None:
+            raise _no_attention(site)
+        own[block][site.removeprefix(f"{block}.")] = answer
+    backends: dict[tuple[str, ...], Compiler] = {}
 
-    def call(*arguments: Any, **keywords: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=SIZES):
-            return traced(*arguments, **keywords)
+    def compile_block(name: str, forward: Forward) -> Forward:
+        sites = tuple(own[name])
+        backend = backends.setdefault(sites, partial(_compile, sites, inner))
+        traced: Forward = torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
+        parts = tuple(own[name].values())
 
-    return call
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            with answering(parts):
+                return traced(*arguments, **keywords)
+
+        return call if parts else traced
+
+    return in_blocks(model, compile_block)
+
+
+def _compile(sites: Sequence[str], inner: Compiler, graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    return inner(rewrite(graph, sites), inputs)

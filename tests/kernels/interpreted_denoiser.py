@@ -1,4 +1,4 @@
-"""Run by test_in_interpreter.py with TRITON_INTERPRET=1: small denoisers, traced, rewritten and run through the kernels."""
+"""Run by test_in_interpreter.py with TRITON_INTERPRET=1: blocks of small denoisers, traced, rewritten, run by the kernels."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ interpreter.install()
 QUANTIZED, PRODUCT = torch.ops.ditq.quantized.default, torch.ops.ditq.product.default
 EXPERTS = torch.ops.ditq.experts_product.default
 
-# How many inputs are quantized, of them with a norm, a modulation, an activation, in one block of each kind. flux: attention in
-# and out, feed-forward in and out, each for image and text; the single block's in and out, where it joins attention and GELU.
-# sd3: two blocks, whose first has an attention of the image alone beside the joint one, and whose last does not change the
-# text. PixArt's and DiT's blocks are made of the same parts. With experts in the single block, its input is still quantized
-# once, for attention, shared and routed experts alike; then what the attention gives, and what GELU gives in the shared expert
-# and in all routed ones together.
+# How many inputs are quantized, of them with a norm, a modulation, an activation, in one block of each kind, each a graph.
+# flux: attention in and out, feed-forward in and out, each for image and text; the single block's in and out, where it joins
+# attention and GELU. sd3: two blocks, whose first has an attention of the image alone beside the joint one, and whose last
+# does not change the text. PixArt's and DiT's blocks are made of the same parts. With experts in the single block, its input
+# is still quantized once, for attention, shared and routed experts alike; then what the attention gives, and what GELU gives
+# in the shared expert and in all routed ones together.
 EXPECTED = {"flux": (10, 5, 5, 2), "sd3": (15, 8, 8, 3), "flux experts": (12, 5, 5, 4)}
 RUN = (("flux", ""), ("flux", "token"))  # interpreting takes long
 TOKENS = {
@@ -38,9 +38,7 @@ TOKENS = {
 
 
 @pytest.mark.parametrize(("family", "choice"), [("flux", ""), ("sd3", ""), ("flux", "token"), ("flux", "expert")])
-def test_a_denoiser_is_one_graph_that_quantizes_each_input_once_and_computes_the_meaning(
-    family: str, choice: str
-) -> None:
+def test_blocks_are_graphs_that_quantize_each_input_once_and_compute_the_meaning(family: str, choice: str) -> None:
     model = with_experts(family, choice) if choice else quantize_blocks(shallow_model(family))
     inputs: dict[str, Any] = small_inputs(model, batch=1)
     if family == "flux":
@@ -52,18 +50,20 @@ def test_a_denoiser_is_one_graph_that_quantizes_each_input_once_and_computes_the
     def keep(graph: fx.GraphModule, _: list[torch.Tensor]) -> Any:
         graphs.append(graph)
         results = graph.graph.output_node().args[0]
-        zeros = tuple(torch.zeros(node.meta["example_value"].shape) for node in results)  # type: ignore[union-attr]
+        made = [node.meta["example_value"] for node in results]  # type: ignore[union-attr]
+        zeros = tuple(torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in made)
         return graph.forward if (family, choice) in RUN else lambda *arguments: zeros
 
     wanted = {
         name: as_wanted(name, value) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
     }
     found = forward(compiled(fast, keep), wanted)  # type: ignore[arg-type]
-    assert len(graphs) == 1
-    calls = Counter(node.target for node in graphs[0].graph.nodes)
+    assert len(graphs) == 2
+    nodes = [node for graph in graphs for node in graph.graph.nodes]
+    calls = Counter(node.target for node in nodes)
     assert calls[PRODUCT] >= sum(isinstance(layer, FastLinear) for layer in fast.modules())
     assert calls[EXPERTS] == sum(isinstance(layer, ExpertLinears) for layer in fast.modules()) == (2 if choice else 0)
-    quantizers = [node for node in graphs[0].graph.nodes if node.target is QUANTIZED]
+    quantizers = [node for node in nodes if node.target is QUANTIZED]
     fused = (
         len(quantizers),
         sum(node.args[8] is True for node in quantizers),

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditq.errors import DitqError
 from ditq.kernels import answered_attention
-from ditq.kernels.answered_attention import KINDS, _compiled, answers_of, laid_out, take_off, tell_grids
+from ditq.kernels.answered_attention import KINDS, _compiled, answering, answers_of, laid_out, take_off, tell_grids
 from ditq.kernels.on_gpu import as_wanted, to_gpu
 from ditq.kernels.traced import compiled
+from ditq.nn.answered_attention import unanswer
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.token_attention import TokenAttention, token_attentions
@@ -87,8 +88,8 @@ def test_the_operator_runs_while_torch_watches_it(compiles: bool, monkeypatch: p
     part.grid = Grid(7, 11, 13)  # of no other test, so that nothing is known of it yet
     given = [torch.randn(1, part.heads, 7 + 11 * 13, part.width) for _ in range(3)]
     monkeypatch.setattr(answered_attention, "_compiled", lambda function, _: _compiled(function, compiles))
-    with torch.no_grad(), Watched():
-        found = ANSWERED(*given, answer.number, None)
+    with torch.no_grad(), answering([answer]), Watched():
+        found = ANSWERED(*given, 0, None)
     expected = LocalAttention.attention(part, *given, part.grid, part.width**-0.5)  # type: ignore[arg-type]
     assert relative(found, expected) < 1e-5
 
@@ -102,7 +103,7 @@ SIDES = {"flux": [(3, 8), (8, 3)], "dit": [(5, 5)]}  # DiT takes square pictures
 
 
 @pytest.mark.parametrize("family", MODELS)
-def test_a_model_with_such_attentions_is_one_graph_for_pictures_of_every_form(family: str) -> None:
+def test_blocks_with_such_attentions_are_traced_once_for_pictures_of_every_form(family: str) -> None:
     kind, settings = MODELS[family]
     model = converted(small_graph(family), kind, **settings)
     parts = len(token_attentions(model))
@@ -118,21 +119,48 @@ def test_a_model_with_such_attentions_is_one_graph_for_pictures_of_every_form(fa
         wanted = {name: as_wanted(name, v) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
         assert relative(forward(call, wanted).float(), meant) < 0.05  # bfloat16 everywhere but in the parts
     assert len(told) == len(pictures)
-    if family == "flux":  # the same shapes, so the same graph, in which the parts know the picture
-        assert len(graphs) == 1
+    # Both pictures of FLUX have the same shapes, so the same graph, in which the parts know the picture; and so have blocks of
+    # one kind, of which there are two, each with parts of its own. FLUX has two kinds of blocks, of which the second's first
+    # gets tokens that lie one after the other, and the next ones get parts of what lies joined.
+    assert (parts, len(graphs)) == {"flux": (4, 3)}.get(family, (2, 1))
     for graph in graphs:
         targets = [node.target for node in graph.graph.nodes]
-        assert targets.count(ANSWERED) == parts
-        assert targets.count(SDPA) == (parts if family == "pixart" else 0)  # which has cross attention too
+        assert targets.count(ANSWERED) == 1
+        assert targets.count(SDPA) == (1 if family == "pixart" else 0)  # which has cross attention too
+
+
+def test_blocks_whose_attentions_parts_answer_for_are_not_taken_for_those_without() -> None:
+    """The first block has torch's own attention, the second a window; their code and shapes are the same."""
+    model = converted(small_graph("dit"), window=Window("circle", 1, 2))
+    site = next(iter(token_attentions(model)))
+    unanswer(model.get_submodule(site))
+    inputs = small_inputs(model)
+    expected = forward(model, inputs)
+    fast = to_gpu(model, CPU)
+    graphs: list[fx.GraphModule] = []
+    call = compiled(fast, lambda graph, _: graphs.append(graph) or graph.forward)  # type: ignore[func-returns-value]
+    tell_grids(fast, inputs)
+    wanted = {name: as_wanted(name, v) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
+    assert relative(forward(call, wanted).float(), expected) < 0.05
+    counts = [[node.target for node in graph.graph.nodes].count(ANSWERED) for graph in graphs]
+    assert counts == [0, 1]
 
 
 def test_a_part_that_the_trace_does_not_reach_is_an_error() -> None:
     model = converted(small_graph("dit"), window=Window("tiles", 1, 2))
     take_off(model, CPU)
     answers = answers_of(model)
-    answers["elsewhere"] = next(iter(answers.values()))
+    answers["transformer_blocks.1.elsewhere"] = next(iter(answers.values()))
     inputs = small_inputs(model)
     tell_grids(model, inputs)
     with pytest.raises(BackendCompilerFailed, match=r"elsewhere: torch .* traces no attention there") as error:
         forward(compiled(model, lambda graph, _: graph.forward), inputs)
     assert isinstance(error.value.inner_exception, DitqError)  # which the target shows
+
+
+def test_a_part_outside_of_the_blocks_is_an_error() -> None:
+    model = converted(small_graph("dit"), window=Window("tiles", 1, 2))
+    take_off(model, CPU)
+    answers_of(model)["elsewhere"] = next(iter(answers_of(model).values()))
+    with pytest.raises(DitqError, match=r"elsewhere: torch .* traces no attention there"):
+        compiled(model)

@@ -1,14 +1,21 @@
-"""The traced denoiser: one graph for each combination of shapes, however many there are."""
+"""The traced denoiser: one graph for each kind of block and combination of shapes, however many there are."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
+from ditq.kernels.on_gpu import to_gpu
 from ditq.kernels.traced import compiled
+from ditq.nn import InputTransform
+from ditq.numerics.rotation import block_hadamard_rotation
+from tests.export.quantized import quantized
 
 
 def test_a_model_takes_more_sizes_than_torch_allows_by_itself_and_traces_each_once() -> None:
@@ -20,3 +27,48 @@ def test_a_model_takes_more_sizes_than_torch_allows_by_itself_and_traces_each_on
             x = torch.randn(tokens, 4)
             assert torch.equal(call(x), model(x))
     assert len(graphs) == 12
+
+
+def test_equal_blocks_are_compiled_once() -> None:
+    """Four blocks with weights, scales and names of their own, of which one has no scales; modulated from outside."""
+
+    class Block(nn.Module):
+        def __init__(self, name: str, scaled: bool) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+            for part, linear in (("up", self.up), ("down", self.down)):
+                width = linear.in_features
+                scales = torch.rand(width) + 0.5 if scaled else None
+                transform = InputTransform(scales, rotations=[(0, width, block_hadamard_rotation(width, 64))])
+                setattr(self, part, quantized(linear, f"{name}.{part}", transform=transform))
+
+        def forward(self, x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+            z = F.layer_norm(x, (64,)) * (1 + gamma) + beta
+            return x + self.down(F.gelu(self.up(z)))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block(f"blocks.{i}", i != 2) for i in range(4))
+
+        def forward(self, x: Tensor, gamma: Tensor) -> Tensor:
+            x = x.transpose(1, 2)  # as the patches of a convolution lie
+            for block in self.blocks:
+                x = block(x, gamma, beta=gamma)
+            return x
+
+    graphs: list[fx.GraphModule] = []
+
+    def keep(graph: fx.GraphModule, _: list[Tensor]) -> Any:  # what the kernels compute is tried elsewhere
+        graphs.append(graph)
+        made = [node.meta["example_value"] for node in graph.graph.output_node().args[0]]  # type: ignore[union-attr]
+        return lambda *given: [torch.zeros(tensor.shape, dtype=tensor.dtype) for tensor in made]
+
+    model = to_gpu(Model().requires_grad_(False), torch.device("cpu"))
+    call = compiled(model, keep)
+    for tokens in (3, 5, 3):
+        call(torch.randn(2, 64, tokens).bfloat16(), torch.randn(2, 1, 64).bfloat16())
+    assert len(graphs) == 2 * 2  # for each of two sizes
+    for graph in graphs:
+        up, down = graph.graph.find_nodes(op="call_function", target=torch.ops.ditq.quantized.default)
+        assert up.args[8] is True and up.args[1] is not None and down.args[10] == "gelu"
