@@ -17,11 +17,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ditq.export.engine import TEXT_GRAPH, Engine
 from ditq.export.session import open_session, session_options
+from ditq.kernels.kernel_times import kernel_times, kind_of_kernel
 from ditq.nn.call_timestep import ARGUMENT
 
 KINDS = ("products", "attention", "rotation", "quantization", "rest")
@@ -31,11 +31,6 @@ _PRODUCTS = re.compile(r"MatMul|Gemm|Conv|Einsum")
 _OF_ATTENTION = re.compile(r"scaled_dot_product_attention/|/(rounded|local_attention|linear_attention)/")
 _OF_TRANSFORM = re.compile(r"rotation|scaled|centred|piece|joined|widths")
 _BEHIND = re.compile(r"biased|with_branch|bias")
-_KERNELS = (  # what GPU kernels of a kind are called, the first that fits
-    ("attention", re.compile(r"flash|fmha|mha|attention|softmax", re.IGNORECASE)),
-    ("quantization", re.compile(r"quantize|QuantizeLinear", re.IGNORECASE)),
-    ("products", re.compile(r"gemm|gemv|matmul|cutlass|cublas|xmma|nvjet|imma|conv|decode|product", re.IGNORECASE)),
-)
 _RUNS = 3
 
 
@@ -90,19 +85,6 @@ def _nodes(events: Iterable[Mapping[str, Any]], sites: Collection[str]) -> list[
     ]
 
 
-def kind_of_kernel(name: str) -> str:
-    """Of a GPU's kernel. A rotation is part of ditq's own quantization, and a product like others in other runtimes."""
-    return next((kind for kind, pattern in _KERNELS if pattern.search(name)), "rest")
-
-
 def of_kernels(call: Callable[[], object]) -> Shares:
-    """Of what a call runs on the GPU, by torch's profiler, which sees the kernels of all libraries of the process."""
-    from torch.profiler import ProfilerActivity, profile
-
-    call()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(_RUNS):
-            call()
-        torch.cuda.synchronize()
-    return shares((kind_of_kernel(event.key), event.self_device_time_total) for event in found.key_averages())
+    """Of what a call runs on the GPU."""
+    return shares((kind_of_kernel(name), time) for name, time in kernel_times(call))

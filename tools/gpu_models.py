@@ -6,6 +6,7 @@ gates.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,13 +15,14 @@ from torch.nn import functional as F
 
 from ditq.nn.sliced import FeedForwardForm
 from ditq.nn.structural.experts import MixtureOfExperts, divided
+from ditq.numerics.token_layout import Grid
 
 
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a model. double: blocks with streams of their own for image and text; single: blocks of one joint stream;
     feed_forwards: alone, with their modulation; experts: that they are divided into, of which a token gets two, beside a
-    shared one of a quarter of the width."""
+    shared one of a quarter of the width; large: whether it is there for what attention takes."""
 
     name: str
     width: int
@@ -32,16 +34,23 @@ class Shape:
     batch: int = 1
     feed_forwards: int = 0
     experts: int = 0
+    large: bool = False
+
+    @property
+    def grid(self) -> Grid:
+        """Of a square picture."""
+        side = math.isqrt(self.image)
+        return Grid(self.text, side, side)
 
     def small(self) -> Shape:
         """The same with every part, for a CPU."""
-        text = min(self.text, 2)
-        return replace(
-            self, width=64, heads=2, image=3, text=text, batch=1, double=min(self.double, 1), single=min(self.single, 1)
-        )
+        image, text = 16 if self.large else 3, min(self.text, 2)
+        double, single = min(self.double, 1), min(self.single, 1)
+        return replace(self, width=64, heads=2, image=image, text=text, batch=1, double=double, single=single)
 
 
-# 1024 x 1024 pixels make 64 x 64 tokens, 512 x 512 of DiT-XL/2 32 x 32. FLUX.1 reads 512 tokens of text, SD3.5 77 + 256.
+# 1024 x 1024 pixels make 64 x 64 tokens, 512 x 512 of DiT-XL/2 32 x 32. FLUX.1 reads 512 tokens of text, SD3.5 77 + 256. A step
+# of FLUX is 19 times one double and two single blocks, which stand for it where the picture is larger.
 SHAPES = {
     "flux-double": Shape("flux-double", 3072, 24, 4096, 512, 1, 0),
     "flux-single": Shape("flux-single", 3072, 24, 4096, 512, 0, 1),
@@ -50,6 +59,8 @@ SHAPES = {
     "flux-feed-forward": Shape("flux-feed-forward", 3072, 24, 4608, 0, 0, 0, feed_forwards=1),
     "flux-experts": Shape("flux-experts", 3072, 24, 4608, 0, 0, 0, feed_forwards=1, experts=12),
     "flux": Shape("flux", 3072, 24, 4096, 512, 19, 38),
+    "flux-2048": Shape("flux-2048", 3072, 24, 16384, 512, 1, 2, large=True),
+    "flux-4096": Shape("flux-4096", 3072, 24, 65536, 512, 1, 2, large=True),
 }
 
 
@@ -78,13 +89,20 @@ def normed(x: Tensor) -> Tensor:
     return F.layer_norm(x, (x.shape[-1],), eps=1e-6)
 
 
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v of [B, heads, T, d], as a module, so that something else can stand in its place."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+
 class DoubleBlock(nn.Module):
     """Image and text with weights of their own and one attention, as the first blocks of FLUX and those of SD3."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.image, self.text = Stream(width), Stream(width)
+        self.image, self.text, self.attention = Stream(width), Stream(width), Attention()
 
     def forward(self, image: Tensor, text: Tensor, time: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         pieces, joined = [], []
@@ -94,7 +112,7 @@ class DoubleBlock(nn.Module):
             joined.append([heads_of(linear(z), self.heads) for linear in (stream.to_q, stream.to_k, stream.to_v)])
             pieces.append(six)
         q, k, v = (torch.cat(parts, dim=2) for parts in zip(*joined, strict=True))
-        mixed = F.scaled_dot_product_attention(rotary(q, cos, sin), rotary(k, cos, sin), v).transpose(1, 2).flatten(2)
+        mixed = self.attention(rotary(q, cos, sin), rotary(k, cos, sin), v).transpose(1, 2).flatten(2)
         results = []
         for stream, x, six, part in zip(
             (self.text, self.image),
@@ -118,12 +136,13 @@ class SingleBlock(nn.Module):
         self.modulation = nn.Linear(width, 3 * width)
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
         self.up, self.out = nn.Linear(width, 4 * width), nn.Linear(5 * width, width)
+        self.attention = Attention()
 
     def forward(self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(F.silu(time)).chunk(3, dim=1)
         z = normed(x) * (1 + scale[:, None]) + shift[:, None]
         q, k, v = (heads_of(linear(z), self.heads) for linear in (self.to_q, self.to_k, self.to_v))
-        mixed = F.scaled_dot_product_attention(rotary(q, cos, sin), rotary(k, cos, sin), v).transpose(1, 2).flatten(2)
+        mixed = self.attention(rotary(q, cos, sin), rotary(k, cos, sin), v).transpose(1, 2).flatten(2)
         both = torch.cat((mixed, F.gelu(self.up(z), approximate="tanh")), dim=2)
         return x + gate[:, None] * self.out(both)
 
@@ -133,14 +152,14 @@ class PlainBlock(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.stream = heads, Stream(width)
+        self.heads, self.stream, self.attention = heads, Stream(width), Attention()
 
     def forward(self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         stream = self.stream
         six = stream.modulation(F.silu(time)).chunk(6, dim=1)
         z = normed(x) * (1 + six[1][:, None]) + six[0][:, None]
         q, k, v = (heads_of(linear(z), self.heads) for linear in (stream.to_q, stream.to_k, stream.to_v))
-        x = x + six[2][:, None] * stream.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + six[2][:, None] * stream.to_out(self.attention(q, k, v).transpose(1, 2).flatten(2))
         z = normed(x) * (1 + six[4][:, None]) + six[3][:, None]
         return x + six[5][:, None] * stream.down(F.gelu(stream.up(z), approximate="tanh"))
 

@@ -10,7 +10,8 @@ import pytest
 from ditq.export import Engine
 from ditq.export.targets import target
 from ditq.export.targets.onnxruntime_cpu import lower
-from ditq.export.time_shares import KINDS, _nodes, kind_of, kind_of_kernel, of_session, shares
+from ditq.export.time_shares import KINDS, _nodes, kind_of, of_session, shares
+from ditq.kernels.kernel_times import kind_of_kernel
 from ditq.nn import InputTransform
 from ditq.numerics.rotation import hadamard_rotation
 from tests.export.test_forms import graph_of, layer_of, tokens
@@ -68,6 +69,10 @@ def test_the_first_call_is_not_counted() -> None:
     ("void flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64>>(Flash_fwd_params)", "attention"),
     ("fmha_cutlassF_f16_aligned_64x128_rf_sm80", "attention"),
     ("void onnxruntime::cuda::QuantizeLinearKernelStd<256, 4, signed char, float>", "quantization"),
+    ("triton_tem_fused__scaled_mm_3", "products"),
+    ("triton_tem_fused_flex_attention_0", "attention"),
+    ("triton_poi_fused_cat_mm_mul_scaled_dot_product_attention_7", "rest"),
+    ("triton_red_fused__scaled_mm_abs_amax_clamp_1", "quantization"),
     ("void onnxruntime::cuda::_BinaryElementWiseSimple<true, false, float>", "rest"),
 ])  # fmt: skip
 def test_a_kernel_is_told_by_its_name(name: str, kind: str) -> None:
