@@ -213,12 +213,31 @@ def _compiled(function: Callable[..., Tensor], compiles: bool) -> Callable[..., 
 
 def windowed(query: Tensor, key: Tensor, value: Tensor, laid: Laid, scale: float, extra: list[Tensor]) -> Tensor:
     """Attention of tokens [B, h, N, d] to those that each sees, with `extra` keys and values behind them."""
-    query, key, value = (tensor[:, :, laid.order] for tensor in (query, key, value))
-    if extra:
-        key, value = torch.cat((key, extra[0].to(key)), -2), torch.cat((value, extra[1].to(value)), -2)
     # On a CPU, where the tests compare it with the meaning, it is torch's own in floating point, without a compiler.
-    flex = _compiled(flex_attention, query.is_cuda)
-    return flex(query, key, value, block_mask=laid.mask, scale=scale)[:, :, laid.places]
+    ordered = _compiled(_in_order, query.is_cuda)
+    return ordered(query, key, value, laid.order, laid.places, laid.mask, scale, *extra)
+
+
+def _in_order(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    order: Tensor,
+    places: Tensor,
+    mask: BlockMask,
+    scale: float,
+    more_keys: Tensor | None = None,
+    more_values: Tensor | None = None,
+) -> Tensor:
+    """Attention of tokens in another order, which is compiled with it: there tokens are copied, and written as the model reads
+    them, [B, N, h, d] in memory.
+    """
+    query, key, value = (tensor[:, :, order] for tensor in (query, key, value))
+    if more_keys is not None and more_values is not None:
+        key, value = torch.cat((key, more_keys.to(key)), -2), torch.cat((value, more_values.to(value)), -2)
+    y = flex_attention(query, key, value, block_mask=mask, scale=scale)
+    assert isinstance(y, Tensor)
+    return y.transpose(1, 2)[:, places].contiguous().transpose(1, 2)
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, Grid, float], Tensor]
@@ -246,9 +265,21 @@ def _linear(part: TokenAttention) -> Attention:
     compute = _compiled(linear_attention, part.query_map.is_cuda and form.window is None)
 
     def attention(query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
-        return compute(query, key, value, grid, scale, form)
+        with _on_tensor_cores():
+            return compute(query, key, value, grid, scale, form)
 
     return attention
+
+
+@contextmanager
+def _on_tensor_cores() -> Iterator[None]:
+    """Products in TF32, whose 11 bits hold the model's bfloat16 exactly and round features by 2^-12; sums in float32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 KINDS: dict[type[TokenAttention], Callable[[TokenAttention], Attention]] = {
