@@ -17,6 +17,7 @@ In reading order:
     blocks.py       its blocks compiled each by itself, equal ones once
     traced.py       a block as one graph, in which inputs are quantized once, together with what makes them
     captured.py     its calls as CUDA graphs
+    constants.py    what a model computes on the CPU in each call, kept on the GPU
     kernel_times.py what a call runs, and for how long
 
 A QuantLinear's integers are the same here: sums of int8 products are exact. Nothing falls back: without a GPU, the operators

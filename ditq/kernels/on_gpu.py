@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ditq.errors import DitqError
 from ditq.kernels.answered_attention import KINDS, take_off
+from ditq.kernels.constants import keep_constants
 from ditq.kernels.fast_experts import FastMixture
 from ditq.kernels.fast_linear import FastLinear, on_device, why_no_kernel
 from ditq.kernels.quantize import Online
@@ -57,6 +58,7 @@ def to_gpu(model: nn.Module, device: torch.device, capability: int | None = None
         if isinstance(layer, MixtureOfExperts):
             model.set_submodule(name, FastMixture(layer, device))
     take_off(model, device)
+    keep_constants(model, device)
     return model.to(device, DTYPE)
 
 

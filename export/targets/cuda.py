@@ -87,7 +87,9 @@ def runner(engine: Engine, threads: int | None = None) -> Runner:
         except torch._dynamo.exc.TorchDynamoException as error:
             if isinstance(found := getattr(error, "inner_exception", None), DitqError):
                 raise found from error
-            raise DitqError(f"{engine.name}: torch cannot trace the model as one graph: {first_line(error)}") from error
+            raise DitqError(
+                f"{engine.name}: torch cannot trace each block as one graph: {first_line(error)}"
+            ) from error
 
     return run
 
