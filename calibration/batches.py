@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ditq.calibration.record import RecordedCall, Trajectories
 
+MEMORY = 1 << 30  # bytes of calls up to which a stream keeps all that it ever gives
 HELD_OUT = 8  # every eighth condition judges what was learned on the others
 
 
@@ -70,7 +72,8 @@ def sampled_batches(
 
 @dataclass(frozen=True, eq=False)
 class CallStream:
-    """Batches of recorded calls without end, by number: mixed anew in every round, read from disk when asked for.
+    """Batches of recorded calls without end, by number: mixed anew in every round. They are read from disk when asked for, once
+    where all of them are small.
 
     Attributes:
         units: numbers of calls that are taken together, the guidance branches of a step.
@@ -96,13 +99,25 @@ class CallStream:
         generator = torch.Generator().manual_seed((self.seed + 7919 * turn) % 2**63)
         mixed = torch.randperm(len(self.units), generator=generator).tolist()
         chosen = [self.units[index] for index in mixed[place * self.together : (place + 1) * self.together]]
-        numbers = sorted(call for unit in chosen for call in unit)
-        found = dict(zip(numbers, self.trajectories.calls(chosen=frozenset(numbers)), strict=True))
+        numbers = [call for unit in chosen for call in unit]
+        found = self._read(numbers) if self._kept is None else self._kept
         alike: dict[Any, list[RecordedCall]] = {}
         branches = len(chosen[0]) * batch_size(found[chosen[0][0]].arguments)
         for unit in chosen:
             alike.setdefault(shapes_of(found[unit[0]].arguments), []).extend(found[call] for call in unit)
         return [_batch(calls, branches) for calls in alike.values()]
+
+    @cached_property
+    def _kept(self) -> dict[int, RecordedCall] | None:
+        """All calls by number, or None where they are too many to be kept."""
+        first = next(iter(self._read(self.units[0]).values()))
+        count = sum(map(len, self.units))
+        if count * bytes_of(first.arguments) > MEMORY:
+            return None
+        return self._read([call for unit in self.units for call in unit])
+
+    def _read(self, numbers: Sequence[int]) -> dict[int, RecordedCall]:
+        return dict(zip(sorted(numbers), self.trajectories.calls(chosen=frozenset(numbers)), strict=True))
 
 
 def units_of(trajectories: Trajectories, conditions: Collection[int] | None = None) -> list[list[int]]:
@@ -120,6 +135,13 @@ def units_of(trajectories: Trajectories, conditions: Collection[int] | None = No
 def batch_size(arguments: Mapping[str, Any]) -> int:
     """Samples in a call: the first dimension of its first tensor, the latents."""
     return next(value.shape[0] for value in arguments.values() if isinstance(value, Tensor))
+
+
+def bytes_of(value: Any) -> int:
+    """Of all tensors among a call's arguments."""
+    if isinstance(value, Mapping):
+        return sum(map(bytes_of, value.values()))
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
 def joined(calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Denoiser:
         """Sum of squares of the samples of each step: float64 [T]."""
         sums = torch.zeros(self.steps, dtype=torch.float64)
         for batch, tensor in zip(self.batches, tensors, strict=True):
-            sums.index_add_(0, batch.steps, tensor.double().square().flatten(1).sum(1))
+            sums.index_add_(0, batch.steps, tensor.double().square().flatten(1).sum(1).cpu())
         return sums
 
     @torch.no_grad()

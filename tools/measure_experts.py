@@ -5,39 +5,34 @@
 `moe` is the pass with its defaults but for `top`; `random` divides the channels at random; `better` lets each feed-forward
 choose; `prune` keeps the channels needed most, `taylor` those of the highest Taylor importance. `depth` drops the same blocks
 at all timesteps and `mob` others in each bin of timesteps, of each stack as `--depth` says. `--steps` are those of `distill`
-behind it. All are measured on held-out prompts that nothing was learned from: the denoiser's error along the original's
-trajectories, and pictures drawn from the same noise: their PSNR, and the distances (lite0-FD) of all of them together to the
-original's and, with `--real`, to as many real pictures of the same captions. `linears` is the share of the parameters of the
-blocks' linears over tokens that one token passes through; `loads` the least and the most of the tokens that an expert gets.
+behind it, from a form that is made once for all of them. All are measured on held-out prompts that nothing was learned from:
+the denoiser's error along the original's trajectories, and pictures drawn from the same noise: their PSNR, and the distances
+(lite0-FD) of all of them together to the original's and, with `--real`, to as many real pictures of the same captions.
+`linears` is the share of the parameters of the blocks' linears over tokens that one token passes through; `loads` the least and
+the most of the tokens that an expert gets. The first `minutes` of a form hold its making.
 """
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-import torch
 
-from ditq.calibration.batches import sampled_batches
-from ditq.calibration.record import record_trajectories
-from ditq.calibration.sampling import SamplingSettings
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
-from ditq.compiler import run_passes
 from ditq.cost_model import Costs, costs_after, costs_before
+from ditq.devices import device_of
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.recipe import Recipe
 from ditq.report.evaluate import heldout_conditions
 from ditq.report.feature_distance import lite0_frechet_distance
 from tools.emoji_data import load_emoji
-from tools.measure_denoiser import Denoiser
+from tools.held_out import Changed, HeldOut, context_of
 from tools.measure_recipes import table
-from tools.peers.draw import Drawn, draw
 
 SHARED, EXPERTS = 0.25, 12
 
@@ -64,7 +59,7 @@ def recipe(
             raise click.UsageError(f"--active {active}: leaves no routed expert; mixtures have at least 0.3125 here")
         given = {"moe": {}, "random": {"split": "random"}, "better": {"choose": "better"}}[form]
         first = [{"moe": {"shared": SHARED, "experts": EXPERTS, "top": top, **given, **settings}}]
-    behind = [{"distill": {"steps": steps, "rate": rate, "batch": batch}}] if steps else []
+    behind = [{"distill": {"steps": steps, "rate": rate, "batch": batch, "precision": "float32"}}] if steps else []
     return Recipe.from_dict({"passes": [*first, *behind]}, f"{form} {active}")
 
 
@@ -88,13 +83,6 @@ def distance(a: np.ndarray, b: np.ndarray) -> str:
     return "" if found is None else f"{found:.1f}"
 
 
-def picture_psnr(original: Drawn, other: Drawn) -> float:
-    """Mean over the pictures, in dB."""
-    a, b = (torch.from_numpy(drawn.pictures).double() for drawn in (original, other))
-    errors = (a - b).square().flatten(1).mean(1).clamp_min(1e-3)
-    return float((10 * torch.log10(255**2 / errors)).mean())
-
-
 @click.command(help=__doc__)
 @click.argument("checkpoint")
 @click.option("--stats", required=True, type=click.Path(path_type=Path), help="Statistics of `ditq calibrate`.")
@@ -111,6 +99,12 @@ def picture_psnr(original: Drawn, other: Drawn) -> float:
 @click.option("--batch", default=16, show_default=True)
 @click.option("--captions", default=16, show_default=True, help="Held-out prompts.")
 @click.option("--seed", default=1000, show_default=True)
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Where pictures are drawn; models learn on a GPU if there is one.",
+)
 def main(
     *,
     checkpoint: str,
@@ -126,18 +120,13 @@ def main(
     batch: int,
     captions: int,
     seed: int,
+    device: str,
 ) -> None:
     opened = Checkpoint.open(checkpoint)
     statistics = Statistics.open(stats, opened.fingerprint())
-    settings = SamplingSettings.for_checkpoint(opened, None, seed, {})
     conditions = list(heldout_conditions(opened, captions))
-    pipeline = opened.load_pipeline()
-    with tempfile.TemporaryDirectory() as folder:
-        recorded = record_trajectories(opened, conditions[:8], settings, Path(folder) / "calls", False)
-        batches = sampled_batches(recorded, 1 << 30, 16)
-        judge = Denoiser(opened.load_model(), batches, recorded.steps, None, None)
-    arguments = dict(settings.arguments)
-    wanted = draw(pipeline, conditions, arguments, seed, 16)
+    held_out = HeldOut(opened, conditions, seed, device_of(device))
+    wanted, context = held_out.wanted, context_of(opened, statistics)
     measured = [("original", wanted.pictures)]
     if real is not None:
         measured.append(("real", real_pictures(real, conditions, wanted.pictures.shape[1])))
@@ -145,22 +134,24 @@ def main(
     rows = []
     for share in map(float, active.split(",")):
         for form in forms.split(","):
+            given = {"samples": samples, "select": select.split(",")}
+            began = time.perf_counter()
+            made = recipe(form, share, 0, given, depth, rate, batch)
+            fresh = DiTGraph(opened.load_model(), example_inputs(opened))
+            linears = active_linears(costs_before(fresh), costs_after(fresh, made))
+            changed = Changed(opened, made.passes, context)
             for count in map(int, steps.split(",")):
-                began = time.perf_counter()
-                given = {"samples": samples, "select": select.split(",")}
-                made = recipe(form, share, count, given, depth, rate, batch)
-                graph = DiTGraph(opened.load_model(), example_inputs(opened))
-                linears = active_linears(costs_before(graph), costs_after(graph, made))
-                reports = run_passes(graph, made, statistics)
+                behind = recipe(form, share, count, given, depth, rate, batch).passes[len(made.passes) :]
+                graph, trained = changed.after(behind)
+                reports = [*changed.reports, *trained]
+                level, drawn = held_out.of(graph.model)
                 minutes = (time.perf_counter() - began) / 60
-                level = judge.figures(graph.model)[1]
-                pipeline.transformer = graph.model
-                drawn = draw(pipeline, conditions, arguments, seed, 16)
+                began = time.perf_counter()
                 local = reports[0].summary.get("mean error")
                 alone = "" if local is None else f"{local:.4f}"
                 figures = [
                     level,
-                    f"{picture_psnr(wanted, drawn):.2f}",
+                    f"{held_out.psnr(drawn):.2f}",
                     *(distance(drawn.pictures, p) for _, p in measured),
                 ]
                 loads = reports[-1].summary.get("least and most of the tokens an expert gets")

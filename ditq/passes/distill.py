@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -29,6 +29,7 @@ from ditq.passes.watched import Watched, fitted_alone, parts_of
 POINTS = 5  # times at which the held-out error is measured on the way
 SHOWN = 200  # points of a loss curve in the report
 WORDS = ("all", "parts", "routers")
+PRECISIONS = ("auto", "float32", "bfloat16")
 ROUTER = "router"  # what a part calls the module that chooses its experts
 
 
@@ -82,6 +83,7 @@ class Distill(Pass):
     feature: float = setting(1.0, "weight of the blocks' outputs; 0 leaves them out")
     balance: float = setting(0.01, "weight of what parts ask for, such as balanced loads")
     guided: bool = setting(True, "the error that counts is that of the branches as guidance joins them")
+    precision: str = setting("auto", "of products while it learns; auto: bfloat16 on GPUs, else float32", PRECISIONS)
     train: list[str] | str = setting(
         ["all"], "what learns: all, parts, routers, or patterns of the names of parameters", words=WORDS
     )
@@ -169,6 +171,12 @@ class _Lesson:
         assert self.context.original is not None
         return self.context.original
 
+    def products(self) -> AbstractContextManager[object]:
+        """Within it products are made in the precision that was chosen."""
+        device, chosen = self.accelerator.device.type, self.settings.precision
+        lower = chosen == "bfloat16" or (chosen == "auto" and device == "cuda")
+        return torch.autocast(device, torch.bfloat16, enabled=lower)
+
     def _parts_of_batch(self, number: int) -> Iterator[tuple[CallBatch, float]]:
         """The batch of that number, on the device; its share of the samples where it could not be joined into one call."""
         batches = self.stream.batch(number)
@@ -185,9 +193,10 @@ class _Lesson:
         def losses(module: nn.Module, number: int) -> dict[str, Tensor]:
             told: list[dict[str, Tensor]] = []
             for batch, share in self._parts_of_batch(number):
-                with torch.no_grad(), self.accelerator.autocast():
-                    _, wanted, _ = teacher(batch.arguments)
-                _, made, _ = module(batch.arguments, teacher.given)
+                with self.products():
+                    with torch.no_grad():
+                        _, wanted, _ = teacher(batch.arguments)
+                    _, made, _ = module(batch.arguments, teacher.given)
                 told.append(_times(regression_losses(made, wanted, list(units.values())), share))
             return _sum(told)
 
@@ -210,13 +219,15 @@ class _Lesson:
         def losses(module: nn.Module, number: int) -> dict[str, Tensor]:
             told: list[dict[str, Tensor]] = []
             for batch, share in self._parts_of_batch(number):
-                with torch.no_grad(), self.accelerator.autocast():
-                    wanted = teacher(batch.arguments)
+                with self.products():
+                    with torch.no_grad():
+                        wanted = teacher(batch.arguments)
+                    made = module(batch.arguments)
                 guidance = guidance_of(batch, sampler)
                 if guidance is not None:
                     guidance = guidance.to(self.accelerator.device)
                 found = distillation_losses(
-                    module(batch.arguments), wanted, energy, guidance, batch.arguments.get(LATENTS),
+                    made, wanted, energy, guidance, batch.arguments.get(LATENTS),
                     settings.feature if blocks else 0.0, settings.balance,
                 )  # fmt: skip
                 told.append(_times(found, share))
@@ -306,13 +317,13 @@ def _on(device: torch.device, *models: nn.Module) -> Iterator[None]:
 
 
 def _accelerator() -> Any:
-    """All processes that `accelerate launch` started, or this one alone; bfloat16 products on GPUs."""
+    """All processes that `accelerate launch` started, or this one alone."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
     on_gpu = torch.cuda.is_available()
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(cpu=not on_gpu, mixed_precision="bf16" if on_gpu else "no", kwargs_handlers=[unused])
+    return Accelerator(cpu=not on_gpu, mixed_precision="no", kwargs_handlers=[unused])
 
 
 def _agreed(accelerator: Any, error: float) -> float:

@@ -128,8 +128,11 @@ class Training:
             with nullcontext() if last else self.accelerator.no_sync(self.module):
                 found = losses(self.module, number)
                 self.accelerator.backward(found["total"] / plan.accumulate)
-            for key, value in found.items():
-                told[key] = told.get(key, 0.0) + float(value.detach()) / plan.accumulate
+            values = torch.stack(
+                [value.detach().float() for value in found.values()]
+            ).tolist()  # one wait for the device
+            for key, value in zip(found, values, strict=True):
+                told[key] = told.get(key, 0.0) + value / plan.accumulate
         if not math.isfinite(told["total"]):
             raise DitqError(
                 f"{self.name}: the loss of step {progress.step + 1} is no number; give a lower rate, or clip less"
@@ -140,8 +143,8 @@ class Training:
         self._optimizer.zero_grad(set_to_none=True)
         keep = plan.ema_at(progress.step)
         with torch.no_grad():
-            for key, parameter in self.parameters.items():
-                progress.average[key].lerp_(parameter, 1 - keep)
+            averages = [progress.average[key] for key in self.parameters]
+            torch._foreach_lerp_(averages, list(self.parameters.values()), 1 - keep)
         return told
 
     @contextmanager
