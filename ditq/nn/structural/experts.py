@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from ditq.nn.sliced import FeedForwardForm, linear_of, sliced
@@ -38,8 +39,8 @@ class MixtureOfExperts(StructuralPart):
     tokens of the highest scores whoever asked, so every slot is used, and a token may get more experts or fewer.
 
     Slots of an expert: ceil(N top capacity / E). What an expert makes is the difference from its mean output, which is in the
-    shared expert's bias, so that a token without it gets the mean. In training the chosen experts' outputs carry a gradient
-    to the router through a gate that is 1 (a straight-through softmax).
+    shared expert's bias, so that a token without it gets the mean. Where gradients are made in training, the chosen experts'
+    outputs carry one to the router through a gate that is 1 (a straight-through softmax).
 
     Sources: Dense2MoE (arXiv 2510.09094), expert choice (Zhou et al., arXiv 2202.09368).
     """
@@ -83,9 +84,10 @@ class MixtureOfExperts(StructuralPart):
         routes = route(scores, self.top, slots, self.choice)
         # Embedding is the lookup of rows: one operator in every runtime, which reads nothing twice.
         rows, lines = routes.rows(), x.reshape(-1, width)
-        made = [expert(F.embedding(row, lines)) for expert, row in zip(self.experts, rows.unbind(1), strict=True)]
-        if self.training:
-            made = self._gated(made, scores, routes)
+        if self.training and torch.is_grad_enabled():
+            made = [(self._made_at_once(rows, lines) * self._gate(scores, routes)[..., None]).flatten(1, 2)]
+        else:
+            made = [expert(F.embedding(row, lines)) for expert, row in zip(self.experts, rows.unbind(1), strict=True)]
         nothing = torch.zeros_like(y[:, :1])
         answers = torch.cat([*made, nothing], dim=1).reshape(-1, width)  # of a sample E C + 1
         last = len(self.experts) * slots
@@ -96,14 +98,24 @@ class MixtureOfExperts(StructuralPart):
             y = y + F.embedding(each, answers)
         return y
 
-    def _gated(self, made: list[Tensor], scores: Tensor, routes: Routes) -> list[Tensor]:
-        """The same values, with a gradient to the router; notes how unequal the load is."""
-        share = scores.softmax(dim=-1)
-        load = torch.bincount(routes.asked.flatten(), minlength=len(made)).to(share) / routes.asked.numel()
-        self._balance_loss = len(made) * (load * share.mean(dim=(0, 1))).sum() - 1
-        gate = share.transpose(1, 2).gather(2, routes.token)  # [B, E, C]
-        gate = 1 + gate - gate.detach()
-        return [values * each[..., None] for values, each in zip(made, gate.unbind(1), strict=True)]
+    def _made_at_once(self, rows: Tensor, lines: Tensor) -> Tensor:
+        """What all experts make of their rows of x, in few large operators, as a GPU needs it to learn fast: [B, E, C, O]."""
+        weights = {
+            name: torch.stack([expert.get_parameter(name) for expert in self.experts])
+            for name, _ in self.experts[0].named_parameters()
+        }
+        given = F.embedding(rows.transpose(0, 1).flatten(1), lines)  # [E, B C, D]
+        made = torch.vmap(lambda own, x: functional_call(self.experts[0], own, (x,)))(weights, given)
+        return made.unflatten(1, (len(rows), -1)).transpose(0, 1)
+
+    def _gate(self, scores: Tensor, routes: Routes) -> Tensor:
+        """Ones [B, E, C] with a gradient to the router; notes how unequal the load is."""
+        share, count = scores.softmax(dim=-1), len(self.experts)
+        asked = routes.asked[..., None] == torch.arange(count, device=scores.device)
+        load = asked.to(share).mean(dim=(0, 1, 2))
+        self._balance_loss = count * (load * share.mean(dim=(0, 1))).sum() - 1
+        gate = share.transpose(1, 2).gather(2, routes.token)
+        return 1 + gate - gate.detach()
 
     def auxiliary_loss(self) -> Tensor | None:
         """E sum_e f_e P_e - 1 of the last forward in training (Fedus et al., arXiv 2101.03961, eq. 4): 0 for equal loads.
