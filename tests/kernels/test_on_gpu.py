@@ -16,7 +16,7 @@ from tests.nn.test_token_attention import converted, sized
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 
-from ditq.kernels.answered_attention import tell_grids  # noqa: E402  triton first
+from ditq.kernels.answered_attention import KINDS, tell_grids  # noqa: E402  triton first
 from ditq.kernels.captured import CapturedCalls  # noqa: E402
 from ditq.kernels.fast_linear import FastLinear  # noqa: E402
 from ditq.kernels.matmul import Product, experts_meaning  # noqa: E402
@@ -28,6 +28,7 @@ from ditq.nn import ActivationFormat, InputTransform  # noqa: E402
 from ditq.nn.structural.linear_attention import LinearAttention  # noqa: E402
 from ditq.nn.structural.local_attention import LocalAttention  # noqa: E402
 from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation  # noqa: E402
+from ditq.numerics.token_layout import Grid, TokenLayout  # noqa: E402
 from ditq.numerics.window import Window  # noqa: E402
 
 FLOAT = ActivationFormat()
@@ -139,3 +140,25 @@ def test_windows_and_linear_attention_compute_their_meaning(kind: Any, settings:
                 grids = tell_grids(fast, tensors)
                 assert relative(captured(tensors, *grids).float().cpu(), meant) < 0.05
     assert len(captured.captured) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (LocalAttention, {"window": Window("circle", 8, 8)}),
+        (LocalAttention, {"window": Window("tiles", 3, 4), "pool": 4}),
+        (LinearAttention, {"features": "softmax"}),
+        (LinearAttention, {"features": "relu", "window": Window("circle", 4, 4)}),
+    ],
+)
+def test_attentions_of_many_blocks_compute_their_meaning(kind: Any, settings: dict[str, Any]) -> None:
+    """Of more than a block of 128 tokens, in two pictures of as many tokens: bfloat16 in and out, and within products."""
+    part = kind("site", TokenLayout(), 2, 64, True, 0, **settings).cuda()
+    for grid in (Grid(77, 40, 24), Grid(77, 24, 40)):
+        generator = torch.Generator("cuda").manual_seed(0)
+        shape = (2, 2, grid.text + grid.image, 64)
+        given = [torch.randn(shape, generator=generator, device="cuda").bfloat16() for _ in range(3)]
+        with torch.no_grad():
+            expected = kind.attention(part, *(tensor.float() for tensor in given), grid, 0.125)
+            found = KINDS[kind](part)(*given, grid, 0.125)
+        assert relative(found.float(), expected) < 1e-2
