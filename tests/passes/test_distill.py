@@ -59,6 +59,7 @@ class Routed(StructuralPart):
     def forward(self, x: Tensor) -> Tensor:
         share = self.router(x)
         if self.training:
+            self.dtype = share.dtype
             self.lost = (share - 0.1).square().mean()
         return self.inside(x) * (1 + share)
 
@@ -126,6 +127,28 @@ def test_what_does_not_help_held_out_conditions_is_dropped(checkpoint: Checkpoin
     assert report.summary["error of the denoiser, dB"] == pytest.approx(report.summary["error before, dB"])
     expected = plain.model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in graph.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_products_have_the_precision_that_was_asked_for(
+    checkpoint: Checkpoint, statistics: Statistics, precision: str, dtype: torch.dtype
+) -> None:
+    graph, report = _distilled(checkpoint, statistics, steps=2, precision=precision)
+    part = graph.model.get_submodule(PLACE)
+    assert isinstance(part, Routed) and part.dtype == dtype
+    assert all(parameter.dtype == torch.float32 for parameter in graph.model.parameters())
+    assert report.curves[-1]["output"] > 0
+
+
+def test_calls_kept_in_memory_are_those_on_disk(statistics: Statistics, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert statistics.folder is not None
+    trajectories = Trajectories.open(statistics.folder / "trajectories")
+    kept = CallStream.of(trajectories, [0, 2], 4).batch(5)
+    monkeypatch.setattr("ditq.calibration.batches.MEMORY", 0)
+    read = CallStream.of(trajectories, [0, 2], 4).batch(5)
+    for a, b in zip(kept, read, strict=True):
+        assert torch.equal(a.steps, b.steps)
+        assert torch.equal(a.arguments["hidden_states"], b.arguments["hidden_states"])
 
 
 def test_an_interrupted_training_resumes_to_the_same_bits(

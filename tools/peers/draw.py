@@ -53,7 +53,7 @@ def draw(
             }
             found = pipeline(prompt=part, generator=generators, output_type="np", **given).images
         pictures.append((np.asarray(found) * 255).round().astype(np.uint8))
-        latents.append(last.latents.float().numpy())
+        latents.append(last.latents.float().cpu().numpy())
     kept = calls.kept
     step = max(1, len(kept) // WATCHED_STEPS)
     return Drawn(np.concatenate(pictures), np.concatenate(latents), kept[::step][:WATCHED_STEPS])
