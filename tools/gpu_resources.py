@@ -21,12 +21,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ditq.kernels import decode, matmul, quantize
+from ditq.kernels import decode, matmul, quantize, tma_matmul
 from ditq.kernels.matmul import Tile
 from ditq.kernels.quantize import Before, Online
 from ditq.kernels.storage import StoredWeight, stack, store, store_carrier
-from ditq.kernels.tuning import tiles
+from ditq.kernels.tuning import brought_tiles, tiles
 from ditq.nn import ActivationFormat, InputTransform
 from ditq.numerics.carrier import E4M3
 from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation
@@ -89,18 +90,29 @@ def _weight(
 
 
 def _product(
-    name: str, stored: StoredWeight, kind: torch.dtype, tile: Tile, capability: int = 80, experts: int = 1
+    name: str,
+    stored: StoredWeight,
+    kind: torch.dtype,
+    tile: Tile,
+    capability: int = 80,
+    experts: int = 1,
+    activation: str = "",
 ) -> Case:
     tokens = 4608
     x = torch.empty(tokens, stored.columns, dtype=kind)
     scale = None if kind == torch.bfloat16 else torch.empty(tokens)
     chosen = torch.empty(experts, SLOTS, dtype=torch.int32) if experts > 1 else None
-    product = matmul.Product(x, scale, stored, torch.empty(stored.rows), chosen=chosen, experts=experts)
+    bias = torch.empty(stored.rows)
+    product = matmul.Product(x, scale, stored, bias, chosen=chosen, experts=experts, activation=activation)
     count, tokens, outputs = product.size
     y = torch.empty(count * tokens, outputs, dtype=torch.bfloat16)
+    label = f"{name}, {tile.tokens} x {tile.outputs}{', weight first' if tile.weight_first else ''}"
+    label += f", {activation}" if activation else ""
+    if tile.brought:
+        values, constants = tma_matmul.arguments(product, y, tile)
+        return Case(f"{label}, by TMA", tma_matmul.tma_matmul_kernel, values, constants, capability)
     values, constants = matmul.arguments(product, y, tile)
-    label = f"{tile.tokens} x {tile.outputs}{', weight first' if tile.weight_first else ''}"
-    return Case(f"{name}, {label}", matmul.matmul_kernel, values, constants, capability)
+    return Case(label, matmul.matmul_kernel, values, constants, capability)
 
 
 def _quantizer(name: str, width: int, full: bool, before: Before, form: ActivationFormat) -> Case:
@@ -133,6 +145,11 @@ def cases(capability: int) -> Iterator[Case]:
     for name, stored, kind, first in weights:
         for tile in tiles(capability, stored.bits, kind):
             yield _product(name, stored, kind, tile, first)
+        if stored.bits == 8:
+            for tile in brought_tiles(capability):
+                yield _product(name, stored, kind, tile, 90)
+                yield _product(name, stored, kind, tile, 90, activation="gelu_tanh")
+    yield _product(weights[0][0], weights[0][1], torch.int8, tiles(capability, 4, torch.int8)[0], activation="gelu_tanh")
     for name, form, kind, first in forms:
         joined = stack([_weight(**form, rows=WIDTH)] * EXPERTS)
         for tile in tiles(capability, joined.bits, kind, EXPERTS):
@@ -168,6 +185,9 @@ def compile_case(case: Case, capability: int) -> tuple[Any, Resources]:
         value = values.get(name)
         if name in constants:
             signature[name] = "constexpr"
+        elif isinstance(value, TensorDescriptor):
+            number = _POINTERS[value.base.dtype].removeprefix("*")
+            signature[name] = f"tensordesc<{number}[{', '.join(map(str, value.block_shape))}]>"
         elif isinstance(value, torch.Tensor):
             signature[name] = _POINTERS[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -201,7 +221,7 @@ def _resources(compiled: Any, capability: int) -> Resources:
 def sources() -> str:
     """Short hash of the kernels' code, so that a table of other kernels is noticed."""
     folder = Path(matmul.__file__).parent
-    names = ("decode.py", "decoding.py", "matmul.py", "quantize.py", "storage.py", "tuning.py")
+    names = ("activation.py", "decode.py", "decoding.py", "matmul.py", "quantize.py", "storage.py", "tma_matmul.py", "tuning.py")
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()[:16]
 
 

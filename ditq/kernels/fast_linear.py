@@ -164,5 +164,5 @@ def stored_product(
     """`ditq::product` of a stored weight."""
     return product(
         x, x_scale, stored.data, stored.tables, stored.multiplier, stored.scale, bias, added, stored.rows, stored.columns,
-        stored.bits, stored.run, stored.group, stored.float8, dtype,
+        stored.bits, stored.run, stored.group, stored.float8, "", dtype,
     )  # fmt: skip

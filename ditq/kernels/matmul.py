@@ -3,6 +3,8 @@
     y = (x w^T) s_x s_w + bias      x and w int8 or FP8, x [M, K] with scales s_x a token, or a token and group of channels
     y = x (w s_w)^T + bias          x bfloat16 [M, K]; scales a row, or a row and group of columns
 
+and the activation of it, where one follows.
+
 With experts it is many such products in one launch, each of some rows of x with the weight of one expert; rows are looked
 up as they are loaded, so that none is ever copied:
 
@@ -21,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from ditq.kernels.activation import activated, activation_meaning
 from ditq.kernels.decoding import decode_nibbles, decode_planes, factor, table_words
 from ditq.kernels.storage import StoredWeight, carrier_meaning, runs_a_span, weight_meaning
 
@@ -28,7 +31,8 @@ from ditq.kernels.storage import StoredWeight, carrier_meaning, runs_a_span, wei
 @dataclass(frozen=True)
 class Tile:
     """How the kernel is laid out: tokens and outputs a program; whether the weight stands first in the product, so that its
-    registers feed the tensor cores of Hopper and Blackwell directly; warps, stages; columns a step for weights of 8 bits."""
+    registers feed the tensor cores of Hopper and Blackwell directly; warps, stages; columns a step for weights of 8 bits;
+    whether the tensor memory accelerator brings the tiles (tma_matmul.py)."""
 
     tokens: int
     outputs: int
@@ -36,6 +40,7 @@ class Tile:
     warps: int = 4
     stages: int = 3
     step: int = 64
+    brought: bool = False
 
 
 @triton.jit
@@ -93,7 +98,7 @@ def matmul_kernel(
     BITS: tl.constexpr, RUN: tl.constexpr, KIND: tl.constexpr, CARRIER8: tl.constexpr, OWN: tl.constexpr,
     MULTIPLIED: tl.constexpr, M_GROUP: tl.constexpr, M_GROUPS: tl.constexpr, W_GROUP: tl.constexpr, W_GROUPS: tl.constexpr,
     X_GROUP: tl.constexpr, X_GROUPS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr, EVEN: tl.constexpr,
-    EXPERTS: tl.constexpr, TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
+    ACTIVATION: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
 ):  # fmt: skip
     """One tile [TOKENS, OUTPUTS] of y [M, N]. KIND: int8, float8 or float inputs; *_GROUP: columns a group, or 0.
 
@@ -172,6 +177,7 @@ def matmul_kernel(
     inside = (slot < M)[:, None] & there[None, :]
     if HAS_ADDED:
         result += tl.load(added + where, mask=inside, other=0.0).to(tl.float32)
+    result = activated(result, ACTIVATION)
     if EXPERTS > 0:
         result = tl.where(here[:, None], result, 0.0)
     tl.store(y + where, result.to(y.dtype.element_ty), mask=inside)
@@ -182,7 +188,8 @@ class Product:
     """Operands of one product, or with `chosen` of one for each sample and expert.
 
     x [M, K] int8 or FP8 with x_scale [M] or [M, G], or bfloat16 without; stored: the weight [N, K], or [E N, K] of E experts
-    one after the other; bias [N] or [E N]; added [M, N], to plain products only; chosen int32 [samples E, C]: rows of x.
+    one after the other; bias [N] or [E N]; added [M, N], to plain products only; chosen int32 [samples E, C]: rows of x;
+    activation: of what comes out, or ''.
     """
 
     x: Tensor
@@ -192,6 +199,7 @@ class Product:
     added: Tensor | None = None
     chosen: Tensor | None = None
     experts: int = 1
+    activation: str = ""
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -227,7 +235,7 @@ def arguments(product: Product, y: Tensor, tile: Tile) -> tuple[list[Tensor | in
         "MULTIPLIED": multiplied, "M_GROUP": stored.group if multiplied else 0, "M_GROUPS": groups if multiplied else 1,
         "W_GROUP": stored.group if stored.scale.dim() == 2 else 0, "W_GROUPS": groups if stored.scale.dim() == 2 else 1,
         "X_GROUP": columns // x_groups if x_groups > 1 else 0, "X_GROUPS": x_groups, "HAS_BIAS": product.bias is not None,
-        "HAS_ADDED": product.added is not None, "EVEN": columns % span == 0,
+        "HAS_ADDED": product.added is not None, "EVEN": columns % span == 0, "ACTIVATION": product.activation,
         "EXPERTS": 0 if chosen is None else product.experts, "TOKENS": tile.tokens, "OUTPUTS": tile.outputs,
         "WEIGHT_FIRST": tile.weight_first, "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
@@ -243,7 +251,12 @@ def launch(product: Product, y: Tensor, tile: Tile) -> None:
 
 
 def matmul_meaning(
-    x: Tensor, x_scale: Tensor | None, stored: StoredWeight, bias: Tensor | None, added: Tensor | None = None
+    x: Tensor,
+    x_scale: Tensor | None,
+    stored: StoredWeight,
+    bias: Tensor | None,
+    added: Tensor | None = None,
+    activation: str = "",
 ) -> Tensor:
     """The product float64 [M, N] in plain torch."""
     if x_scale is None:
@@ -251,7 +264,7 @@ def matmul_meaning(
     else:
         y = F.linear(_scaled(x, x_scale), carrier_meaning(stored).double()) * stored.scale.double()
     y = y if bias is None else y + bias.double()
-    return y if added is None else y + added.double()
+    return activation_meaning(y if added is None else y + added.double(), activation)
 
 
 def _scaled(x: Tensor, x_scale: Tensor) -> Tensor:
@@ -271,5 +284,6 @@ def experts_meaning(product: Product) -> Tensor:
     rows = values[product.chosen.clamp_min(0).long()].unflatten(0, (-1, product.experts))  # [samples, E, C, K]
     y = rows @ weights.transpose(1, 2)
     y = y if product.bias is None else y + product.bias.double().view(1, product.experts, 1, -1)
+    y = activation_meaning(y, product.activation)
     used = (product.chosen >= 0).view(y.shape[:3])[..., None]
     return torch.where(used, y, 0).flatten(0, 2)

@@ -94,16 +94,19 @@ def product(
     run: int,
     group: int,
     float8: bool,
+    activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """y [M, N] of x [M, K]: quantized with its scales, or bfloat16."""
+    """y [M, N] of x [M, K]: quantized with its scales, or bfloat16; with the activation that follows, if one does."""
     stored = StoredWeight(rows, columns, bits, run, data, tables, multiplier, scale, group, float8)
     added = None if added is None else added.contiguous()
-    return computed(Product(x.contiguous(), x_scale, stored, bias, added), dtype)
+    return computed(Product(x.contiguous(), x_scale, stored, bias, added, activation=activation), dtype)
 
 
 @product.register_fake
-def _(x, x_scale, data, tables, multiplier, scale, bias, added, rows, columns, bits, run, group, float8, dtype):  # type: ignore[no-untyped-def]
+def _(
+    x, x_scale, data, tables, multiplier, scale, bias, added, rows, columns, bits, run, group, float8, activation, dtype
+):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], rows), dtype=dtype)
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 import triton
 from torch import Tensor
-from torch.nn import functional as F
 
-from ditq.kernels import matmul
+from ditq.kernels import matmul, tma_matmul
 from ditq.kernels.decode import decode_into
+from ditq.kernels.library import library_product
 from ditq.kernels.matmul import Product
 from ditq.kernels.storage import StoredWeight, store_carrier
 from ditq.kernels.tuning import INTERPRETED, Tuner, Way
@@ -26,35 +26,21 @@ def computed(product: Product, dtype: torch.dtype) -> Tensor:
     """y in `dtype`: [M, N], or [samples E C, N] of experts."""
     count, tokens, outputs = product.size
     y = torch.empty(count * tokens, outputs, dtype=dtype, device=product.x.device)
-    if len(y):
-        _run(_way(product, y), product, y)
-    return y
+    return _run(_way(product, dtype), product, y) if len(y) else y
 
 
-def _run(way: Way, product: Product, y: Tensor) -> None:
+def _run(way: Way, product: Product, y: Tensor) -> Tensor:
+    """The product, by a kernel into y, or by the library beside it."""
     stored = product.stored
     if way.decoded:
-        full = scratch(stored, torch.bfloat16 if way.library else (E4M3 if stored.float8 else torch.int8))
+        full = scratch(stored, torch.bfloat16 if product.x_scale is None else E4M3 if stored.float8 else torch.int8)
         decode_into(stored, full)
-        if way.library:
-            y.copy_(_by_library(product, full))
-            return
-        product = replace(product, stored=store_carrier(full, stored.scale))
-    matmul.launch(product, y, way.tile)
-
-
-def _by_library(product: Product, full: Tensor) -> Tensor:
-    """The vendor's product with a weight in full, bfloat16 [N, K] or [E N, K]."""
-    if product.chosen is None:
-        result = F.linear(product.x, full).float()
-        result = result if product.bias is None else result + product.bias
-        return result if product.added is None else result + product.added
-    count, slots, outputs = product.size
-    samples, experts = count // product.experts, product.experts
-    rows = product.x[product.chosen.clamp_min(0)].view(samples, experts, slots, -1)
-    result = (rows @ full.view(experts, outputs, -1).transpose(1, 2)).float()
-    result = result if product.bias is None else result + product.bias.view(experts, 1, outputs)
-    return torch.where((product.chosen >= 0).view(samples, experts, slots, 1), result, 0).view(-1, outputs)
+        if not way.library:
+            product = replace(product, stored=store_carrier(full, stored.scale))
+    if way.library:
+        return library_product(product, full if way.decoded else stored.data).to(y.dtype)
+    (tma_matmul if way.tile.brought else matmul).launch(product, y, way.tile)
+    return y
 
 
 def scratch(stored: StoredWeight, dtype: torch.dtype) -> Tensor:
@@ -72,14 +58,14 @@ def _tuner(device: torch.device) -> Tuner:
     return Tuner(torch.cuda.get_device_name(device), 10 * major + minor)
 
 
-def _way(product: Product, y: Tensor) -> Way:
+def _way(product: Product, dtype: torch.dtype) -> Way:
     if product.x.device.type == "cpu":
         return INTERPRETED
+    count, tokens, outputs = product.size
 
     def run(way: Way) -> Tensor:
-        y.fill_(torch.nan)
-        _run(way, product, y)
-        return y
+        y = torch.full((count * tokens, outputs), torch.nan, dtype=dtype, device=product.x.device)
+        return _run(way, product, y)
 
     def right(found: Tensor) -> bool:
         part, meaning = _checked(product, found)
@@ -88,9 +74,16 @@ def _way(product: Product, y: Tensor) -> Way:
         return bool(found.isfinite().all()) and float(error) < 1e-2
 
     return _tuner(product.x.device).way(
-        product.stored, product.x.dtype, product.tokens, product.experts, run, right,
+        product.stored, product.x.dtype, product.tokens, product.experts, _whole_rows(product), product.activation, run, right,
         lambda call: triton.testing.do_bench(call, warmup=5, rep=20),
     )  # fmt: skip
+
+
+def _whole_rows(product: Product) -> bool:
+    """Whether it is one product of rows that TMA and the library can take, with a scale a token and a row."""
+    stored, scales = product.stored, product.x_scale
+    plain = product.chosen is None and scales is not None and scales.dim() == 1 and stored.scale.dim() == 1
+    return plain and stored.columns % 16 == 0 and stored.rows % 16 == 0
 
 
 def _checked(product: Product, found: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,4 +95,7 @@ def _checked(product: Product, found: Tensor) -> tuple[Tensor, Tensor]:
         return found.view(count, slots, outputs)[:, few].reshape(-1, outputs), matmul.experts_meaning(part)
     scales = None if product.x_scale is None else product.x_scale[few]
     added = None if product.added is None else product.added[few]
-    return found[few], matmul.matmul_meaning(product.x[few], scales, product.stored, product.bias, added)
+    meaning = matmul.matmul_meaning(
+        product.x[few], scales, product.stored, product.bias, added, product.activation
+    )
+    return found[few], meaning

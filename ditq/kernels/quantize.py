@@ -8,8 +8,8 @@
 
 A program takes one token, as a matrix Z [a, b] in registers. R is a block step, Z M_1 with one matrix for the b channels of
 each row (of the rows of a range), or two with the stride between them, (Z M_1)^T M_2, a full Hadamard rotation. Matrices of
-signs are exact in bfloat16; z is then cut into two bfloat16 parts, or one where it is bfloat16 already, so that the products
-with them lose nothing that matters to an 8-bit step.
+signs are exact in bfloat16 and in TF32, in which the tensor cores multiply: z loses nothing where it is bfloat16 already, and
+else keeps 11 bits, so that what rounding to 8 bits adds is more than a hundred times the error.
 
 `quantize_meaning` is the same in plain torch.
 """
@@ -26,13 +26,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from ditq.kernels.activation import activated, activation_meaning
 from ditq.nn.input_transform import InputTransform
 from ditq.numerics.activation_format import FLOAT, ActivationFormat
 from ditq.numerics.carrier import E4M3
 from ditq.numerics.rotation import BlockStep, PermuteStep, Rotation
 from ditq.numerics.uniform import SMALLEST_SCALE
 
-ACTIVATIONS = ("", "gelu_tanh", "gelu", "silu")
 _SMALLEST = tl.constexpr(SMALLEST_SCALE)
 _WIDEST = 32768  # numbers of a padded token that a program's registers hold
 _WIDEST_FULL = 8192  # the same where it is multiplied from both sides
@@ -127,27 +127,14 @@ def _is_full(rotation: Rotation) -> bool:
 
 
 @triton.jit
-def _activated(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "gelu_tanh":  # tanh(t) = 1 - 2 / (1 + e^2t)
-        t = 0.7978845608028654 * (z + 0.044715 * z * z * z)
-        z = z * (1.0 - 1.0 / (1.0 + tl.exp(2.0 * t)))
-    elif ACTIVATION == "gelu":
-        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    elif ACTIVATION == "silu":
-        z = z / (1.0 + tl.exp(-z))
-    return z
-
-
-@triton.jit
-def _rotated(z, matrix, SIGNS: tl.constexpr, PARTS: tl.constexpr):
-    """z [a, b] times matrix [b, b], float32."""
-    if SIGNS:
-        high = z.to(tl.bfloat16)
-        product = tl.dot(high, matrix)
-        if PARTS == 2:
-            product = tl.dot((z - high.to(tl.float32)).to(tl.bfloat16), matrix, product)
+def _rotated(z, matrix, SIGNS: tl.constexpr, EXACT: tl.constexpr):
+    """z [a, b] times matrix [b, b], float32. EXACT: z is bfloat16."""
+    if SIGNS and EXACT:
+        product = tl.dot(z, matrix)
+    elif SIGNS:
+        product = tl.dot(z.to(tl.float32), matrix.to(tl.float32), input_precision="tf32")
     else:
-        product = tl.dot(z, matrix, input_precision="tf32x3")
+        product = tl.dot(z.to(tl.float32), matrix, input_precision="tf32x3")
     return product
 
 
@@ -158,71 +145,94 @@ def _nearest(x):
 
 
 @triton.jit
-def quantize_kernel(
-    x, gamma, beta, inverse_scale, shift, first, second, calibrated, q, scales, kept,
-    size, epsilon, divisor, offset, maximum, tokens_a_sample,
-    n: tl.constexpr, a: tl.constexpr, b: tl.constexpr, A: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr,
-    GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
-    STEPS: tl.constexpr, SIGNS: tl.constexpr, PARTS: tl.constexpr, START: tl.constexpr, STOP: tl.constexpr,
-    GRID: tl.constexpr, GRANULARITY: tl.constexpr, KEEP: tl.constexpr,
+def _places(chunk, a: tl.constexpr, b: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr):
+    """(rows [ROWS, 1] of Z in a chunk, their channels, which of them there are)."""
+    i, j = chunk * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, B)[None, :]
+    return i, i * b + j, (i < a) & (j < b)
+
+
+@triton.jit
+def _moments(
+    x, epsilon, n: tl.constexpr, a: tl.constexpr, b: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr
 ):  # fmt: skip
-    """One token. A, B: a and b padded to powers of two. GRID '': nothing is quantized, only `kept` is written."""
-    token = tl.program_id(0).to(tl.int64)
-    i, j = tl.arange(0, A)[:, None], tl.arange(0, B)[None, :]
-    channel = i * b + j
-    inside = (i < a) & (j < b)
-    z = tl.load(x + token * n + channel, mask=inside, other=0.0).to(tl.float32)
-    if NORM:
+    """(mean, 1 / standard deviation) of a token, as a layer norm has them."""
+    total = tl.zeros((ROWS, B), tl.float32)
+    if CHUNKS == 1:
+        _, channel, inside = _places(0, a, b, ROWS, B)
+        z = tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)
         mean = tl.sum(tl.sum(z, 1), 0) / n
         z = tl.where(inside, z - mean, 0.0)
-        z = z * tl.rsqrt(tl.sum(tl.sum(z * z, 1), 0) / n + epsilon)
-    sample = token // tokens_a_sample
+        total += z * z
+    else:
+        for chunk in range(CHUNKS):
+            _, channel, inside = _places(chunk, a, b, ROWS, B)
+            total += tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.sum(tl.sum(total, 1), 0) / n
+        total = tl.zeros((ROWS, B), tl.float32)
+        for chunk in range(CHUNKS):
+            _, channel, inside = _places(chunk, a, b, ROWS, B)
+            z = tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)
+            z = tl.where(inside, z - mean, 0.0)
+            total += z * z
+    return mean, tl.rsqrt(tl.sum(tl.sum(total, 1), 0) / n + epsilon)
+
+
+@triton.jit
+def _moved(
+    z, i, channel, inside, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
+    n: tl.constexpr, a: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr,
+    SCALED: tl.constexpr, SHIFTED: tl.constexpr, STEPS: tl.constexpr, SIGNS: tl.constexpr, EXACT: tl.constexpr,
+    START: tl.constexpr, STOP: tl.constexpr,
+):  # fmt: skip
+    """Rows of the token as they came -> as they are after the first step of the rotation, or without one after all of it."""
+    if not EXACT:
+        z = z.to(tl.float32)
+    if NORM:
+        z = tl.where(inside, (z.to(tl.float32) - mean) * spread, 0.0)
     if GAMMA:
         z = z * (1.0 + tl.load(gamma + sample * n + channel, mask=inside, other=0.0).to(tl.float32))
     if BETA:
         z = z + tl.load(beta + sample * n + channel, mask=inside, other=0.0).to(tl.float32)
-    z = _activated(z, ACTIVATION)
+    if ACTIVATION != "":
+        z = activated(z.to(tl.float32), ACTIVATION)
     if SCALED:
         z = z * tl.load(inverse_scale + channel, mask=inside, other=0.0)
     if SHIFTED:
         z = z - tl.load(shift + channel, mask=inside, other=0.0)
-    if STEPS > 0:
-        p, r = tl.arange(0, B)[:, None], tl.arange(0, B)[None, :]
-        matrix = tl.load(first + p * b + r, mask=(p < b) & (r < b), other=0.0)
-        rotated = _rotated(z, matrix, SIGNS, PARTS)
-        if STEPS == 2:
-            p, r = tl.arange(0, A)[:, None], tl.arange(0, A)[None, :]
-            matrix = tl.load(second + p * a + r, mask=(p < a) & (r < a), other=0.0)
-            z = _rotated(rotated.T, matrix, SIGNS, 2) * size
-            i, j = tl.arange(0, B)[:, None], tl.arange(0, A)[None, :]
-            channel = i * a + j
-            inside = (i < b) & (j < a)
-        elif START == 0 and STOP == a:
-            z = rotated * size
+    if STEPS == 2:
+        z = _rotated(z, matrix, SIGNS, EXACT)
+    elif STEPS == 1:
+        rotated = _rotated(z, matrix, SIGNS, EXACT) * size
+        if START == 0 and STOP == a:
+            z = rotated
         else:
-            z = tl.where((i >= START) & (i < STOP), rotated * size, z)
+            z = tl.where((i >= START) & (i < STOP), rotated, z.to(tl.float32))
+    return z.to(tl.float32)
+
+
+@triton.jit
+def _magnitude(z, inside, offset, GRID: tl.constexpr):
+    """What the largest of decides on the scale of a token."""
+    return tl.where(inside, z + offset, float("-inf")) if GRID == "unsigned" else tl.abs(z)
+
+
+@triton.jit
+def _written(
+    z, channel, inside, row, there, token, s, q, scales, kept, offset, maximum, n: tl.constexpr, a: tl.constexpr,
+    GRID: tl.constexpr, GRANULARITY: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Store rows of the transformed token, and their numbers at scale s, one for all or with groups [ROWS] one a row."""
     if KEEP:
         tl.store(kept + token * n + channel, z.to(kept.dtype.element_ty), mask=inside)
     if GRID != "":
         if GRID == "unsigned":
             z = tl.where(inside, z + offset, 0.0)
-            magnitude = tl.where(inside, z, float("-inf"))
-        else:
-            magnitude = tl.abs(z)
-        if GRANULARITY == "token":
-            s = tl.maximum(tl.max(tl.max(magnitude, 1), 0) / divisor, _SMALLEST)
-        elif GRANULARITY == "group":
-            s = tl.maximum(tl.max(magnitude, 1) / divisor, _SMALLEST)
-        else:
-            s = tl.load(calibrated)
         if GRANULARITY == "group":
             steps = z * (1.0 / s)[:, None]
         else:
             steps = z * (1.0 / s)
-        unit = s
         if GRID == "midrise":
             number = 2.0 * _nearest(tl.minimum(tl.maximum(steps - 0.5, -maximum), maximum - 1.0)) + 1.0
-            unit = s * 0.5
         elif GRID == "unsigned":
             number = _nearest(tl.minimum(tl.maximum(steps, 0.0), maximum))
         elif GRID == "float8_e4m3":
@@ -231,10 +241,68 @@ def quantize_kernel(
             number = _nearest(tl.minimum(tl.maximum(steps, -maximum), maximum))
         tl.store(q + token * n + channel, number.to(q.dtype.element_ty), mask=inside)
         if GRANULARITY == "group":
-            row = tl.arange(0, A)
-            tl.store(scales + token * a + row, unit, mask=row < a)
+            tl.store(scales + token * a + row, s * 0.5 if GRID == "midrise" else s, mask=there)
+
+
+@triton.jit
+def quantize_kernel(
+    x, gamma, beta, inverse_scale, shift, first, second, calibrated, q, scales, kept,
+    size, epsilon, divisor, offset, maximum, tokens_a_sample,
+    n: tl.constexpr, a: tl.constexpr, b: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr,
+    GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
+    STEPS: tl.constexpr, SIGNS: tl.constexpr, EXACT: tl.constexpr, START: tl.constexpr, STOP: tl.constexpr,
+    GRID: tl.constexpr, GRANULARITY: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """One token, in chunks of ROWS rows of b channels. B: b padded to a power of two. GRID '': only `kept` is written.
+
+    A token of several chunks is read, from the cache, and transformed once more for each thing that must be known of all of
+    it; that costs less than registers for the whole token would, as the few tokens that then fit wait for memory.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    sample = token // tokens_a_sample
+    CHUNKS: tl.constexpr = (a + ROWS - 1) // ROWS
+    matrix = 0.0
+    if STEPS > 0:
+        p, r = tl.arange(0, B)[:, None], tl.arange(0, B)[None, :]
+        matrix = tl.load(first + p * b + r, mask=(p < b) & (r < b), other=0.0)
+    mean, spread = 0.0, 1.0
+    if NORM:
+        mean, spread = _moments(x + token * n, epsilon, n, a, b, CHUNKS, ROWS, B)
+    s = 1.0
+    if GRANULARITY == "tensor":
+        s = tl.load(calibrated)
+    if CHUNKS > 1 and GRANULARITY == "token":
+        largest = tl.full((ROWS, B), float("-inf"), tl.float32)
+        for chunk in range(CHUNKS):
+            i, channel, inside = _places(chunk, a, b, ROWS, B)
+            z = tl.load(x + token * n + channel, mask=inside, other=0.0)
+            z = _moved(z, i, channel, inside, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
+                       n, a, NORM, GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, EXACT, START, STOP)  # fmt: skip
+            largest = tl.maximum(largest, _magnitude(z, inside, offset, GRID))
+        s = tl.maximum(tl.max(tl.max(largest, 1), 0) / divisor, _SMALLEST)
+    for chunk in range(CHUNKS):
+        i, channel, inside = _places(chunk, a, b, ROWS, B)
+        z = tl.load(x + token * n + channel, mask=inside, other=0.0)
+        z = _moved(z, i, channel, inside, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
+                   n, a, NORM, GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, EXACT, START, STOP)  # fmt: skip
+        if STEPS == 2:
+            k, c = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
+            other = tl.load(second + k * a + c, mask=(k < a) & (c < a), other=0.0)
+            z = _rotated(z.T, other, SIGNS, False) * size
+            i, j = tl.arange(0, B)[:, None], tl.arange(0, ROWS)[None, :]  # it lies transposed now
+            channel, inside = i * a + j, (i < b) & (j < a)
+        if CHUNKS == 1 and GRANULARITY == "token":
+            s = tl.maximum(tl.max(tl.max(_magnitude(z, inside, offset, GRID), 1), 0) / divisor, _SMALLEST)
+        row = chunk * ROWS + tl.arange(0, ROWS)
+        if GRANULARITY == "group":
+            each = tl.maximum(tl.max(_magnitude(z, inside, offset, GRID), 1) / divisor, _SMALLEST)
+            _written(z, channel, inside, row, row < a, token, each, q, scales, kept, offset, maximum, n, a, GRID, GRANULARITY,
+                     KEEP)  # fmt: skip
         else:
-            tl.store(scales + token, unit)
+            _written(z, channel, inside, row, row < a, token, s, q, scales, kept, offset, maximum, n, a, GRID, GRANULARITY,
+                     KEEP)  # fmt: skip
+    if GRANULARITY != "group" and GRID != "":
+        tl.store(scales + token, s * 0.5 if GRID == "midrise" else s)
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,6 +319,25 @@ class Before:
     epsilon: float = 1e-6
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How a token is cut: rows of Z a chunk, warps that share one, stages of its loads."""
+
+    rows: int
+    warps: int
+    stages: int = 1
+
+
+def cut_of(plan: Online) -> Cut:
+    """What was fastest on an H200: up to 4096 channels a chunk and 32 a thread; a full rotation needs its token whole."""
+    b = max(triton.next_power_of_2(plan.b), 16)
+    rows = max(triton.next_power_of_2(plan.a), 16)
+    if plan.second is not None:
+        return Cut(rows, max(1, min(4, rows * b // 1024)))  # more warps would spill
+    rows = min(rows, max(4096 // b, 16))
+    return Cut(rows, max(1, min(8, rows * b // 1024)), 1 if rows >= plan.a else 3)
+
+
 def arguments(
     x: Tensor,
     tokens_a_sample: int,
@@ -259,6 +346,7 @@ def arguments(
     q: Tensor | None,
     scales: Tensor | None,
     kept: Tensor | None,
+    cut: Cut | None = None,
 ) -> tuple[list[Tensor | int | float], dict[str, object]]:
     """(what the kernel takes, what it is compiled for) for tokens x [M, n]."""
     form = plan.form
@@ -274,17 +362,17 @@ def arguments(
         float(form.maximum if q is not None else 1),
         tokens_a_sample,
     ]
-    A, B = max(triton.next_power_of_2(plan.a), 16), max(triton.next_power_of_2(plan.b), 16)
+    cut, B = cut or cut_of(plan), max(triton.next_power_of_2(plan.b), 16)
     untouched = not (before.norm or before.activation or before.gamma is not None or before.beta is not None)
     exact = x.dtype == torch.bfloat16 and untouched and plan.inverse_scale is None and plan.shift is None
-    warps = min(16 if plan.second is None else 4, A * B // 1024)  # of the latter, more warps would spill
     constants = {
-        "n": plan.width, "a": plan.a, "b": plan.b, "A": A, "B": B, "NORM": before.norm, "GAMMA": before.gamma is not None,
+        "n": plan.width, "a": plan.a, "b": plan.b, "ROWS": cut.rows, "B": B, "NORM": before.norm,
+        "GAMMA": before.gamma is not None,
         "BETA": before.beta is not None, "ACTIVATION": before.activation, "SCALED": plan.inverse_scale is not None,
         "SHIFTED": plan.shift is not None, "STEPS": (plan.first is not None) + (plan.second is not None),
-        "SIGNS": plan.first is not None and plan.first.dtype == torch.bfloat16, "PARTS": 1 if exact else 2,
+        "SIGNS": plan.first is not None and plan.first.dtype == torch.bfloat16, "EXACT": exact,
         "START": plan.start, "STOP": plan.stop, "GRID": grid, "GRANULARITY": form.granularity, "KEEP": kept is not None,
-        "num_warps": max(1, warps), "num_stages": 1,
+        "num_warps": cut.warps, "num_stages": cut.stages,
     }  # fmt: skip
     return values, constants
 
@@ -297,9 +385,10 @@ def launch(
     q: Tensor | None,
     scales: Tensor | None,
     kept: Tensor | None,
+    cut: Cut | None = None,
 ) -> None:
     """Fill q [M, n] and scales [M], or [M, G] for groups of channels, and `kept` [M, n], the transformed input."""
-    values, constants = arguments(x, tokens_a_sample, before, plan, q, scales, kept)
+    values, constants = arguments(x, tokens_a_sample, before, plan, q, scales, kept, cut)
     quantize_kernel[(x.shape[0],)](*values, **constants)
 
 
@@ -316,9 +405,7 @@ def before_meaning(x: Tensor, tokens_a_sample: int, before: Before) -> Tensor:
     sample = torch.arange(len(z), device=z.device) // tokens_a_sample
     z = z if before.gamma is None else z * (1 + before.gamma.double()[sample])
     z = z if before.beta is None else z + before.beta.double()[sample]
-    if before.activation == "silu":
-        return F.silu(z)
-    return F.gelu(z, approximate="tanh" if before.activation == "gelu_tanh" else "none") if before.activation else z
+    return activation_meaning(z, before.activation)
 
 
 def quantize_meaning(

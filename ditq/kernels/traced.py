@@ -1,12 +1,13 @@
 """Each block of a denoiser as a traced graph for the GPU: inputs quantized once, norm, modulation, activation in that kernel.
 
-torch.compile traces a block's forward, whole or not at all, into a graph of torch's functions, one for all equal blocks. Three
+torch.compile traces a block's forward, whole or not at all, into a graph of torch's functions, one for all equal blocks. Four
 rewrites of it are done before its own compiler goes on:
 
     1. Of several `ditq::quantized` with the same arguments, as q, k and v have them, one is left.
-    2. What makes such an input goes into the kernel: gelu(z) and the like, layer_norm(z), and layer_norm(z) (1 + gamma) + beta
-       with gamma and beta of each sample. The kernel then reads z in its place. What others read as well stays in the graph.
-    3. An attention that a part answers for becomes the part's operator (answered_attention.py).
+    2. gelu and the like behind a `ditq::product` that nothing else reads goes into that kernel.
+    3. What makes a quantized input goes into its kernel: an activation, layer_norm(z), layer_norm(z) (1 + gamma) + beta with
+       gamma and beta of each sample. The kernel then reads z in its place. What others read as well stays in the graph.
+    4. An attention that a part answers for becomes the part's operator (answered_attention.py).
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from ditq.kernels.blocks import Forward, blocks_of, in_blocks
 Compiler = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
 
 _X, _GAMMA, _BETA, _NORM, _EPSILON, _ACTIVATION = 0, 1, 2, 8, 9, 10  # places in the arguments of ditq::quantized
+_BEHIND = 14  # place of the activation in those of ditq::product
 _SAME = {"to", "contiguous", "float", "type_as"}
 
 
 def rewrite(graph: fx.GraphModule, sites: Sequence[str] = ()) -> fx.GraphModule:
     """All rewrites, in place. sites: the modules within the block whose attentions parts answer for, in the parts' order."""
     share_inputs(graph)
+    fuse_behind(graph)
     fuse_before(graph)
     put_answers(graph, sites)
     graph.graph.eliminate_dead_code()
@@ -54,6 +57,23 @@ def share_inputs(graph: fx.GraphModule) -> None:
         if kept is not node:
             node.replace_all_uses_with(kept)
             graph.graph.erase_node(node)
+
+
+def fuse_behind(graph: fx.GraphModule) -> None:
+    """Take activations into the products that they follow."""
+    for product in graph.graph.find_nodes(op="call_function", target=torch.ops.ditq.product.default):
+        last = product
+        while len(last.users) == 1 and _is_view(user := next(iter(last.users)), last):
+            last = user
+        user = next(iter(last.users)) if len(last.users) == 1 else None
+        if user is not None and (activation := _activation(user)) and user.args[0] is last:
+            product.args = (*product.args[:_BEHIND], activation, *product.args[_BEHIND + 1 :])
+            user.replace_all_uses_with(last)
+            graph.graph.erase_node(user)
+
+
+def _is_view(node: fx.Node, of: fx.Node) -> bool:
+    return node.op == "call_method" and node.target in _SAME | {"view", "reshape"} and node.args[0] is of
 
 
 def fuse_before(graph: fx.GraphModule) -> None:

@@ -1,8 +1,8 @@
 """Which way a product runs: measured on the GPU at hand, once a shape, and kept for later runs.
 
 A way is a tile of the kernel that decodes as it multiplies, or of the product of 8 bits after the weight was written out in
-full (decode.py), which pays for many tokens. Each is compared with the plain meaning before its time is taken: one that a
-compiler got wrong is never used.
+full (decode.py), which pays for many tokens; or that product by the vendor's library. Each is compared with the plain meaning
+before its time is taken: one that a compiler got wrong is never used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MANY = 256  # tokens from which it may pay to write the weight out in full
 
 @dataclass(frozen=True)
 class Way:
-    """tile: of the product. decoded: whether the weight is written out first. library: the vendor's bfloat16 product."""
+    """tile: of the product. decoded: whether the weight is written out first. library: the vendor's product (library.py)."""
 
     tile: Tile
     decoded: bool = False
@@ -38,35 +38,46 @@ class Way:
 
 
 INTERPRETED = Way(Tile(32, 64))
+_NO_TILE = Tile(0, 0)
 
 
 def tiles(capability: int, bits: int, kind: torch.dtype, experts: int = 1) -> list[Tile]:
-    """Tiles tried on a GPU of that compute capability (90 for 9.0), best guess first."""
+    """Tiles of the kernel of matmul.py tried on a GPU of that compute capability (90 for 9.0), best guess first."""
     hopper = 90 <= capability < 120  # RTX 50, 12.0, has the tensor cores and the shared memory of Ada
     if kind == torch.bfloat16:
         return [Tile(16, 32, False, 4, 4), Tile(16, 64, False, 4, 4), Tile(64, 64, False, 4, 3)]
     if bits == 8:
         step = 128 if hopper else 64
-        common = [Tile(128, 128, False, 8, 4, step), Tile(64, 128, False, 4, 4, step)]
-        wide = Tile(128, 256, False, 8, 3, step)
-        return [wide, *common] if 90 <= capability < 100 and kind != E4M3 else common
+        return [Tile(64, 128, False, 4, 4, step), Tile(128, 128, False, 8, 4, step)]
     if bits == 4:
-        other = Tile(256, 64, True, 8, 3) if hopper and kind != E4M3 else Tile(128, 64, False, 4, 3)
-        return [Tile(128, 128, hopper, 8, 3), other, Tile(64, 64, hopper, 4, 3)]
-    planes = [Tile(128, 128, hopper, 8, 2), Tile(128, 64, hopper, 8 if hopper else 4, 2), Tile(64, 64, hopper, 4, 2)]
+        return [Tile(128, 128, hopper, 8, 3), Tile(64, 64, hopper, 4, 3)] + [Tile(128, 64, False, 4, 3)] * (not hopper)
+    planes = [Tile(128, 128, hopper, 8, 2), Tile(64, 64, hopper, 4, 2)] + [Tile(128, 64, False, 4, 2)] * (not hopper)
     # With the rows of experts to look up, the largest tile would take more registers than Ampere has.
     return planes[1:] if experts > 1 and capability < 89 else planes
 
 
-def ways(capability: int, bits: int, kind: torch.dtype, tokens: int, experts: int = 1) -> list[Way]:
-    """What is tried for that many tokens."""
+def brought_tiles(capability: int) -> list[Tile]:
+    """Tiles of tma_matmul.py; two programs of the first fit on a multiprocessor."""
+    if capability < 90:
+        return []
+    return [Tile(128, 128, False, 4, 3, 128, True), Tile(64, 128, False, 4, 4, 128, True)]
+
+
+def ways(
+    capability: int, bits: int, kind: torch.dtype, tokens: int, experts: int = 1, whole_rows: bool = False
+) -> list[Way]:
+    """What is tried for that many tokens. whole_rows: of a plain product of 8-bit inputs with a scale a token and a row."""
     found = [Way(tile) for tile in tiles(capability, bits, kind, experts)]
-    if tokens >= MANY:
-        if kind == torch.bfloat16:
-            found.append(Way(Tile(0, 0), decoded=True, library=True))
-        elif bits < 8:
-            found += [Way(tile, decoded=True) for tile in tiles(capability, 8, kind, experts)]
-    return found
+    if tokens < MANY:
+        return found
+    if kind == torch.bfloat16:
+        return [*found, Way(_NO_TILE, decoded=True, library=True)]
+    decoded = bits < 8
+    of_rows = [Way(tile, decoded) for tile in brought_tiles(capability)] if whole_rows else []
+    if whole_rows and kind == E4M3 and capability >= 89:
+        of_rows.append(Way(_NO_TILE, decoded, library=True))
+    plain = [Way(tile, decoded=True) for tile in tiles(capability, 8, kind, experts)] if decoded else []
+    return [*of_rows, *found, *plain]
 
 
 def bucket(tokens: int) -> int:
@@ -75,11 +86,14 @@ def bucket(tokens: int) -> int:
     return power * 3 // 4 if power >= 4 and tokens <= power * 3 // 4 else power
 
 
-def label(stored: StoredWeight, kind: torch.dtype, tokens: int, experts: int = 1) -> str:
+def label(
+    stored: StoredWeight, kind: torch.dtype, tokens: int, experts: int = 1, whole_rows: bool = False, activation: str = ""
+) -> str:
     """What a way is kept under."""
     form = [name for name, given in ((f"{experts} experts", experts > 1), ("rows", stored.table_a_row),
                                      ("multipliers", stored.multiplier is not None),
-                                     ("scales", stored.scale.dim() == 2)) if given]  # fmt: skip
+                                     ("scales", stored.scale.dim() == 2), ("plain", whole_rows),
+                                     (activation, activation)) if given]  # fmt: skip
     shape = f"{bucket(tokens)}x{stored.rows // experts}x{stored.columns}"
     return " ".join([f"w{stored.bits}", str(kind).removeprefix("torch."), shape, *form])
 
@@ -100,21 +114,22 @@ class Tuner:
         self.known: dict[str, Way] = _read(self.path)
 
     def way(
-        self, stored: StoredWeight, kind: torch.dtype, tokens: int, experts: int, run: Callable[[Way], Tensor],
-        right: Callable[[Tensor], bool], cost: Callable[[Callable[[], object]], float],
+        self, stored: StoredWeight, kind: torch.dtype, tokens: int, experts: int, whole_rows: bool, activation: str,
+        run: Callable[[Way], Tensor], right: Callable[[Tensor], bool], cost: Callable[[Callable[[], object]], float],
     ) -> Way:  # fmt: skip
         """The fastest way whose result is right.
 
-        tokens: that one weight is multiplied with; experts: whose weights are in `stored`; run: compute with a way; right:
-        whether what it gave is the product; cost: the time that a call takes.
+        tokens: that one weight is multiplied with; experts: whose weights are in `stored`; whole_rows: as for `ways`;
+        activation: that follows; run: compute with a way; right: whether what it gave is the product; cost: the time that a
+        call takes.
 
         Raises:
             DitqError: no way gives the right result on this GPU.
         """
-        key = label(stored, kind, tokens, experts)
+        key = label(stored, kind, tokens, experts, whole_rows, activation)
         if key not in self.known:
             times: dict[Way, float] = {}
-            for way in ways(self.capability, stored.bits, kind, tokens, experts):
+            for way in ways(self.capability, stored.bits, kind, tokens, experts, whole_rows):
                 try:
                     correct = right(run(way))
                 except triton.runtime.OutOfResources:  # a tile for a larger GPU of the same generation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ditq.kernels import tma_matmul
 from ditq.kernels.matmul import Product, Tile, launch, matmul_meaning
 from ditq.kernels.storage import StoredWeight, store, store_carrier
 from ditq.numerics.carrier import E4M3
@@ -119,3 +120,33 @@ def test_float8_carriers_and_inputs_in_floating_point() -> None:
 def test_groups_of_32_columns() -> None:
     check(weight(24, 192, 4, "multipliers", group=32), 7, "int8", SMALL)
     check(weight(24, 192, 4, "scales", group=96), 7, "float", SMALL)
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "silu"])
+def test_activations_behind_the_product(activation: str) -> None:
+    """At values around zero, where they bend, and far from it."""
+    stored = weight(40, 192, 4)
+    x = torch.randint(-127, 128, (9, 192), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    scale = torch.logspace(-6, -2, 9)
+    y = torch.full((9, 40), torch.nan)
+    for tile in (SMALL, TURNED):
+        launch(Product(x, scale, stored, activation=activation), y.fill_(torch.nan), tile)
+        expected = matmul_meaning(x, scale, stored, None, None, activation)
+        assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1, 48, 208), (70, 48, 208), (130, 1152, 64), (33, 80, 4608)])
+def test_tiles_brought_by_the_tensor_memory_accelerator(kind: str, tokens: int, rows: int, columns: int) -> None:
+    """More rows of tiles than run side by side, and sizes that no tile divides."""
+    stored = weight(rows, columns, 8, float8=kind == "float8")
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randint(-127, 128, (tokens, columns), generator=generator).to(torch.int8)
+    x = x.float().to(E4M3) if kind == "float8" else x
+    scale, bias = torch.rand(tokens, generator=generator) / columns, torch.randn(rows, generator=generator)
+    added = torch.randn(tokens, rows, generator=generator)
+    for product in (Product(x, scale, stored), Product(x, scale, stored, bias, added, activation="gelu_tanh")):
+        y = torch.full((tokens, rows), torch.nan)
+        tma_matmul.launch(product, y, Tile(32, 64, step=64, brought=True))
+        expected = matmul_meaning(x, scale, stored, product.bias, product.added, product.activation)
+        assert torch.allclose(y.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

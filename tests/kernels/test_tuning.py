@@ -37,7 +37,7 @@ def find(tuner: Tuner, cost: Callable[[Way], float], right: Callable[[Way], bool
     def cost_of(call: Callable[[], Any]) -> float:
         return cost(TRIED[int(call())])
 
-    return tuner.way(STORED, torch.int8, 100, 1, run, lambda found: right(TRIED[int(found)]), cost_of)
+    return tuner.way(STORED, torch.int8, 100, 1, False, "", run, lambda found: right(TRIED[int(found)]), cost_of)
 
 
 def test_the_fastest_way_is_taken_and_known_to_the_next_run() -> None:
