@@ -149,7 +149,9 @@ def cases(capability: int) -> Iterator[Case]:
             for tile in brought_tiles(capability):
                 yield _product(name, stored, kind, tile, 90)
                 yield _product(name, stored, kind, tile, 90, activation="gelu_tanh")
-    yield _product(weights[0][0], weights[0][1], torch.int8, tiles(capability, 4, torch.int8)[0], activation="gelu_tanh")
+    yield _product(
+        weights[0][0], weights[0][1], torch.int8, tiles(capability, 4, torch.int8)[0], activation="gelu_tanh"
+    )
     for name, form, kind, first in forms:
         joined = stack([_weight(**form, rows=WIDTH)] * EXPERTS)
         for tile in tiles(capability, joined.bits, kind, EXPERTS):
@@ -221,7 +223,16 @@ def _resources(compiled: Any, capability: int) -> Resources:
 def sources() -> str:
     """Short hash of the kernels' code, so that a table of other kernels is noticed."""
     folder = Path(matmul.__file__).parent
-    names = ("activation.py", "decode.py", "decoding.py", "matmul.py", "quantize.py", "storage.py", "tma_matmul.py", "tuning.py")
+    names = (
+        "activation.py",
+        "decode.py",
+        "decoding.py",
+        "matmul.py",
+        "quantize.py",
+        "storage.py",
+        "tma_matmul.py",
+        "tuning.py",
+    )
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()[:16]
 
 

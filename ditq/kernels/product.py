@@ -26,10 +26,10 @@ def computed(product: Product, dtype: torch.dtype) -> Tensor:
     """y in `dtype`: [M, N], or [samples E C, N] of experts."""
     count, tokens, outputs = product.size
     y = torch.empty(count * tokens, outputs, dtype=dtype, device=product.x.device)
-    return _run(_way(product, dtype), product, y) if len(y) else y
+    return run_way(_way(product, dtype), product, y) if len(y) else y
 
 
-def _run(way: Way, product: Product, y: Tensor) -> Tensor:
+def run_way(way: Way, product: Product, y: Tensor) -> Tensor:
     """The product, by a kernel into y, or by the library beside it."""
     stored = product.stored
     if way.decoded:
@@ -65,7 +65,7 @@ def _way(product: Product, dtype: torch.dtype) -> Way:
 
     def run(way: Way) -> Tensor:
         y = torch.full((count * tokens, outputs), torch.nan, dtype=dtype, device=product.x.device)
-        return _run(way, product, y)
+        return run_way(way, product, y)
 
     def right(found: Tensor) -> bool:
         part, meaning = _checked(product, found)
@@ -74,12 +74,12 @@ def _way(product: Product, dtype: torch.dtype) -> Way:
         return bool(found.isfinite().all()) and float(error) < 1e-2
 
     return _tuner(product.x.device).way(
-        product.stored, product.x.dtype, product.tokens, product.experts, _whole_rows(product), product.activation, run, right,
+        product.stored, product.x.dtype, product.tokens, product.experts, whole_rows(product), product.activation, run, right,
         lambda call: triton.testing.do_bench(call, warmup=5, rep=20),
     )  # fmt: skip
 
 
-def _whole_rows(product: Product) -> bool:
+def whole_rows(product: Product) -> bool:
     """Whether it is one product of rows that TMA and the library can take, with a scale a token and a row."""
     stored, scales = product.stored, product.x_scale
     plain = product.chosen is None and scales is not None and scales.dim() == 1 and stored.scale.dim() == 1
@@ -95,7 +95,5 @@ def _checked(product: Product, found: Tensor) -> tuple[Tensor, Tensor]:
         return found.view(count, slots, outputs)[:, few].reshape(-1, outputs), matmul.experts_meaning(part)
     scales = None if product.x_scale is None else product.x_scale[few]
     added = None if product.added is None else product.added[few]
-    meaning = matmul.matmul_meaning(
-        product.x[few], scales, product.stored, product.bias, added, product.activation
-    )
+    meaning = matmul.matmul_meaning(product.x[few], scales, product.stored, product.bias, added, product.activation)
     return found[few], meaning

@@ -41,10 +41,15 @@ def tma_matmul_kernel(
     for k in range(0, tl.cdiv(K, STEP)):
         a = x.load([i * TOKENS, k * STEP])
         b = w.load([j * OUTPUTS, k * STEP])
-        acc = tl.dot(a, b.T, acc, out_dtype=exact)  # Hopper adds FP8 products in 22 bits, as the vendor's fast product does
+        acc = tl.dot(
+            a, b.T, acc, out_dtype=exact
+        )  # Hopper adds FP8 products in 22 bits, as the vendor's fast product does
     token, column = i * TOKENS + tl.arange(0, TOKENS), j * OUTPUTS + tl.arange(0, OUTPUTS)
     here, there = token < M, column < N
-    s = tl.load(x_scale + token, mask=here, other=0.0)[:, None] * tl.load(scale + column, mask=there, other=0.0)[None, :]
+    s = (
+        tl.load(x_scale + token, mask=here, other=0.0)[:, None]
+        * tl.load(scale + column, mask=there, other=0.0)[None, :]
+    )
     result = acc.to(tl.float32) * s
     if HAS_BIAS:
         result += tl.load(bias + column, mask=there, other=0.0)[None, :]

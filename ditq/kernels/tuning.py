@@ -87,7 +87,12 @@ def bucket(tokens: int) -> int:
 
 
 def label(
-    stored: StoredWeight, kind: torch.dtype, tokens: int, experts: int = 1, whole_rows: bool = False, activation: str = ""
+    stored: StoredWeight,
+    kind: torch.dtype,
+    tokens: int,
+    experts: int = 1,
+    whole_rows: bool = False,
+    activation: str = "",
 ) -> str:
     """What a way is kept under."""
     form = [name for name, given in ((f"{experts} experts", experts > 1), ("rows", stored.table_a_row),
