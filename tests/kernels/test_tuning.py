@@ -17,7 +17,7 @@ from ditq.kernels.storage import store_carrier
 from ditq.kernels.tuning import FOLDER, Tuner, Way, bucket, tiles, ways
 
 STORED = store_carrier(torch.zeros(64, 64, dtype=torch.int8), torch.ones(64))
-TRIED = ways(90, 8, torch.int8, 100)
+TRIED = ways(90, 8, torch.int8, 1000, whole_rows=True)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def find(tuner: Tuner, cost: Callable[[Way], float], right: Callable[[Way], bool
     def cost_of(call: Callable[[], Any]) -> float:
         return cost(TRIED[int(call())])
 
-    return tuner.way(STORED, torch.int8, 100, 1, False, "", run, lambda found: right(TRIED[int(found)]), cost_of)
+    return tuner.way(STORED, torch.int8, 1000, 1, True, "", run, lambda found: right(TRIED[int(found)]), cost_of)
 
 
 def test_the_fastest_way_is_taken_and_known_to_the_next_run() -> None:
@@ -52,13 +52,13 @@ def test_a_way_with_a_wrong_result_is_never_used_however_fast() -> None:
     wrong = TRIED[0]
     found = find(Tuner("Some GPU", 90), TRIED.index, lambda way: way != wrong)
     assert found == TRIED[1]
-    with pytest.raises(DitqError, match=r"no kernel of Triton .* computes w8 int8 128x64x64 rightly on this GPU"):
+    with pytest.raises(DitqError, match=r"no kernel of Triton .* computes w8 int8 1024x64x64 plain rightly on this GPU"):
         find(Tuner("Another GPU", 90), lambda way: 1.0, lambda way: False)
 
 
 def test_a_damaged_file_is_measured_anew(folder: Path) -> None:
     tuner = Tuner("Some GPU", 90)
-    for text in ("{", "[]", '{"w8 int8 128x64x64": {"tile": {"tokens": "x"}, "other": 1}}'):
+    for text in ("{", "[]", '{"w8 int8 1024x64x64 plain": {"tile": {"tokens": "x"}, "other": 1}}'):
         tuner.path.write_text(text)
         assert find(Tuner("Some GPU", 90), TRIED.index, lambda way: True) == TRIED[0]
 
