@@ -52,7 +52,9 @@ def test_a_way_with_a_wrong_result_is_never_used_however_fast() -> None:
     wrong = TRIED[0]
     found = find(Tuner("Some GPU", 90), TRIED.index, lambda way: way != wrong)
     assert found == TRIED[1]
-    with pytest.raises(DitqError, match=r"no kernel of Triton .* computes w8 int8 1024x64x64 plain rightly on this GPU"):
+    with pytest.raises(
+        DitqError, match=r"no kernel of Triton .* computes w8 int8 1024x64x64 plain rightly on this GPU"
+    ):
         find(Tuner("Another GPU", 90), lambda way: 1.0, lambda way: False)
 
 
