@@ -71,4 +71,6 @@ def test_equal_blocks_are_compiled_once() -> None:
     assert len(graphs) == 2 * 2  # for each of two sizes
     for graph in graphs:
         up, down = graph.graph.find_nodes(op="call_function", target=torch.ops.ditq.quantized.default)
-        assert up.args[8] is True and up.args[1] is not None and down.args[10] == "gelu"
+        products = graph.graph.find_nodes(op="call_function", target=torch.ops.ditq.product.default)
+        assert up.args[8] is True and up.args[1] is not None and down.args[10] == ""
+        assert [product.args[14] for product in products] == ["gelu", ""]
