@@ -56,10 +56,13 @@ class Float8Linear(nn.Module):
         tokens = x.flatten(0, -2)
         scale = (tokens.abs().amax(1, keepdim=True).float() / 448).clamp_min(1e-8)
         q = (tokens.float() / scale).clamp(-448, 448).to(E4M3)
-        y = torch._scaled_mm(
+        return self.product(q, scale).view(*x.shape[:-1], -1)
+
+    def product(self, q: Tensor, scale: Tensor) -> Tensor:
+        """Of FP8 tokens [M, K] with scales [M, 1]."""
+        return torch._scaled_mm(
             q, self.weight.T, scale, self.scale, self.bias, out_dtype=torch.bfloat16, use_fast_accum=True
         )
-        return y.view(*x.shape[:-1], -1)
 
 
 class Int8Linear(nn.Module):

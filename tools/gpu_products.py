@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ditq.numerics.carrier import E4M3
-from tools.gpu_formats import FORMATS, coded
+from tools.gpu_formats import FORMATS, Float8Linear, coded
 
 
 def seconds(call: Callable[[], Any], device: torch.device, rounds: int, at_once: int = 1) -> float:
@@ -61,40 +61,65 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
 
+def replayed_seconds(call: Callable[[], Any], device: torch.device, rounds: int, at_once: int = 10) -> float:
+    """As `seconds`, of calls recorded as a CUDA graph, so that what Python takes to launch them is not measured."""
+    if device.type != "cuda":
+        return seconds(call, device, rounds)
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        call()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(at_once):
+            call()
+    return seconds(graph.replay, device, rounds) / at_once
+
+
 def product_rows(device: torch.device, shapes: list[tuple[int, int, int]], rounds: int) -> Iterator[str]:
-    """One line a way of each product [M, K] x [K, N]: what torch has, and every tile of ditq's kernels, alone."""
-    from ditq.kernels import matmul
+    """One line a way of each product [M, K] x [K, N]: what torch has, and every way of ditq's, alone."""
     from ditq.kernels.decode import decode_into
+    from ditq.kernels.matmul import Product
+    from ditq.kernels.product import run_way
     from ditq.kernels.storage import store, store_carrier
-    from ditq.kernels.tuning import tiles
+    from ditq.kernels.tuning import ways
 
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    capability = 10 * major + minor
     for tokens, outputs, columns in shapes:
         x = torch.randn(tokens, columns, device=device)
         weight = torch.randn(outputs, columns, device=device) * columns**-0.5
-        q, scale = (x * 30).round().clamp(-127, 127).to(torch.int8), torch.rand(tokens, device=device) / 30
+        scale = torch.rand(tokens, device=device) / 30
+        numbers = {torch.int8: (x * 30).round().clamp(-127, 127).to(torch.int8), E4M3: x.to(E4M3)}
         dense, half = weight.to(torch.bfloat16), x.to(torch.bfloat16)
-        integer = (weight * 127 / weight.abs().max()).round().to(torch.int8)
         y = torch.empty(tokens, outputs, dtype=torch.bfloat16, device=device)
         full = torch.empty(outputs, columns, dtype=torch.int8, device=device)
+        eight = Float8Linear(_linear(weight))
         calls: list[tuple[str, Callable[[], Any]]] = [
             ("torch bf16", partial(F.linear, half, dense)),
-            ("torch int8 without scales", partial(torch._int_mm, q, integer.T)),
+            ("torch FP8 rowwise", partial(eight.product, numbers[E4M3], scale[:, None])),
         ]
-        for name in ("w8a8", "w4a8", "w3a8"):
+        for name in ("w8a8", "w4a8", "w3a8", "w8a8 FP8", "w4a8 FP8"):
             code = coded(weight, FORMATS[name])
             stored = store_carrier(code.carrier(), code.scale) if code.bits == 8 else store(code)
-            for tile in tiles(capability, stored.bits, torch.int8):
-                run = partial(matmul.launch, matmul.Product(q, scale, stored), y, tile)
-                calls.append((f"ditq {name} {tile.tokens}x{tile.outputs}", run))
+            kind = E4M3 if stored.float8 else torch.int8
+            product = Product(numbers[kind], scale, stored)
+            for way in ways(10 * major + minor, stored.bits, kind, tokens, whole_rows=True):
+                calls.append((f"ditq {name} {way}", partial(run_way, way, product, y)))
             if code.bits < 8:
-                calls.append((f"ditq {name} written in full", partial(decode_into, stored, full)))
+                calls.append((f"ditq {name} written in full, alone", partial(decode_into, stored, full)))
         for name, call in calls:
             try:
-                taken = seconds(call, device, max(1, rounds // 4), at_once=10)
+                call()
+                taken = replayed_seconds(call, device, max(1, rounds // 4))
             except Exception as failed:
                 print(f"# {name}: {told(failed)}", flush=True)
                 continue
-            yield (f"{tokens} x {outputs} x {columns:6d}  {name:28s} {1e3 * taken:9.4f} ms "
+            yield (f"{tokens} x {outputs} x {columns:6d}  {name:52s} {1e3 * taken:9.4f} ms "
                    f"{2e-12 * tokens * outputs * columns / taken:9.1f} TFLOP/s")  # fmt: skip
+
+
+def _linear(weight: Tensor) -> torch.nn.Linear:
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return linear

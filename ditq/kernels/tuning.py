@@ -36,6 +36,10 @@ class Way:
     decoded: bool = False
     library: bool = False
 
+    def __str__(self) -> str:
+        tile = f"{self.tile.tokens} x {self.tile.outputs}{', by TMA' if self.tile.brought else ''}"
+        return f"{'written in full, ' if self.decoded else ''}{'library' if self.library else tile}"
+
 
 INTERPRETED = Way(Tile(32, 64))
 _NO_TILE = Tile(0, 0)

@@ -33,7 +33,7 @@ def test_the_whole_tool_runs_and_every_variant_gives_the_models_output(capsys: p
             continue
         bound = 0.01 if "bf16" in name else 0.35 if "w3" in name else 0.2
         assert float(error) < bound, (name, error)
-    assert len(re.findall(r"ditq w\d\S* \d+x\d+ ", out)) == 8
+    assert len(re.findall(r"ditq w\d\S*(?: FP8)? (?:\d+ x \d+|written in full, alone) ", out)) == 16
 
 
 def test_sizes_are_those_of_the_real_models() -> None:
