@@ -8,8 +8,7 @@
 
 A program takes one token, as a matrix Z [a, b] in registers. R is a block step, Z M_1 with one matrix for the b channels of
 each row (of the rows of a range), or two with the stride between them, (Z M_1)^T M_2, a full Hadamard rotation. Matrices of
-signs are exact in bfloat16 and in TF32, in which the tensor cores multiply: z loses nothing where it is bfloat16 already, and
-else keeps 11 bits, so that what rounding to 8 bits adds is more than a hundred times the error.
+signs are exact in bfloat16, to which z is rounded where x is of it: once, as a model in bfloat16 rounds it after each operation.
 
 `quantize_meaning` is the same in plain torch.
 """
@@ -127,10 +126,10 @@ def _is_full(rotation: Rotation) -> bool:
 
 
 @triton.jit
-def _rotated(z, matrix, SIGNS: tl.constexpr, EXACT: tl.constexpr):
-    """z [a, b] times matrix [b, b], float32. EXACT: z is bfloat16."""
-    if SIGNS and EXACT:
-        product = tl.dot(z, matrix)
+def _rotated(z, matrix, SIGNS: tl.constexpr, HALF: tl.constexpr):
+    """z [a, b] times matrix [b, b], float32. HALF: z is rounded to bfloat16, if it is not of it."""
+    if SIGNS and HALF:
+        product = tl.dot(z.to(tl.bfloat16), matrix)
     elif SIGNS:
         product = tl.dot(z.to(tl.float32), matrix.to(tl.float32), input_precision="tf32")
     else:
@@ -181,11 +180,11 @@ def _moments(
 def _moved(
     z, i, channel, inside, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
     n: tl.constexpr, a: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr,
-    SCALED: tl.constexpr, SHIFTED: tl.constexpr, STEPS: tl.constexpr, SIGNS: tl.constexpr, EXACT: tl.constexpr,
+    SCALED: tl.constexpr, SHIFTED: tl.constexpr, STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr,
     START: tl.constexpr, STOP: tl.constexpr,
 ):  # fmt: skip
     """Rows of the token as they came -> as they are after the first step of the rotation, or without one after all of it."""
-    if not EXACT:
+    if not HALF:
         z = z.to(tl.float32)
     if NORM:
         z = tl.where(inside, (z.to(tl.float32) - mean) * spread, 0.0)
@@ -200,9 +199,9 @@ def _moved(
     if SHIFTED:
         z = z - tl.load(shift + channel, mask=inside, other=0.0)
     if STEPS == 2:
-        z = _rotated(z, matrix, SIGNS, EXACT)
+        z = _rotated(z, matrix, SIGNS, HALF)
     elif STEPS == 1:
-        rotated = _rotated(z, matrix, SIGNS, EXACT) * size
+        rotated = _rotated(z, matrix, SIGNS, HALF) * size
         if START == 0 and STOP == a:
             z = rotated
         else:
@@ -250,7 +249,7 @@ def quantize_kernel(
     size, epsilon, divisor, offset, maximum, tokens_a_sample,
     n: tl.constexpr, a: tl.constexpr, b: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr,
     GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
-    STEPS: tl.constexpr, SIGNS: tl.constexpr, EXACT: tl.constexpr, START: tl.constexpr, STOP: tl.constexpr,
+    STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr, START: tl.constexpr, STOP: tl.constexpr,
     GRID: tl.constexpr, GRANULARITY: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """One token, in chunks of ROWS rows of b channels. B: b padded to a power of two. GRID '': only `kept` is written.
@@ -277,14 +276,14 @@ def quantize_kernel(
             i, channel, inside = _places(chunk, a, b, ROWS, B)
             z = tl.load(x + token * n + channel, mask=inside, other=0.0)
             z = _moved(z, i, channel, inside, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
-                       n, a, NORM, GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, EXACT, START, STOP)  # fmt: skip
+                       n, a, NORM, GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP)  # fmt: skip
             largest = tl.maximum(largest, _magnitude(z, inside, offset, GRID))
         s = tl.maximum(tl.max(tl.max(largest, 1), 0) / divisor, _SMALLEST)
     for chunk in range(CHUNKS):
         i, channel, inside = _places(chunk, a, b, ROWS, B)
         z = tl.load(x + token * n + channel, mask=inside, other=0.0)
         z = _moved(z, i, channel, inside, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
-                   n, a, NORM, GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, EXACT, START, STOP)  # fmt: skip
+                   n, a, NORM, GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP)  # fmt: skip
         if STEPS == 2:
             k, c = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
             other = tl.load(second + k * a + c, mask=(k < a) & (c < a), other=0.0)
@@ -363,14 +362,12 @@ def arguments(
         tokens_a_sample,
     ]
     cut, B = cut or cut_of(plan), max(triton.next_power_of_2(plan.b), 16)
-    untouched = not (before.norm or before.activation or before.gamma is not None or before.beta is not None)
-    exact = x.dtype == torch.bfloat16 and untouched and plan.inverse_scale is None and plan.shift is None
     constants = {
         "n": plan.width, "a": plan.a, "b": plan.b, "ROWS": cut.rows, "B": B, "NORM": before.norm,
         "GAMMA": before.gamma is not None,
         "BETA": before.beta is not None, "ACTIVATION": before.activation, "SCALED": plan.inverse_scale is not None,
         "SHIFTED": plan.shift is not None, "STEPS": (plan.first is not None) + (plan.second is not None),
-        "SIGNS": plan.first is not None and plan.first.dtype == torch.bfloat16, "EXACT": exact,
+        "SIGNS": plan.first is not None and plan.first.dtype == torch.bfloat16, "HALF": x.dtype == torch.bfloat16,
         "START": plan.start, "STOP": plan.stop, "GRID": grid, "GRANULARITY": form.granularity, "KEEP": kept is not None,
         "num_warps": cut.warps, "num_stages": cut.stages,
     }  # fmt: skip
@@ -414,7 +411,13 @@ def quantize_meaning(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(x' [M, n], what is rounded: x' in steps of its grid, and s) in float64; no steps and s for inputs in floating point."""
     z = before_meaning(x, tokens_a_sample, before)
-    z = z if transform is None else transform(z)
+    if transform is not None:
+        z = InputTransform(transform.inverse_scale, transform.shift)(z)
+        for start, stop, rotation in transform.rotations if x.dtype == torch.bfloat16 else ():
+            step = rotation.steps[0]
+            if isinstance(step, BlockStep) and _matrix(step)[0].dtype == torch.bfloat16:
+                z[:, start:stop] = z[:, start:stop].to(torch.bfloat16)
+        z = InputTransform(rotations=transform.rotations)(z)
     if form.granularity == "none":
         return z, None, None
     scale = form.scale_of(z, calibrated)

@@ -32,7 +32,7 @@ def check(
 ) -> None:  # fmt: skip
     """Every integer is a rounding of the exact value, and scales and transformed inputs agree. Outputs are poisoned.
 
-    parts: what the kernel's products lose of an input: two bfloat16 parts keep 16 bits.
+    parts: what float32 loses on the way, with a rounding to bfloat16 that a last bit of it may move.
     """
     plan = online(transform, form, calibrated, x.shape[1])
     assert plan is not None
