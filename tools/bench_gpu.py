@@ -29,7 +29,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--shapes", default=",".join(name for name in SHAPES if not SHAPES[name].large), help=f"of {', '.join(SHAPES)}"
     )
-    parser.add_argument("--only", default="", help="parts of variants' names, by commas")
+    parser.add_argument("--only", default="", help="parts of variants' names, by commas; =NAME is that one alone")
+    parser.add_argument(
+        "--mode",
+        default="max-autotune-no-cudagraphs",
+        help="of torch.compile; `default` compiles in seconds, not minutes",
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--no-products", action="store_true", help="leave the single products out")
     parser.add_argument("--small", action="store_true", help="small sizes, to try the tool itself")
@@ -60,7 +65,13 @@ def main(arguments: list[str] | None = None) -> None:
     for name in given.shapes.split(","):
         shape = SHAPES[name].small() if given.small else SHAPES[name]
         for row in rows(
-            shape, device, [part.strip() for part in given.only.split(",") if part.strip()], peak, given.rounds, inner
+            shape,
+            device,
+            [part.strip() for part in given.only.split(",") if part.strip()],
+            peak,
+            given.rounds,
+            inner,
+            given.mode,
         ):
             print(row, flush=True)
 

@@ -78,8 +78,8 @@ class Variant:
     make: Callable[[Denoiser], Call]
 
 
-def variants(shape: Shape, device: torch.device, inner: Compiler) -> dict[str, Variant]:
-    """Those of a shape by name. For large pictures attention is what varies."""
+def variants(shape: Shape, device: torch.device, inner: Compiler, mode: str) -> dict[str, Variant]:
+    """Those of a shape by name. For large pictures attention is what varies. mode: of torch.compile on a GPU."""
     on_gpu = device.type == "cuda"
 
     def captured(forward: Forward) -> Call:
@@ -90,7 +90,7 @@ def variants(shape: Shape, device: torch.device, inner: Compiler) -> dict[str, V
         return CapturedCalls(call) if on_gpu else call
 
     def torch_compiled(model: nn.Module) -> Call:
-        options: dict[str, Any] = {"mode": "max-autotune-no-cudagraphs"} if on_gpu else {"backend": "eager"}
+        options: dict[str, Any] = {"mode": mode} if on_gpu else {"backend": "eager"}
         return captured(
             in_blocks(model, lambda _, block: torch.compile(block, dynamic=False, fullgraph=True, **options))
         )
@@ -164,14 +164,15 @@ def rows(
     peak: Mapping[str, float],
     rounds: int,
     inner: Compiler = inductor,
+    mode: str = "default",
 ) -> Iterator[Row]:
     """A row a variant, each made anew from the same generated weights. Large pictures are not compared with float32."""
     torch.backends.cuda.matmul.allow_tf32 = False
     expected = None if shape.large else reference(shape, device)
     inputs = inputs_of(shape, device, torch.bfloat16)
     base = float("nan")
-    for name, variant in variants(shape, device, inner).items():
-        if only and not any(part in name for part in only):
+    for name, variant in variants(shape, device, inner, mode).items():
+        if only and not any(part[1:] == name if part.startswith("=") else part in name for part in only):
             continue
         _forget(device)
         start = time.perf_counter()
