@@ -14,7 +14,7 @@ from ditq.kernels.decode import decode_into
 from ditq.kernels.library import library_product
 from ditq.kernels.matmul import Product
 from ditq.kernels.storage import StoredWeight, store_carrier
-from ditq.kernels.tuning import INTERPRETED, Tuner, Way
+from ditq.kernels.tuning import INTERPRETED, Tuner, Way, label, ways
 from ditq.numerics.carrier import E4M3
 
 _CHECKED = 16  # tokens of a result, or slots of each expert, that are compared with the plain meaning
@@ -61,11 +61,16 @@ def _tuner(device: torch.device) -> Tuner:
 def _way(product: Product, dtype: torch.dtype) -> Way:
     if product.x.device.type == "cpu":
         return INTERPRETED
+    tuner, stored, kind = _tuner(product.x.device), product.stored, product.x.dtype
+    how_many, whole = (product.tokens, product.experts), whole_rows(product)
+    key = label(stored, kind, *how_many, whole, product.activation)
+    if key in tuner.known:
+        return tuner.known[key]
     count, tokens, outputs = product.size
+    y = torch.empty(count * tokens, outputs, dtype=dtype, device=product.x.device)
 
     def run(way: Way) -> Tensor:
-        y = torch.full((count * tokens, outputs), torch.nan, dtype=dtype, device=product.x.device)
-        return run_way(way, product, y)
+        return run_way(way, product, y.fill_(torch.nan))
 
     def right(found: Tensor) -> bool:
         part, meaning = _checked(product, found)
@@ -73,10 +78,13 @@ def _way(product: Product, dtype: torch.dtype) -> Way:
         # bfloat16 results err by 2e-3, a wrong byte by far more
         return bool(found.isfinite().all()) and float(error) < 1e-2
 
-    return _tuner(product.x.device).way(
-        product.stored, product.x.dtype, product.tokens, product.experts, whole_rows(product), product.activation, run, right,
-        lambda call: triton.testing.do_bench(call, warmup=5, rep=20),
-    )  # fmt: skip
+    def cost(
+        way: Way,
+    ) -> float:  # as a recorded graph, which it will be: what Python takes to launch kernels is no part of it
+        milliseconds: float = triton.testing.do_bench_cudagraph(lambda: run_way(way, product, y), rep=5)
+        return milliseconds
+
+    return tuner.way(key, ways(tuner.capability, stored.bits, kind, *how_many, whole), run, right, cost)
 
 
 def whole_rows(product: Product) -> bool:

@@ -8,7 +8,7 @@
 
 A program takes one token, as a matrix Z [a, b] in registers. R is a block step, Z M_1 with one matrix for the b channels of
 each row (of the rows of a range), or two with the stride between them, (Z M_1)^T M_2, a full Hadamard rotation. Matrices of
-signs are exact in bfloat16, to which z is rounded where x is of it: once, as a model in bfloat16 rounds it after each operation.
+signs are exact in bfloat16, to which z is rounded where x is of it: once; a model in bfloat16 rounds it after each operation.
 
 `quantize_meaning` is the same in plain torch.
 """

@@ -7,11 +7,10 @@ before its time is taken: one that a compiler got wrong is never used.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -123,28 +122,28 @@ class Tuner:
         self.known: dict[str, Way] = _read(self.path)
 
     def way(
-        self, stored: StoredWeight, kind: torch.dtype, tokens: int, experts: int, whole_rows: bool, activation: str,
-        run: Callable[[Way], Tensor], right: Callable[[Tensor], bool], cost: Callable[[Callable[[], object]], float],
-    ) -> Way:  # fmt: skip
-        """The fastest way whose result is right.
+        self,
+        key: str,
+        tried: Sequence[Way],
+        run: Callable[[Way], Tensor],
+        right: Callable[[Tensor], bool],
+        cost: Callable[[Way], float],
+    ) -> Way:
+        """The fastest way whose result is right, measured the first time and known under `key` afterwards.
 
-        tokens: that one weight is multiplied with; experts: whose weights are in `stored`; whole_rows: as for `ways`;
-        activation: that follows; run: compute with a way; right: whether what it gave is the product; cost: the time that a
-        call takes.
+        run: compute with a way; right: whether what it gave is the product; cost: the time that it takes.
 
         Raises:
             DitqError: no way gives the right result on this GPU.
         """
-        key = label(stored, kind, tokens, experts, whole_rows, activation)
         if key not in self.known:
             times: dict[Way, float] = {}
-            for way in ways(self.capability, stored.bits, kind, tokens, experts, whole_rows):
+            for way in tried:
                 try:
-                    correct = right(run(way))
+                    if right(run(way)):
+                        times[way] = cost(way)
                 except triton.runtime.OutOfResources:  # a tile for a larger GPU of the same generation
                     continue
-                if correct:
-                    times[way] = cost(functools.partial(run, way))
             if not times:
                 raise DitqError(
                     f"no kernel of Triton {triton.__version__} computes {key} rightly on this GPU ({self.gpu}); "

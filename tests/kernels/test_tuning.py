@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,10 +13,11 @@ pytest.importorskip("triton")
 
 from ditq.errors import DitqError
 from ditq.kernels.storage import store_carrier
-from ditq.kernels.tuning import FOLDER, Tuner, Way, bucket, tiles, ways
+from ditq.kernels.tuning import FOLDER, Tuner, Way, bucket, label, tiles, ways
 
 STORED = store_carrier(torch.zeros(64, 64, dtype=torch.int8), torch.ones(64))
 TRIED = ways(90, 8, torch.int8, 1000, whole_rows=True)
+KEY = label(STORED, torch.int8, 1000, 1, True)
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +34,7 @@ def find(tuner: Tuner, cost: Callable[[Way], float], right: Callable[[Way], bool
         measured.append(way)
         return torch.tensor(TRIED.index(way))
 
-    def cost_of(call: Callable[[], Any]) -> float:
-        return cost(TRIED[int(call())])
-
-    return tuner.way(STORED, torch.int8, 1000, 1, True, "", run, lambda found: right(TRIED[int(found)]), cost_of)
+    return tuner.way(KEY, TRIED, run, lambda found: right(TRIED[int(found)]), cost)
 
 
 def test_the_fastest_way_is_taken_and_known_to_the_next_run() -> None:
