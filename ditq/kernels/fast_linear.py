@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ditq.kernels.online import Online, online
 from ditq.kernels.operators import product, quantized
-from ditq.kernels.quantize import Online, online
 from ditq.kernels.storage import StoredWeight, store, store_carrier, why_not
 from ditq.nn import QuantLinear
 from ditq.nn.input_transform import InputTransform

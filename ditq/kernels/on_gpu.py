@@ -10,7 +10,7 @@ from ditq.kernels.answered_attention import KINDS, take_off
 from ditq.kernels.constants import keep_constants
 from ditq.kernels.fast_experts import FastMixture
 from ditq.kernels.fast_linear import FastLinear, on_device, why_no_kernel
-from ditq.kernels.quantize import Online
+from ditq.kernels.online import Online
 from ditq.nn import QuantLinear, TransformedLinear
 from ditq.nn.attention_rounding import AttentionRounding
 from ditq.nn.structural.experts import MixtureOfExperts

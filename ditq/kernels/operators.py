@@ -11,8 +11,9 @@ from torch.library import custom_op
 
 from ditq.kernels import quantize
 from ditq.kernels.matmul import Product
+from ditq.kernels.online import Online
 from ditq.kernels.product import computed
-from ditq.kernels.quantize import Before, Online, number_type
+from ditq.kernels.quantize import Before, number_type
 from ditq.kernels.storage import StoredWeight
 from ditq.numerics.activation_format import ActivationFormat
 

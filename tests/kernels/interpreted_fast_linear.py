@@ -10,7 +10,7 @@ from torch import nn
 
 from ditq.kernels.decode import decode_into
 from ditq.kernels.fast_linear import FastLinear, on_device, why_no_kernel
-from ditq.kernels.quantize import Online
+from ditq.kernels.online import Online
 from ditq.kernels.storage import carrier_meaning, store, weight_meaning
 from ditq.nn import ActivationFormat, InputTransform, QuantLinear
 from ditq.numerics.carrier import E4M3

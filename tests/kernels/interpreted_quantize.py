@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ditq.kernels.quantize import Before, Online, launch, number_type, online, quantize_meaning
+from ditq.kernels.online import Online, online
+from ditq.kernels.quantize import Before, launch, number_type, quantize_meaning
 from ditq.nn import ActivationFormat, InputTransform
 from ditq.numerics.rotation import (
     BlockStep,

@@ -13,8 +13,9 @@ import triton  # noqa: E402
 from ditq.kernels import quantize  # noqa: E402  triton first
 from ditq.kernels.fast_linear import FastLinear  # noqa: E402
 from ditq.kernels.matmul import Product, matmul_meaning  # noqa: E402
+from ditq.kernels.online import Cut, online  # noqa: E402
 from ditq.kernels.product import run_way, whole_rows  # noqa: E402
-from ditq.kernels.quantize import Before, Cut  # noqa: E402
+from ditq.kernels.quantize import Before  # noqa: E402
 from ditq.kernels.storage import StoredWeight, store_carrier  # noqa: E402
 from ditq.kernels.tuning import Way, ways  # noqa: E402
 from ditq.nn import ActivationFormat, InputTransform  # noqa: E402
@@ -65,7 +66,7 @@ def test_tokens_are_cut_in_any_way(cut: Cut, before: Before) -> None:
     x = torch.randn(100, 3072, device="cuda").bfloat16()
     transform = InputTransform(rotations=[(0, 3072, block_hadamard_rotation(3072, 64))])
     form = ActivationFormat(8, "token")
-    plan = quantize.online(transform, form, None, 3072)
+    plan = online(transform, form, None, 3072)
     assert plan is not None
     q = torch.full((100, 3072), -128, dtype=torch.int8, device="cuda")
     scales = torch.full((100,), torch.nan, device="cuda")
