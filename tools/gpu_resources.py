@@ -25,7 +25,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ditq.kernels import decode, matmul, quantize, tma_matmul
 from ditq.kernels.matmul import Tile
-from ditq.kernels.quantize import Before, Online
+from ditq.kernels.online import Online, online
+from ditq.kernels.quantize import Before
 from ditq.kernels.storage import StoredWeight, stack, store, store_carrier
 from ditq.kernels.tuning import brought_tiles, tiles
 from ditq.nn import ActivationFormat, InputTransform
@@ -117,7 +118,7 @@ def _product(
 
 def _quantizer(name: str, width: int, full: bool, before: Before, form: ActivationFormat) -> Case:
     rotation = hadamard_rotation(width) if full else block_hadamard_rotation(width, 64)
-    plan = quantize.online(InputTransform(rotations=[(0, width, rotation)]), form, None, width)
+    plan = online(InputTransform(rotations=[(0, width, rotation)]), form, None, width)
     assert isinstance(plan, Online)
     x = torch.empty(64, width, dtype=torch.bfloat16)
     q = torch.empty(64, width, dtype=quantize.number_type(form))
@@ -223,17 +224,8 @@ def _resources(compiled: Any, capability: int) -> Resources:
 def sources() -> str:
     """Short hash of the kernels' code, so that a table of other kernels is noticed."""
     folder = Path(matmul.__file__).parent
-    names = (
-        "activation.py",
-        "decode.py",
-        "decoding.py",
-        "matmul.py",
-        "quantize.py",
-        "storage.py",
-        "tma_matmul.py",
-        "tuning.py",
-    )
-    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()[:16]
+    names = ["activation", "decode", "decoding", "matmul", "online", "quantize", "storage", "tma_matmul", "tuning"]
+    return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()[:16]
 
 
 def rows(generations: list[int]) -> Iterator[tuple[str, int, Resources]]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ditq.kernels.activation import activated, activation_meaning
+from ditq.kernels.online import Cut, Online, cut_of, matrix_of
 from ditq.nn.input_transform import InputTransform
 from ditq.numerics.activation_format import FLOAT, ActivationFormat
 from ditq.numerics.carrier import E4M3

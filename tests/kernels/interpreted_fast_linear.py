@@ -77,7 +77,7 @@ def test_a_transform_that_the_kernel_has_no_form_of_is_computed_by_torch() -> No
 
 def test_transforms_in_the_kernel() -> None:
     full = InputTransform(torch.rand(128) + 0.5, torch.randn(128), [(0, 128, hadamard_rotation(128))])
-    assert check(layer(transform=full)).input.transform is None
+    assert check(layer(transform=full), moved=8e-3).input.transform is None  # what is rotated is rounded once more
 
 
 @pytest.mark.parametrize("form", [
