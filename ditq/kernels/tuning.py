@@ -60,10 +60,11 @@ def tiles(capability: int, bits: int, kind: torch.dtype, experts: int = 1) -> li
 
 
 def brought_tiles(capability: int) -> list[Tile]:
-    """Tiles of tma_matmul.py; two programs of the first fit on a multiprocessor."""
+    """Tiles of tma_matmul.py; two programs of the first fit on a multiprocessor of Hopper."""
     if capability < 90:
         return []
-    return [Tile(128, 128, False, 4, 3, 128, True), Tile(64, 128, False, 4, 4, 128, True)]
+    warps = 8 if capability // 10 == 10 else 4  # on a B200 four would spill
+    return [Tile(128, 128, False, warps, 3, 128, True), Tile(64, 128, False, 4, 4, 128, True)]
 
 
 def ways(
