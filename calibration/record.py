@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,10 +50,11 @@ class RecordedCall(NamedTuple):
 
 @dataclass(frozen=True)
 class Trajectories:
-    """A folder of recorded trajectories, one for each condition."""
+    """A folder of recorded trajectories, one for each condition. widened: calls come in float32 if recorded in half precision."""
 
     folder: Path
     index: dict[str, Any]
+    widened: bool = False
 
     @classmethod
     def open(cls, folder: str | Path, fingerprint: str | None = None) -> Trajectories:
@@ -75,6 +76,10 @@ class Trajectories:
         if len(steps) != 1:
             raise DitqError(f"{folder}: its conditions have different numbers of steps; record it again")
         return trajectories
+
+    def in_float32(self) -> Trajectories:
+        """The same for a model in float32, as passes change it, whatever it was that drew the pictures."""
+        return replace(self, widened=True)
 
     @property
     def conditions(self) -> list[str] | list[int]:
@@ -142,7 +147,8 @@ class Trajectories:
                     for call in record["calls"]:
                         number += 1
                         if call["step"] % stride == 0 and (chosen is None or number in chosen):
-                            arguments = {name: _unpack(kind, tensors) for name, kind in call["arguments"].items()}
+                            unpack = partial(_unpack, tensors=tensors, widened=self.widened)
+                            arguments = {name: unpack(kind) for name, kind in call["arguments"].items()}
                             timestep = record["timesteps"][call["step"]]
                             yield RecordedCall(arguments, timestep, call["step"], condition)
             except (SafetensorError, OSError) as error:
@@ -274,17 +280,18 @@ class _Recorder:
         raise DitqError(f"the denoiser's argument '{name}' is a {type(value).__name__}; ditq cannot record that")
 
 
-def _unpack(packed: dict[str, Any], tensors: Any) -> Any:
-    """The value that `_Recorder._pack` described; `tensors` is the opened file."""
+def _unpack(packed: dict[str, Any], tensors: Any, widened: bool) -> Any:
+    """The value that `_Recorder._pack` described; `tensors` is the opened file. widened: half precision becomes float32."""
     ((kind, content),) = packed.items()
     if kind == "tensor":
-        return tensors.get_tensor(content)
+        tensor = tensors.get_tensor(content)
+        return tensor.float() if widened and tensor.dtype in (torch.bfloat16, torch.float16) else tensor
     if kind == "dict":
-        return {key: _unpack(item, tensors) for key, item in content.items()}
+        return {key: _unpack(item, tensors, widened) for key, item in content.items()}
     if kind == "list":
-        return [_unpack(item, tensors) for item in content]
+        return [_unpack(item, tensors, widened) for item in content]
     if kind == "tuple":
-        return tuple(_unpack(item, tensors) for item in content)
+        return tuple(_unpack(item, tensors, widened) for item in content)
     return content
 
 

@@ -360,7 +360,7 @@ def _fit(
     options: CompileOptions,
 ) -> BudgetFit:
     calibrated = work / "calibration" if options.statistics is None else Path(options.statistics)
-    trajectories = Trajectories.open(calibrated / TRAJECTORIES, checkpoint.fingerprint())
+    trajectories = Trajectories.open(calibrated / TRAJECTORIES, checkpoint.fingerprint()).in_float32()
     return fit_budget(checkpoint, graph, recipe, budget, statistics, trajectories, seed=options.seed, work=work,
                       progress=options.progress)  # fmt: skip
 

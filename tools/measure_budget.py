@@ -79,7 +79,7 @@ def main(
     """Print the table of mixed precision in docs/results.md."""
     began = time.process_time()
     checkpoint, statistics = Checkpoint.open(name), Statistics.open(stats)
-    trajectories = Trajectories.open(stats / TRAJECTORIES, checkpoint.fingerprint())
+    trajectories = Trajectories.open(stats / TRAJECTORIES, checkpoint.fingerprint()).in_float32()
     graph = DiTGraph(checkpoint.load_model(), example_inputs(checkpoint))
     context, names = Context(statistics), parse_candidates(candidates)
     earlier, step = split_at_quantize(load_recipe(recipe))

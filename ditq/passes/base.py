@@ -170,7 +170,7 @@ class Context:
         return self._folder is not None and (self._folder / TRAJECTORIES).is_dir()
 
     def trajectories(self) -> Trajectories:
-        """The recorded calls of the denoiser that the statistics were gathered from.
+        """The recorded calls of the denoiser that the statistics were gathered from, in float32.
 
         Raises:
             DitqError: there are none.
@@ -179,7 +179,7 @@ class Context:
             raise DitqError(
                 "this recipe learns from recorded calls; give the statistics as a folder of `ditq calibrate`"
             )
-        return Trajectories.open(self._folder / TRAJECTORIES)
+        return Trajectories.open(self._folder / TRAJECTORIES).in_float32()
 
     def step_weights(self, steps: Tensor, kind: str) -> Tensor:
         """How much a sample of each of the scheduler steps [B] counts: float32 [B]; ones for 'none'.

@@ -140,6 +140,15 @@ def test_products_have_the_precision_that_was_asked_for(
     assert report.curves[-1]["output"] > 0
 
 
+def test_calls_drawn_in_half_precision_teach_a_model_in_float32(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """As a GPU draws them; of statistics and calls, everything that passes look at."""
+    calls = {"conditions": PROMPTS, "steps": 2, "dtype": torch.bfloat16, "progress": False}
+    statistics = calibrate(checkpoint, tmp_path / "stats", **calls)  # type: ignore[arg-type]
+    graph, report = _distilled(checkpoint, statistics, steps=2)
+    assert all(parameter.dtype == torch.float32 for parameter in graph.model.parameters())
+    assert report.curves[-1]["output"] > 0
+
+
 def test_calls_kept_in_memory_are_those_on_disk(statistics: Statistics, monkeypatch: pytest.MonkeyPatch) -> None:
     assert statistics.folder is not None
     trajectories = Trajectories.open(statistics.folder / "trajectories")
