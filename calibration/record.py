@@ -50,7 +50,7 @@ class RecordedCall(NamedTuple):
 
 @dataclass(frozen=True)
 class Trajectories:
-    """A folder of recorded trajectories, one for each condition. widened: calls come in float32 if recorded in half precision."""
+    """A folder of recorded trajectories, one for each condition. widened: half precision comes as float32."""
 
     folder: Path
     index: dict[str, Any]
