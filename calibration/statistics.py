@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,10 @@ class InputStatistics:
     crest: Tensor
     sample: Tensor
     sample_bin: Tensor
+
+    def to(self, device: torch.device) -> InputStatistics:
+        """The same there."""
+        return replace(self, **{item.name: getattr(self, item.name).to(device) for item in fields(self)})
 
     @property
     def width(self) -> int:

@@ -20,7 +20,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 INTERRUPTED = "interrupted; nothing was left half-written"
 SEED = click.IntRange(min=0, max=2**62)  # seed + number of the prompt must fit 64 bits
-_DEVICE_HELP = "Where the model draws and is read: cpu, cuda or cuda:N; auto: a GPU if there is one, in bfloat16."
+_DEVICE_HELP = (
+    "Where the model draws and is read, and weights are rounded: cpu, cuda or cuda:N; auto: a GPU if there is one, where "
+    "the model is in bfloat16."
+)
 _GPU_HELP = (
     "A kind of GPU to build a plan for, e.g. sm89; may be repeated.  [default: this one; else sm80, sm89, sm120]"
 )
@@ -423,6 +426,12 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(interruption) if isinstance(interruption, Interrupted) else INTERRUPTED)
     except DitqError as error:
         _fail(str(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for every command
+            raise
+        _fail(
+            f"not enough memory on the GPU: {str(error).splitlines()[0]} Give --device cpu, or close what else uses it"
+        )
     except BrokenPipeError:
         sys.exit(1)
     except OSError as error:

@@ -59,7 +59,7 @@ class CompileOptions:
         steps: denoising steps of calibration; None is the checkpoint's own.
         statistics: a folder that `ditq calibrate` wrote, instead of calibrating now.
         budget: formats of single linears are chosen so that this holds: `size=4.2MB`, `bits=3.5`, `psnr>=24`; over a recipe's.
-        device: where the model runs while it is calibrated: `auto`, `cpu`, `cuda` (devices.py).
+        device: where the model runs while it is calibrated, and where weights are rounded: `auto`, `cpu`, `cuda` (devices.py).
         seed: seed of every random choice.
         resume: go on where an interrupted compile of the same output stopped.
         force: replace the output folder if it exists.
@@ -271,7 +271,8 @@ def run_passes(
         if fitted is not None:
             fitted.hand_on(cache)
     keep_weights = any(step.wants_weights for step in recipe.passes)
-    context = Context(statistics, options.seed, cache, keep_weights, work).showing(options.progress)
+    device = device_of(options.device)
+    context = Context(statistics, options.seed, cache, keep_weights, work, device).showing(options.progress)
     reports: list[PassReport] = [] if fitted is None else [fitted.report]
     structural = [step for step in recipe.passes if step.structural]
     with torch.no_grad():
@@ -362,7 +363,7 @@ def _fit(
     calibrated = work / "calibration" if options.statistics is None else Path(options.statistics)
     trajectories = Trajectories.open(calibrated / TRAJECTORIES, checkpoint.fingerprint()).in_float32()
     return fit_budget(checkpoint, graph, recipe, budget, statistics, trajectories, seed=options.seed, work=work,
-                      progress=options.progress)  # fmt: skip
+                      progress=options.progress, device=device_of(options.device))  # fmt: skip
 
 
 def _check_size(engine: Engine, budget: Budget) -> None:

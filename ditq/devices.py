@@ -1,4 +1,4 @@
-"""Where a model runs while it draws and is read: on a GPU if there is one, in bfloat16; else on the CPU in float32."""
+"""Where a model runs while it draws and is read, and weights are rounded: a GPU, with the model in bfloat16, or the CPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from ditq.errors import DitqError
 
 AUTO = "auto"
+CPU = torch.device("cpu")
 
 
 def device_of(name: str) -> torch.device:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ditq.calibration.calibrate import calibrate
+from ditq.checkpoint import Checkpoint
 from ditq.devices import device_of, dtype_on
 from ditq.errors import DitqError
 from tests.command_line import assert_refused
@@ -46,3 +47,13 @@ def test_statistics_of_a_gpu_are_those_of_the_cpu(tmp_path: Path) -> None:
     for name, expected in found[0].groups.items():
         got = found[1].groups[name].hessian()
         assert float((got - expected.hessian()).norm() / expected.hessian().norm()) < 1e-2
+
+
+def test_a_gpu_without_room_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total of 8 GiB")
+
+    monkeypatch.setattr(Checkpoint, "open", full)
+    assert_refused(
+        capsys, "not enough memory on the GPU: CUDA out of memory.* 2.00 GiB. Give --device cpu", "inspect", "mini"
+    )

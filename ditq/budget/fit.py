@@ -25,6 +25,7 @@ from ditq.budget.search import smallest_good
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
+from ditq.devices import CPU
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.passes import Context, PassReport
@@ -92,11 +93,13 @@ def fit_budget(
     seed: int = 0,
     work: Path | None = None,
     progress: ProgressSetting = None,
+    device: torch.device = CPU,
 ) -> BudgetFit:
     """Choose formats within the budget. The graph is used up: passes before `quantize` have changed it afterwards.
 
     Args:
         work: where finished codes are kept, so that an interrupted search goes on.
+        device: where weights are rounded.
 
     Raises:
         DitqError: the recipe has not exactly one `quantize`, or nothing fits the budget; the nearest that does is named.
@@ -105,7 +108,7 @@ def fit_budget(
     step = recipe.passes[place]
     assert isinstance(step, Quantize)
     original = checkpoint.load_model() if budget.kind == "psnr" else None
-    context = Context(statistics, seed).showing(progress)
+    context = Context(statistics, seed, device=device).showing(progress)
     caches = _caches(checkpoint, recipe, budget, statistics, seed, work)
     with torch.no_grad():
         for earlier in recipe.passes[:place]:

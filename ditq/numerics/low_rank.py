@@ -41,6 +41,10 @@ class LowRank:
         """r: how many rows A has."""
         return self.scale.shape[0]
 
+    def to(self, device: torch.device) -> LowRank:
+        """The same there."""
+        return LowRank(self.down.to(device), self.up.to(device), self.scale.to(device))
+
     def product(self) -> torch.Tensor:
         """B A, float32 [O, I]."""
         return self.up.float() @ (self.down * self.scale[:, None])

@@ -11,7 +11,7 @@ The carrier is what an integer matrix product takes, so a 3-bit weight runs thro
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -95,6 +95,13 @@ class WeightCode:
     bits: int
     low_rank: LowRank | None = None
     codebook: str = ""
+
+    def to(self, device: torch.device) -> WeightCode:
+        """The same there."""
+        branch = None if self.low_rank is None else self.low_rank.to(device)
+        multiplier = None if self.multiplier is None else self.multiplier.to(device)
+        codes, table, scale = (tensor.to(device) for tensor in (self.codes, self.table, self.scale))
+        return replace(self, codes=codes, table=table, scale=scale, multiplier=multiplier, low_rank=branch)
 
     def _carrier_rows(self, rows: slice) -> torch.Tensor:
         index = self.codes[rows].long()

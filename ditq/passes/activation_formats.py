@@ -137,9 +137,12 @@ class ChosenFormat:
 
     def scale_of(self, row_bins: Tensor) -> Tensor | None:
         """The calibrated scale for rows of these bins [N]: [N, 1] where each bin has its own, else the one there is."""
-        if self.scale is None or not self.bins:
-            return self.scale
-        return self.scale[torch.searchsorted(torch.tensor(self.bins), row_bins)][:, None]
+        if self.scale is None:
+            return None
+        scale = self.scale.to(row_bins.device)
+        if not self.bins:
+            return scale
+        return scale[torch.searchsorted(torch.tensor(self.bins, device=row_bins.device), row_bins)][:, None]
 
     def rounded(self, rows: Tensor, row_bins: Tensor) -> Tensor:
         """Rows [N, I] of these bins [N] as the layer's products see them, unsigned ones without their shift."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import TRAJECTORIES, InputStatistics, Statistics
+from ditq.devices import CPU
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn.input_transform import InputTransform, RotatedRange
@@ -96,7 +97,9 @@ class Context:
         site_cache: SiteCache | None = None,
         keep_weights: bool = False,
         work: Path | None = None,
+        device: torch.device = CPU,
     ) -> None:
+        self.device = device
         self.keep_weights = keep_weights
         self.work = work
         self.original: nn.Module | None = None

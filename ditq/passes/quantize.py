@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ditq.calibration.statistics import InputStatistics
+from ditq.devices import CPU
 from ditq.errors import DitqError
 from ditq.formats import BitFormat
 from ditq.graph import DiTGraph
@@ -229,12 +230,14 @@ class Quantize(Pass):
         """The layer that would stand at a site with these settings, and the report's row of it; the graph stays as it is."""
         module = graph.linear(site)
         linear = plain_linear(graph, site)
-        weight = linear.weight.detach().float()
+        weight = linear.weight.detach().to(context.device, torch.float32)
         bias: Tensor | None = linear.bias
         form = BitFormat.parse(settings.format)
         statistics = context.statistics(graph.sites[site].group) if self.requires_statistics else None
         chosen = formats.of(site, statistics)
+        statistics = None if statistics is None else statistics.to(context.device)
         weights = context.bin_weights(self.step_weights)
+        weights = None if weights is None else weights.to(context.device)
         noise = self._noise(statistics, settings, chosen)
 
         def coded(codebook: str, part: Tensor, seen: InputStatistics | None) -> WeightCode:
@@ -254,12 +257,13 @@ class Quantize(Pass):
                 codebook = choose_codebook(names, weight, statistics, tried, chosen.rounded, weights, settings.rank)
             return coded(codebook, weight, statistics)
 
-        code = context.cached(site, make)
+        code = context.cached(site, lambda: make().to(CPU))
         if context.keep_weights:
-            context.weights[site] = self._target(weight, statistics, weights, settings, noise)[0].half()
-        decoded = code.decode()
+            context.weights[site] = self._target(weight, statistics, weights, settings, noise)[0].half().cpu()
+        there = code.to(context.device)
+        decoded = there.decode()
         if self.bias_correction and statistics is not None:
-            correction = self._shift(weight, code, statistics, weights)
+            correction = self._shift(weight, there, statistics, weights).cpu()
             bias = correction if bias is None else bias + correction
         transform = module.transform if isinstance(module, TransformedLinear) else None
         branch: Branch = "float" if settings.branch == "float" else "integer"
@@ -310,7 +314,7 @@ class Quantize(Pass):
     ) -> Tensor:
         """What rounding shifts in the mean of each output, for the bias: float32 [O]; 0 without bias_correction."""
         if statistics is None or not self.bias_correction:
-            return torch.zeros(len(weight))
+            return weight.new_zeros(len(weight))
         return ((weight - code.decode()).double() @ statistics.mean(weights).double()).float()
 
     def _code(self, weight: Tensor, hessian: Tensor | None, settings: SiteSettings, form: BitFormat) -> WeightCode:
