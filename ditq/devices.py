@@ -7,7 +7,6 @@ import torch
 from ditq.errors import DitqError
 
 AUTO = "auto"
-CPU = torch.device("cpu")
 
 
 def device_of(name: str) -> torch.device:

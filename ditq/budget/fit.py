@@ -25,10 +25,10 @@ from ditq.budget.search import smallest_good
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
-from ditq.devices import CPU
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.passes import Context, PassReport
+from ditq.passes.base import CPU
 from ditq.passes.quantize import Quantize
 from ditq.progress import ProgressSetting
 from ditq.recipe import Recipe

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import TRAJECTORIES, InputStatistics, Statistics
-from ditq.devices import CPU
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn.input_transform import InputTransform, RotatedRange
@@ -22,6 +21,7 @@ from ditq.parts import Work
 from ditq.progress import ProgressSetting, progress_bar
 
 Item = TypeVar("Item")
+CPU = torch.device("cpu")
 
 
 def setting(

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ditq.calibration.statistics import InputStatistics
-from ditq.devices import CPU
 from ditq.errors import DitqError
 from ditq.formats import BitFormat
 from ditq.graph import DiTGraph
@@ -34,7 +33,7 @@ from ditq.passes.activation_formats import (
     ChosenFormat,
     InputFormats,
 )
-from ditq.passes.base import Context, Pass, PassReport, register, relative_error, setting
+from ditq.passes.base import CPU, Context, Pass, PassReport, register, relative_error, setting
 from ditq.passes.choose_codebook import AUTO, TRIED, check_codebook, check_codebooks, choose_codebook
 from ditq.passes.folding import plain_linear
 from ditq.suggest import unknown_key
