@@ -172,7 +172,7 @@ def compile(
         clock.lap("export")
         plans: list[MadePlan] = []
         if gpus:
-            engine, plans = make_plans(engine, gpus, options.sizes, options.progress)
+            engine, plans = make_plans(engine, options.gpus, options.sizes, options.progress)
             clock.lap("plans")
     return CompileResult(engine, recipe, reports, clock.seconds, peak_memory(), text_sites, plans)
 

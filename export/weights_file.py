@@ -26,6 +26,7 @@ _DTYPES = {
     "I8": ir.DataType.INT8,
     "U8": ir.DataType.UINT8,
     "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
+    "F8_E5M2": ir.DataType.FLOAT8E5M2,
     "BOOL": ir.DataType.BOOL,
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ditq.budget.request import KEEP
 from ditq.errors import DitqError
 from ditq.export.weights_file import narrowed
-from ditq.formats import BitFormat
+from ditq.formats import NVFP4, BitFormat
 from ditq.graph import DiTGraph
 from ditq.nn import InputTransform, QuantLinear
 from ditq.nn.call_timestep import ARGUMENT, tell_at_each_call
@@ -91,6 +91,8 @@ def candidate_settings(settings: SiteSettings, name: str) -> SiteSettings:
     """A site's settings with the candidate's bits in the place of its own; activations stay as the recipe has them."""
     if name == KEEP:
         return replace(settings, keep=True)
+    if settings.format == NVFP4:
+        raise DitqError("budget: chooses bits of weights, which nvfp4 fixes; set another format, or leave the budget out")
     activation = BitFormat.parse(settings.format).activation
     return replace(settings, format=f"{name}a{activation}")
 

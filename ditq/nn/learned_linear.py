@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ditq.nn.quant_linear import QuantLinear
-from ditq.numerics.carrier import carrier_of
+from ditq.numerics.carrier import E4M3, carrier_of
 from ditq.numerics.weight_code import SMALLEST_SCALE, WeightCode, midpoints
 
 # How far towards the edge of its code's cell a latent value may start: nearer to it, the noise of single steps flips codes.
@@ -68,6 +68,8 @@ class LearnedLinear(nn.Module):
         table = table[None, None] if table.dim() == 1 else table[:, None]
         if self.multiplier is None:
             return table
+        if self.multiplier.dtype == E4M3:
+            return table * self.multiplier.float()[:, :, None]
         exact = table * self.multiplier.float()[:, :, None] / 255
         return exact + (self.carrier.nearest(exact.detach()) - exact).detach()
 

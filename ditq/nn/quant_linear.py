@@ -7,7 +7,9 @@
                                               which the bias takes up (numerics/activation_format.py)
     c  = table[code]                          int8 carrier, or FP8 (numerics/carrier.py), whose q are
                                               FP8 numbers too; with group multipliers
-                                              round(table[code] * m / 255) on the carrier's grid
+                                              round(table[code] * m / 255) on the carrier's grid;
+                                              or FP4 numbers times FP8 scales m of blocks (NVFP4),
+                                              whose q are products of such as well
     y  = (q c^T) * s_x * s_w + bias           sum_g (q_g c_g^T) * s_xg * s_w + bias, with groups g of
                                               channels that have scales of their own
 
@@ -44,9 +46,9 @@ Rounding = Callable[[str, Tensor], Tensor]
 class QuantLinear(nn.Module):
     """y = x W^T + b with W given by codes into a table of the carrier's numbers and scales.
 
-    Buffers: `codes` packed uint8 (numerics/packing.py; the carrier [O, I] itself at 8 bits), `table` int8 or float8_e4m3fn
-    [L] or [O, L],
-    `scale` float32 [O] or [O, G], `multiplier` uint8 [O, G], `bias` float32 [O], `activation_scale` float32 [], or [B] for B
+    Buffers: `codes` packed uint8 (numerics/packing.py; the carrier [O, I] itself at 8 bits), `table` [L] or [O, L] in
+    the carrier's dtype,
+    `scale` float32 [O] or [O, G], `multiplier` uint8 or float8_e4m3fn [O, G], `bias` float32 [O], `activation_scale` float32 [], or [B] for B
     bins of timesteps; of a branch of rank r: `down` int8 [r, I], `up` int8 [O, r], `branch_scale` float32 [r].
     """
 
@@ -91,7 +93,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("branch_scale", None if low_rank is None else low_rank.scale)
         if activation.granularity in ("tensor", "timestep") and activation_scale is None:
             raise ValueError(f"{site}: static activations need a calibrated scale")
-        if activation.granularity == "group" and self.in_features % activation.group_size:
+        if activation.group_size and self.in_features % activation.group_size:
             raise ValueError(f"{site}: {self.in_features} inputs do not divide into groups of {activation.group_size}")
         if activation.granularity != "none" and self.scale.dim() == 2 and self.scale.shape[1] > 1:
             raise ValueError(f"{site}: an integer matmul takes one scale a row; give group multipliers instead")
@@ -245,7 +247,7 @@ class QuantLinear(nn.Module):
         out_features, in_features, bits = spec["out_features"], spec["in_features"], spec["bits"]
         carrier = CARRIERS[spec.get("carrier", INT8.name)]  # absent in engines from before there were others
         table = torch.zeros(spec["table"], dtype=carrier.dtype) if spec["table"] else carrier.grid()
-        multiplier = torch.zeros(spec["multiplier"], dtype=torch.uint8) if spec["multiplier"] else None
+        multiplier = torch.zeros(spec["multiplier"], dtype=carrier.multiplier) if spec["multiplier"] else None
         low_rank, rank = None, spec.get("rank", 0)  # absent in engines from before there were branches
         if rank:
             down, up = (torch.zeros(shape, dtype=torch.int8) for shape in ((rank, in_features), (out_features, rank)))

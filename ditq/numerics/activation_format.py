@@ -4,6 +4,7 @@
     midrise     n = round(x / s - 1/2),  -2^(b-1) <= n < 2^(b-1)         q = 2n + 1   x ~ q s/2    s = c max|x| / 2^(b-1)
     unsigned    n = round((x + t) / s),  0 <= n < 2^b                    q = n        x ~ q s - t  s = c max(x + t) / (2^b - 1)
     float8_e4m3 n = x / s to the next FP8 number, |n| <= 448            q = n        x ~ q s      s = c max|x| / 448
+    float4_e2m1 n = b (x / (s b) to the next FP4 number), |n| <= 2688   q = n        x ~ q s      s = c max|x| / 2688
 
 `midrise` has a level for each of the 2^b codes and none at zero (a mid-rise quantizer: Gersho and Gray, Vector Quantization
 and Signal Compression, 1992, 5.3); `symmetric` leaves one code unused, which is 1 of 16 at 4 bits. Its levels
@@ -11,6 +12,10 @@ and Signal Compression, 1992, 5.3); `symmetric` leaves one code unused, which is
 factor c <= 1 trades the error of the few values beyond c max|x| for a finer step of all others. `unsigned` is for inputs
 that hardly go below zero, such as those behind a GELU, which is never below -0.17: t is a calibrated shift of that size,
 and no code is spent on what does not occur. What -t adds to the products does not depend on the token.
+
+`float4_e2m1` is NVFP4: a calibrated scale s of the tensor and, for each run of 16 channels of a token, a block scale b found
+at run time, the FP8 number next to max|x / s| / 6. So TensorRT's dynamic quantization has it (IDynamicQuantizeLayer); the
+largest block scale is 448, and 448 * 6 = 2688.
 
 With a scale a group (Q-DiT, Chen 2024, arXiv 2406.17343) max|x| is that of each run of channels of a token.
 """
@@ -22,11 +27,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from ditq.numerics.carrier import FLOAT8, LARGEST_E4M3
+from ditq.numerics.carrier import BLOCK, FLOAT4, FLOAT8, LARGEST_E2M1, LARGEST_E4M3
 from ditq.numerics.uniform import SMALLEST_SCALE, largest_integer, steps_per_tensor, wide
 
 Granularity = Literal["token", "group", "tensor", "timestep", "none"]
-Grid = Literal["symmetric", "midrise", "unsigned", "float8_e4m3"]
+Grid = Literal["symmetric", "midrise", "unsigned", "float8_e4m3", "float4_e2m1"]
 MIDRISE_BITS = 7  # the most whose odd integers fit int8
 
 
@@ -59,6 +64,8 @@ class ActivationFormat:
             raise ValueError(f"a mid-rise grid has at most {MIDRISE_BITS} bits on an int8 carrier, not {self.bits}")
         if self.grid == "float8_e4m3" and self.bits != 8:
             raise ValueError(f"FP8 activations have 8 bits, not {self.bits}")
+        if self.grid == "float4_e2m1" and (self.bits, self.granularity, self.group_size) != (4, "tensor", BLOCK):
+            raise ValueError(f"FP4 activations have 4 bits, a scale of the tensor and groups of {BLOCK}")
         if self.grid == "unsigned" and self.granularity != "token":
             raise ValueError(f"unsigned activations have a scale a token, not a {self.granularity}")
         if self.granularity == "group" and self.group_size < 1:
@@ -73,6 +80,8 @@ class ActivationFormat:
             return 2**self.bits - 1
         if self.grid == "float8_e4m3":
             return int(LARGEST_E4M3)
+        if self.grid == "float4_e2m1":
+            return int(LARGEST_E4M3 * LARGEST_E2M1)
         return 2 ** (self.bits - 1) if self.grid == "midrise" else largest_integer(self.bits)
 
     @property
@@ -108,13 +117,21 @@ class ActivationFormat:
             return (wide(x) / scale - 0.5).clamp(-self.maximum, self.maximum - 1)
         if self.grid == "unsigned":
             return ((wide(x) + self.shift) / scale).clamp(0, self.maximum)
-        if self.grid == "float8_e4m3":
+        if self.grid in ("float8_e4m3", "float4_e2m1"):
             return (wide(x) / scale).clamp(-self.maximum, self.maximum)
         return steps_per_tensor(x, scale, self.bits)
 
     def nearest(self, steps: Tensor) -> Tensor:
         """What `steps` gives -> n."""
+        if self.grid == "float4_e2m1":
+            block = self.block_scales(steps)
+            return FLOAT4.nearest(steps / block.where(block > 0, 1)) * block
         return FLOAT8.nearest(steps) if self.grid == "float8_e4m3" else steps.round()
+
+    def block_scales(self, steps: Tensor) -> Tensor:
+        """b of an FP4 grid at each channel of the steps [..., C]; 0 for a block too small for the smallest FP8 number."""
+        largest = steps.unflatten(-1, (-1, self.group_size)).abs().amax(dim=-1)
+        return FLOAT8.nearest(largest / LARGEST_E2M1).repeat_interleave(self.group_size, dim=-1)
 
     def carriers(self, rounded: Tensor) -> Tensor:
         """n -> q, in a floating dtype, which holds them exactly."""

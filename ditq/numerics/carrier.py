@@ -3,6 +3,8 @@
     int8          whole numbers -128 .. 127, for integer products
     float8_e4m3   a sign, four bits of exponent, three of mantissa, no infinity; |v| <= 448 (Micikevicius et al., FP8 Formats
                   for Deep Learning, arXiv 2209.05433), for GPUs whose tensor cores multiply FP8
+    float4_e2m1   a sign, two bits of exponent, one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6 (OCP Microscaling Formats v1.0,
+                  5.3.3), in blocks of 16 that have an FP8 scale each: NVFP4, for GPUs whose tensor cores multiply that
 
 A carrier counts its numbers: place 0 is 0, place k the k-th above it, -k the k-th below. What moves levels apart or clamps
 them works on places, and so need not know how far they are from each other.
@@ -18,6 +20,9 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 LARGEST_E4M3 = 448.0
+SMALLEST_E4M3 = 2.0**-9  # above 0
+LARGEST_E2M1 = 6.0
+BLOCK = 16  # columns or channels that share a scale in NVFP4
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Carrier:
         largest: bits of a code -> where the largest level of its codebook stands.
         stretch: (largest level, bits) -> the factor that brings levels in equal proportion near there, exact where they are.
         grid: () -> all its numbers, ascending, [2^8] in the dtype: the levels of 8-bit codes.
+        multiplier: dtype of what multiplies the numbers of a group of columns: uint8 counts 255ths, and the result is a number
+            of the grid again; FP8 numbers are scales of blocks, which the product takes in beside the numbers.
     """
 
     name: str
@@ -38,8 +45,9 @@ class Carrier:
     place: Callable[[Tensor], Tensor]
     value: Callable[[Tensor], Tensor]
     largest: Callable[[int], int]
-    stretch: Callable[[int, int], int]
+    stretch: Callable[[int, int], float]
     grid: Callable[[], Tensor]
+    multiplier: torch.dtype = torch.uint8
 
     def nearest(self, values: Tensor) -> Tensor:
         """The number of the grid next to each value, in the same floating dtype."""
@@ -88,6 +96,22 @@ def _grid_e4m3() -> Tensor:
     return _value_e4m3(torch.arange(-128, 128).clamp(-126, 126).float()).to(E4M3)
 
 
+def _place_e2m1(values: Tensor) -> Tensor:
+    """Numbers lie 1/2 apart up to 2, 1 up to 4 and 2 from there; of two neighbours the even one has the even place."""
+    magnitude = values.abs().clamp_max(LARGEST_E2M1)
+    small, middle, large = (magnitude * 2).round(), magnitude.round() + 2, (magnitude / 2).round() + 4
+    return torch.where(magnitude < 2, small, torch.where(magnitude < 4, middle, large)) * values.sign()
+
+
+def _value_e2m1(places: Tensor) -> Tensor:
+    place = places.abs()
+    return torch.where(place < 4, place / 2, torch.where(place < 6, place - 2, 2 * place - 8)) * places.sign()
+
+
+def _grid_e2m1() -> Tensor:
+    raise ValueError("FP4 numbers have codes of 4 bits, not 8")
+
+
 INT8 = Carrier(
     "int8",
     torch.int8,
@@ -106,7 +130,17 @@ FLOAT8 = Carrier(
     lambda top, bits: 1 << max(0, (int(LARGEST_E4M3) // top).bit_length() - 1),
     _grid_e4m3,
 )
-CARRIERS = {carrier.name: carrier for carrier in (INT8, FLOAT8)}
+FLOAT4 = Carrier(
+    "float4_e2m1",
+    torch.float8_e5m2,  # holds every FP4 number; torch's own FP4 type has two a byte and no arithmetic
+    _place_e2m1,
+    _value_e2m1,
+    lambda bits: int(LARGEST_E2M1),
+    lambda top, bits: LARGEST_E2M1 / top,
+    _grid_e2m1,
+    E4M3,
+)
+CARRIERS = {carrier.name: carrier for carrier in (INT8, FLOAT8, FLOAT4)}
 
 
 def carrier_of(table: Tensor) -> Carrier:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ditq.numerics.block_scales import rescaled_blocks
+from ditq.numerics.carrier import E4M3
 from ditq.numerics.rounding import ColumnLevels
 from ditq.numerics.weight_code import SMALLEST_SCALE, Fit, WeightCode, check_fit, row_chunks
 
@@ -161,10 +163,13 @@ def _normal_equations(hessian: Tensor, values: Tensor, wanted: Tensor, groups: i
 
 
 def _scaled_groups(fit: Fit, factor: Tensor) -> Fit:
-    """The fit with each group's scale times its factor [R, G]; as whole multipliers of 1/255 where it has those."""
+    """The fit with each group's scale times its factor [R, G]; as whole multipliers of 1/255 or FP8 numbers where it has those."""
     if fit.multiplier is None:
         return replace(fit, scale=(fit.scale * factor).clamp_min(SMALLEST_SCALE))
-    wanted = fit.multiplier * factor
+    wanted = fit.multiplier.float() * factor
+    if fit.multiplier.dtype == E4M3:
+        scale, blocks = rescaled_blocks(fit.scale, wanted)
+        return replace(fit, scale=scale, multiplier=blocks)
     row = wanted.amax(1)
     multiplier = (wanted / row[:, None] * 255).round().clamp(1, 255).to(torch.uint8)
     return replace(fit, scale=(fit.scale * row / 255).clamp_min(SMALLEST_SCALE), multiplier=multiplier)

@@ -2,6 +2,7 @@
 
     carrier = table[code]                           int8 or FP8; the row's own table where there is one a row
     carrier = round(carrier * multiplier / 255)     on the carrier's grid, where groups of columns have a multiplier
+    carrier = carrier * multiplier                  of FP4 numbers, whose blocks have FP8 scales (NVFP4)
     weight  = carrier * scale                       by row [O], or by row and group [O, G]
     weight += up diag(scale) down                   where there is a low-rank branch (low_rank.py)
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ditq.numerics.carrier import Carrier, carrier_of
+from ditq.numerics.carrier import E4M3, Carrier, carrier_of
 from ditq.numerics.low_rank import LowRank
 
 _AT_ONCE = 1 << 21  # elements of a weight that are widened at a time
@@ -42,7 +43,12 @@ def check_weight(weight: torch.Tensor, bits: int, group_size: int | None = None)
 
 
 def multiplied(numbers: torch.Tensor, multiplier: torch.Tensor, carrier: Carrier) -> torch.Tensor:
-    """The carrier's number next to numbers * multiplier / 255, float32. 255 is odd, so int8 has no ties to round."""
+    """The carrier's number next to numbers * multiplier / 255, float32. 255 is odd, so int8 has no ties to round.
+
+    Where multipliers are FP8 numbers, numbers * multiplier as it is.
+    """
+    if multiplier.dtype == E4M3:
+        return numbers.float() * multiplier.float()
     return carrier.nearest(numbers.float() * multiplier.float() / 255)
 
 
@@ -56,7 +62,7 @@ class Fit:
     """The levels that were fitted to a weight [O, I], before any weight is rounded to one of them.
 
     table: numbers of a carrier in its dtype (carrier.py), [L] or, one a row, [O, L]; ascending, L = 2^bits. scale: float32
-    [O] or [O, G]. multiplier: uint8 [O, G] or None. group_size: I / G, or None where there are no groups.
+    [O] or [O, G]. multiplier: uint8 or FP8 [O, G], or None. group_size: I / G, or None where there are no groups.
     """
 
     table: torch.Tensor
@@ -111,10 +117,11 @@ class WeightCode:
             return numbers
         carrier = carrier_of(self.table)
         grouped = numbers.unflatten(1, (self.multiplier.shape[1], -1))
-        return carrier.stored(multiplied(grouped, self.multiplier[rows, :, None], carrier)).flatten(1)
+        product = multiplied(grouped, self.multiplier[rows, :, None], carrier).flatten(1)
+        return product if self.multiplier.dtype == E4M3 else carrier.stored(product)
 
     def carrier(self) -> torch.Tensor:
-        """[O, I] in the carrier's dtype: what the matrix product multiplies."""
+        """[O, I] in the carrier's dtype, or float32 with FP8 multipliers: what the matrix product multiplies."""
         return torch.cat([self._carrier_rows(rows) for rows in row_chunks(*self.codes.shape)])
 
     def decode(self) -> torch.Tensor:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ditq.calibration.statistics import InputStatistics
 from ditq.errors import DitqError
-from ditq.formats import BitFormat
+from ditq.formats import NVFP4, BitFormat
 from ditq.graph import DiTGraph
 from ditq.nn.call_timestep import ARGUMENT
 from ditq.numerics.activation_clip import best_clip, column_energy, input_error
 from ditq.numerics.activation_format import FLOAT, MIDRISE_BITS, ActivationFormat, Granularity, Grid
-from ditq.numerics.carrier import CARRIERS, FLOAT8, INT8
+from ditq.numerics.carrier import BLOCK, FLOAT4, FLOAT8, INT8
 from ditq.numerics.timestep_bins import bin_edges
 from ditq.passes.folding import plain_linear
 from ditq.suggest import unknown_key
@@ -28,6 +28,8 @@ GRANULARITIES = ("token", "group", "tensor", "timestep")
 DYNAMIC = ("token", "group")  # scales that are found at run time
 GROUP_SIZE = 64
 GRIDS = ("symmetric", "midrise")
+FLOAT_GRIDS = (FLOAT8.name, FLOAT4.name)  # which go with the carriers of their names
+PRODUCTS = (INT8.name, FLOAT8.name)  # carriers that a recipe may ask for; FP4 goes with the format nvfp4
 UNSIGNED = ("never", "auto", "always")
 UNSIGNED_GAIN = 0.05  # share of the error that `auto` wants to win: below it, another sample might say the opposite
 
@@ -56,6 +58,13 @@ class ActivationSettings:
     def bits(self) -> int:
         return BitFormat.parse(self.format).activation
 
+    @property
+    def input_group(self) -> int:
+        """Channels of a token that share a scale found at run time; 0 where there are no groups."""
+        if self.carrier == FLOAT4.name:
+            return BLOCK
+        return self.activation_group if self.activation == "group" else 0
+
     def asked(self) -> tuple[Any, ...]:
         """What two linears of one input must have in common to share its format."""
         values = [getattr(self, item.name) for item in fields(ActivationSettings) if item.name != "format"]
@@ -69,6 +78,8 @@ class ActivationSettings:
     def activation_words(self) -> list[str]:
         """What is not as usual, for `ditq inspect`."""
         usual = ActivationSettings()
+        if self.format == NVFP4:
+            return []
         keys = ("activation", "activation_grid", "activation_unsigned")
         changed = [key for key in keys if getattr(self, key) != getattr(usual, key)]
         clipped = ["clipped"] if self.activation_clip else []
@@ -79,6 +90,11 @@ class ActivationSettings:
 
     def check_width(self, site: str, width: int) -> None:
         """Raise DitqError where the groups of channels do not divide the width of a site's input."""
+        if self.format == NVFP4 and width % BLOCK:
+            raise DitqError(
+                f"pass 'quantize': {site}: nvfp4 has blocks of {BLOCK}, which do not divide its {width} inputs; "
+                "give it another format by a rule"
+            )
         if self.activation == "group" and self.bits < 16 and width % self.activation_group:
             raise DitqError(
                 f"pass 'quantize': {site}: activation_group {self.activation_group} does not divide its {width} inputs"
@@ -87,13 +103,15 @@ class ActivationSettings:
     def check(self) -> None:
         """Raise DitqError for settings that are unknown or do not fit each other."""
         for key, known in (
-            ("carrier", tuple(CARRIERS)),
+            ("carrier", PRODUCTS),
             ("activation", GRANULARITIES),
             ("activation_grid", GRIDS),
             ("activation_unsigned", UNSIGNED),
         ):
             if getattr(self, key) not in known:
                 raise DitqError(unknown_key(f"pass 'quantize': {key}", getattr(self, key), list(known)))
+        if self.format == NVFP4:
+            self._check_nvfp4()
         if self.carrier == FLOAT8.name:
             self._check_float8()
         if self.activation_group < 1:
@@ -108,6 +126,16 @@ class ActivationSettings:
                 f"pass 'quantize': activation_grid midrise takes at most {MIDRISE_BITS} bits of activations, "
                 f"{self.format} has {self.bits}; leave it symmetric"
             )
+
+    def _check_nvfp4(self) -> None:
+        usual = ActivationSettings()
+        for key in ("carrier", "activation", "activation_grid", "activation_clip", "activation_unsigned"):
+            if getattr(self, key) != getattr(usual, key):
+                value = getattr(usual, key)
+                plain = str(value).lower() if isinstance(value, bool) else value
+                raise DitqError(
+                    f"pass 'quantize': nvfp4 has numbers and scales of its own; leave {key} out, or set {key}: {plain}"
+                )
 
     def _check_float8(self) -> None:
         if self.bits not in (8, 16):
@@ -193,8 +221,8 @@ class InputFormats:
         form = ActivationFormat(
             settings.bits,
             cast(Granularity, settings.activation),
-            cast(Grid, FLOAT8.name if settings.carrier == FLOAT8.name else settings.activation_grid),
-            group_size=settings.activation_group if settings.activation == "group" else 0,
+            cast(Grid, settings.carrier if settings.carrier in FLOAT_GRIDS else settings.activation_grid),
+            group_size=settings.input_group,
         )
         if statistics is None:
             return ChosenFormat(form)

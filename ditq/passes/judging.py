@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ditq.calibration.statistics import InputStatistics
-from ditq.formats import BitFormat
+from ditq.formats import NVFP4, BitFormat
+from ditq.numerics.activation_format import ActivationFormat
+from ditq.numerics.carrier import BLOCK, FLOAT4
 from ditq.numerics.codebook import CODEBOOKS, Fit, encode
 from ditq.numerics.rotation import Rotation
 from ditq.numerics.rounding import round_gptq, round_nearest
@@ -86,7 +88,10 @@ class Trial:
 
 @dataclass(frozen=True)
 class Judge:
-    """Quantizes a trial: codebook, rounding and bias correction as `quantize` does them, activations a token."""
+    """Quantizes a trial: codebook, rounding and bias correction as `quantize` does them, activations a token.
+
+    nvfp4 has levels and scales of its own; that of the input is of the largest value in the trial.
+    """
 
     format: str
     codebook: str
@@ -94,21 +99,31 @@ class Judge:
 
     def errors(self, trial: Trial, reference: Tensor) -> Tensor:
         """float64 [n]: squared error of each row's output, over the mean squared output of all rows."""
-        form = BitFormat.parse(self.format)
         fit = self.fit(trial.weight, trial.moment)
         gptq = self.rounding == "gptq"
         code = round_gptq(trial.weight, trial.moment, fit) if gptq else round_nearest(trial.weight, fit)
         weight = code.decode()
         correction = ((trial.weight - weight).double() @ trial.mean).float()
-        x = trial.rows
-        if form.activation < 16:
-            q, step = quantize_per_token(x, form.activation)
-            x = q * step
+        x = self.rounded(trial.rows)
         difference = (reference - (x @ weight.T + correction + trial.constant)).double()
         return difference.square().sum(1) / reference.double().square().sum(1).mean().clamp_min(1e-300)
 
+    def rounded(self, x: Tensor) -> Tensor:
+        """Rows [n, C] as the products see them."""
+        bits = BitFormat.parse(self.format).activation
+        if self.format == NVFP4:
+            form = ActivationFormat(bits, "tensor", "float4_e2m1", group_size=BLOCK)
+            return form.rounded(x, form.scale(x.abs().max()))
+        if bits == 16:
+            return x
+        q, step = quantize_per_token(x, bits)
+        return q * step
+
     def fit(self, weight: Tensor, moment: Tensor) -> Fit:
         """The codebook's levels for a weight [O, C] whose input has that second moment [C, C]."""
+        if self.format == NVFP4:
+            blocks = {"group_size": BLOCK, "carrier": FLOAT4}
+            return CODEBOOKS["e2m1"](weight, 4, importance=moment.diagonal().clone(), **blocks)
         bits = BitFormat.parse(self.format).weight
         codebook = "uniform" if bits == 8 else self.codebook
         return CODEBOOKS[codebook](weight, bits, importance=moment.diagonal().clone())
@@ -143,6 +158,8 @@ class FakeQuantLoss:
     def _input(self, x: Tensor) -> Tensor:
         if self.form.activation == 16:
             return x
+        if self.judge.format == NVFP4:
+            return x + (self.judge.rounded(x.detach()) - x).detach()
         step = absmax_scale(x.abs().amax(dim=-1, keepdim=True), self.form.activation)
         return x + step * ((x / step).round() - x / step).detach()
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ditq.calibration.statistics import InputStatistics
 from ditq.errors import DitqError
-from ditq.formats import BitFormat
+from ditq.formats import NVFP4, BitFormat
 from ditq.graph import DiTGraph
 from ditq.nn.call_timestep import tell_at_each_call
 from ditq.nn.quant_linear import Branch, QuantLinear
 from ditq.nn.transformed_linear import TransformedLinear
 from ditq.numerics.activation_noise import for_noisy_inputs, rounding_noise
-from ditq.numerics.carrier import CARRIERS, FLOAT8, INT8
+from ditq.numerics.carrier import BLOCK, CARRIERS, FLOAT4, FLOAT8, INT8
 from ditq.numerics.codebook import CODEBOOKS, Fit, WeightCode
 from ditq.numerics.descent import refine
 from ditq.numerics.low_rank import code_with_branch
@@ -28,6 +28,7 @@ from ditq.passes.activation_formats import (
     GRANULARITIES,
     GRIDS,
     GROUP_SIZE,
+    PRODUCTS,
     UNSIGNED,
     ActivationSettings,
     ChosenFormat,
@@ -58,8 +59,17 @@ class SiteSettings(ActivationSettings):
     def words(self) -> list[str]:
         """For `ditq inspect`."""
         ranked = [f"rank {self.rank}"] if self.rank else []
+        if self.format == NVFP4:
+            return [self.format, self.rounding, *ranked]
         carrier = [] if self.carrier == INT8.name else [self.carrier]
         return [self.format, self.codebook, self.rounding, *carrier, *ranked, *self.activation_words()]
+
+
+    def settled(self) -> SiteSettings:
+        """With what the format says of itself: nvfp4 has the levels of FP4, blocks of 16, and a calibrated scale of the input."""
+        if self.format != NVFP4:
+            return self
+        return replace(self, carrier=FLOAT4.name, codebook="e2m1", group_size=BLOCK, activation="tensor")
 
 
 @register
@@ -86,8 +96,8 @@ class Quantize(Pass):
 
     name: ClassVar[str] = "quantize"
     not_after: ClassVar[tuple[str, ...]] = ("quantize",)
-    format: str = setting("w4a8", "bits of weights and activations, w<2-8>a<4-8 or 16>")
-    carrier: str = setting(INT8.name, "numbers that are multiplied: levels are snapped to them", tuple(CARRIERS))
+    format: str = setting("w4a8", "bits of weights and activations, w<2-8>a<4-8 or 16>; or nvfp4")
+    carrier: str = setting(INT8.name, "numbers that are multiplied: levels are snapped to them", PRODUCTS)
     codebook: str = setting("twin_log_shared", "where the levels of the weights lie", (*CODEBOOKS, AUTO))
     codebooks: list[str] = setting(list(TRIED), "codebook auto: which to choose from; in doubt the first")
     rounding: str = setting("gptq", "how weights are rounded to levels", ROUNDINGS)
@@ -166,7 +176,7 @@ class Quantize(Pass):
     def _asked(self) -> list[SiteSettings]:
         """The settings of the pass, and those of each rule over them."""
         base = self._base()
-        return [base, *(replace(base, **_overrides(rule)) for rule in self.rules)]
+        return [item.settled() for item in (base, *(replace(base, **_overrides(rule)) for rule in self.rules))]
 
     def plan(self, graph: DiTGraph) -> dict[str, SiteSettings]:
         """What each selected site gets, before anything is done.
@@ -179,13 +189,13 @@ class Quantize(Pass):
         for rule in self.rules:
             for site in graph.select(rule["select"]):
                 plan[site] = replace(plan.get(site, self._base()), **_overrides(rule))
-        plan = {site: plan[site] for site in graph.sites if site in plan and not plan[site].keep}
+        plan = {site: plan[site].settled() for site in graph.sites if site in plan and not plan[site].keep}
         for site, settings in plan.items():
             width = graph.sites[site].in_features
+            settings.check_width(site, width)
             if settings.group_size and width % settings.group_size:
                 size = settings.group_size
                 raise DitqError(f"pass 'quantize': {site}: group_size {size} does not divide its {width} inputs")
-            settings.check_width(site, width)
             settings.check_model(graph.example_inputs)
             smaller = min(width, graph.sites[site].out_features)
             if settings.rank > smaller:
@@ -367,19 +377,32 @@ def _check_site_settings(settings: SiteSettings) -> None:
     if settings.rounding not in ROUNDINGS:
         raise DitqError(unknown_key("pass 'quantize': rounding", settings.rounding, list(ROUNDINGS)))
     settings.check()
+    if settings.format == NVFP4:
+        _check_nvfp4(settings)
     if settings.group_size < 0:
         raise DitqError(f"pass 'quantize': group_size is {settings.group_size!r}, must be a whole number, 0 for none")
     if settings.rank < 0:
         raise DitqError(f"pass 'quantize': rank is {settings.rank!r}, must be a whole number, 0 for none")
     if settings.branch not in BRANCHES:
         raise DitqError(unknown_key("pass 'quantize': branch", settings.branch, list(BRANCHES)))
-    if settings.carrier == FLOAT8.name and settings.rank and settings.bits < 16 and settings.branch == "integer":
+    carrier = settings.settled().carrier
+    if carrier != INT8.name and settings.rank and settings.bits < 16 and settings.branch == "integer":
         raise DitqError(
-            f"pass 'quantize': a branch of int8 rows cannot read inputs on the carrier {settings.carrier}; "
+            f"pass 'quantize': a branch of int8 rows cannot read inputs on the carrier {carrier}; "
             "set branch: float, or rank: 0"
         )
     check_codebooks("pass 'quantize'", settings.codebooks)
     check_codebook("pass 'quantize'", settings.codebook, settings.format, settings.group_size, settings.codebooks)
+
+
+def _check_nvfp4(settings: SiteSettings) -> None:
+    if settings.group_size not in (0, BLOCK):
+        raise DitqError(f"pass 'quantize': nvfp4 has blocks of {BLOCK}, not {settings.group_size}; leave group_size out")
+    if settings.codebook not in (SiteSettings.codebook, "e2m1"):
+        raise DitqError(
+            f"pass 'quantize': nvfp4 has levels of its own, e2m1, not {settings.codebook}; leave codebook out, or give linears "
+            "that have one another format"
+        )
 
 
 def stored_bits(layer: QuantLinear) -> int:

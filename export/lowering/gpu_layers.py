@@ -1,4 +1,4 @@
-"""What a quantized linear becomes for a GPU's runtime: a product of 8-bit numbers, of few-bit weights, or of floats."""
+"""What a quantized linear becomes for a GPU's runtime: a product of 8-bit or FP4 numbers, of few-bit weights, or of floats."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Protocol
 
 import onnx_ir as ir
 
-from ditq.export.lowering import eight_bit, low_rank, weights
+from ditq.export.lowering import eight_bit, four_bit, low_rank, weights
 from ditq.export.lowering.layers import Made
 from ditq.export.lowering.writer import Writer
 from ditq.export.targets import Kind
 from ditq.nn import ActivationFormat, QuantLinear
-from ditq.numerics.carrier import FLOAT8
+from ditq.numerics.carrier import FLOAT4, FLOAT8
 
 
 class FewBitWeights(Protocol):
@@ -37,10 +37,13 @@ class GpuLayers:
     check: Callable[[QuantLinear], None]
     numbers: dict[tuple[ir.Value, ActivationFormat, tuple[float, ...]], eight_bit.Numbers] = field(default_factory=dict)
     matmuls: set[ir.Value] = field(default_factory=set)
+    fp4: dict[tuple[ir.Value, float], ir.Value] = field(default_factory=dict)
 
     def made(self, x: ir.Value, rank: int, layer: QuantLinear, rows: ir.Value | None) -> Made:
         """All that the layer makes of the transformed input; rows are chosen in front of it here."""
         assert rows is None
+        if layer.activation.grid == FLOAT4.name:
+            return self._four_bit(x, layer)
         if layer.activation.granularity != "none":
             return self._eight_bit(x, rank, layer)
         writer, inner = self.writer, None
@@ -63,6 +66,15 @@ class GpuLayers:
         kind: Kind = "float8" if layer.activation.grid == FLOAT8.name else "integer"
         y = self._finished(product.total, product.inner, x, layer)
         return Made(kind, product.matmul, y, product.inner_matmul)
+
+    def _four_bit(self, x: ir.Value, layer: QuantLinear) -> Made:
+        self.check(layer)
+        assert layer.activation_scale is not None
+        key = (x, layer.activation_scale.item())
+        if key not in self.fp4:  # once for all layers of one input
+            self.fp4[key] = four_bit.quantized(self.writer, x, layer)
+        matmul, y = four_bit.multiplied(self.writer, self.fp4[key], layer)
+        return Made("float4", matmul, self._finished(y, None, x, layer))
 
     def _finished(self, y: ir.Value, inner: ir.Value | None, x: ir.Value, layer: QuantLinear) -> ir.Value:
         """y with the branch, whose inner values are given or made of x, and the bias."""

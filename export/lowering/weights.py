@@ -14,7 +14,7 @@ import onnx_ir as ir
 from ditq.export.lowering import low_rank
 from ditq.export.lowering.writer import Writer
 from ditq.nn import QuantLinear
-from ditq.numerics.carrier import FLOAT8
+from ditq.numerics.carrier import INT8
 
 _BYTES = np.arange(256)
 _SMALLEST_BLOCK = 16  # of com.microsoft.MatMulNBits, which also wants a power of two
@@ -114,24 +114,29 @@ def _matrix_shape(writer: Writer, layer: QuantLinear) -> ir.Value:
 
 def carrier_matrix(writer: Writer, layer: QuantLinear) -> ir.Value:
     """The carrier [O, I]: int8; in float32 where it is FP8, which the runtime only casts."""
+    carrier = number_matrix(writer, layer)
+    return carrier if layer.multiplier is None else _multiplied(writer, layer, carrier)
+
+
+def number_matrix(writer: Writer, layer: QuantLinear) -> ir.Value:
+    """What the codes [O, I] stand for in the table, without multipliers of groups; of the type of `carrier_matrix`."""
     codes = writer.state(f"{layer.site}.codes", layer.codes)
     if layer.bits == 8:
         return _widened(writer, layer, codes)
     assert layer.table is not None
-    carrier = _looked_up(writer, layer, codes) if layer.table.dim() == 1 else _looked_up_by_row(writer, layer, codes)
-    return carrier if layer.multiplier is None else _multiplied(writer, layer, carrier)
+    return _looked_up(writer, layer, codes) if layer.table.dim() == 1 else _looked_up_by_row(writer, layer, codes)
 
 
 def _widened(writer: Writer, layer: QuantLinear, numbers: ir.Value) -> ir.Value:
-    """FP8 numbers in float32; others as they are."""
-    if layer.carrier_kind is not FLOAT8:
+    """Numbers in floating point in float32; others as they are."""
+    if layer.carrier_kind is INT8:
         return numbers
     return writer.op("Cast", numbers, name="carrier.widened", to=ir.DataType.FLOAT)
 
 
 def _looked_up(writer: Writer, layer: QuantLinear, codes: ir.Value) -> ir.Value:
     assert layer.table is not None
-    table = (layer.table.float() if layer.carrier_kind is FLOAT8 else layer.table).numpy()
+    table = (layer.table if layer.carrier_kind is INT8 else layer.table.float()).numpy()
     if layer.bits == 4:
         pairs = np.stack((table[_BYTES & 15], table[_BYTES >> 4]), axis=1)
         index = writer.op("Cast", codes, name="codes.index", to=ir.DataType.INT32)

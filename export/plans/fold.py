@@ -7,7 +7,7 @@ file on disk stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from ditq.export.plans.four_bit import in_own_operators, is_fp4
 from ditq.export.session import WEIGHTS_FOLDER, open_session, session_options
 
 Array = np.ndarray[Any, Any]
@@ -56,18 +57,23 @@ def fold(path: Path) -> Folded:
     for node in varying:
         kind = _narrow_kind(node)
         source = node.input[0] if node.input else ""
-        if kind is not None and source in arrays:
-            narrowed[node.output[0]] = _narrow(node.output[0], arrays[source], kind)
-        elif kind is not None and source in stored:
-            array = numpy_helper.to_array(_in_memory(stored[source], path.parent))
-            narrowed[node.output[0]] = _narrow(node.output[0], array, kind)
+        if kind is not None and (source in arrays or source in stored):
+            narrowed[node.output[0]] = _narrow(node.output[0], _array(source, arrays, stored, path.parent), kind)
         else:
             folded.graph.node.append(node)
+    narrowed |= {
+        tensor.name: tensor for tensor in in_own_operators(folded, lambda name: _array(name, arrays, stored, path.parent))
+    }
     used = {name for node in folded.graph.node for name in node.input} | {value.name for value in graph.output}
     tensors = [numpy_helper.from_array(array, name) for name, array in arrays.items() if name in used]
     tensors += [_in_memory(tensor, path.parent) for tensor in graph.initializer if tensor.name in used]
     tensors += narrowed.values()
     return _apart(folded, tensors)
+
+
+def _array(name: str, made: Mapping[str, Array], stored: Mapping[str, onnx.TensorProto], folder: Path) -> Array:
+    """A constant of the graph, or what operators made of such."""
+    return made[name] if name in made else numpy_helper.to_array(_in_memory(stored[name], folder))
 
 
 def _split(nodes: Iterable[onnx.NodeProto], constants: set[str]) -> tuple[list[onnx.NodeProto], list[onnx.NodeProto]]:
@@ -77,6 +83,7 @@ def _split(nodes: Iterable[onnx.NodeProto], constants: set[str]) -> tuple[list[o
         inputs = [name for name in node.input if name]
         folds = bool(inputs) and all(name in constants for name in inputs)
         folds = folds and node.op_type not in ("DequantizeLinear", "QuantizeLinear") and _narrow_kind(node) is None
+        folds = folds and not is_fp4(node)
         if folds and not any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
             fixed.append(node)
             constants.update(node.output)

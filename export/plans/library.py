@@ -12,7 +12,7 @@ from ditq.export.gpu import gpu_of
 
 RTX, PROPER = "tensorrt_rtx", "tensorrt"
 SMALLEST = 80  # Ampere, the first with bfloat16 and asynchronous copies; plans are built and proven from there on
-FIRST_FLOAT8 = 89
+FIRST = {"float8": 89, "float4": 100}  # kinds of numbers that not all multiply; FP4 from Blackwell on
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ditq.export.fusion_report import FusionReport
 from ditq.export.plans.build import PlanBuilder
 from ditq.export.plans.fold import fold
 from ditq.export.plans.layers import Layer
-from ditq.export.plans.library import FIRST_FLOAT8, Library, libraries, library_for, present_gpu
+from ditq.export.plans.library import FIRST, Library, libraries, library_for, present_gpu
 from ditq.export.plans.proof import proof_of
 from ditq.export.plans.sizes import Sizes, shapes_of, sizes_of
 from ditq.progress import ProgressSetting, progress_bar
@@ -44,9 +44,9 @@ class MadePlan:
         return f"{self.gpu} by {self.library}: {self.bytes / 1e6:.1f} MB in {self.seconds:.0f} s; {self.proof}"
 
 
-def kinds_of_gpu(asked: Sequence[str]) -> list[str]:
-    """The kinds of GPU to build for: those asked for; else the one that is here; else sm80, sm89 and sm120. None without a
-    TensorRT, if none were asked for.
+def kinds_of_gpu(asked: Sequence[str], numbers: Collection[str] = ()) -> list[str]:
+    """The kinds of GPU to build for: those asked for; else the one that is here; else sm80, sm89 and sm120, but only
+    such as multiply these kinds of numbers. None without a TensorRT, if none were asked for.
 
     Raises:
         DitqError: a kind that the installed libraries cannot build for.
@@ -54,14 +54,35 @@ def kinds_of_gpu(asked: Sequence[str]) -> list[str]:
     if not asked:
         if not libraries():
             return []
-        try:
-            asked = [present_gpu()]
-        except DitqError:
-            asked = AHEAD_OF_TIME
+        asked = _able(_here(), numbers) or _able(AHEAD_OF_TIME, numbers)
     kinds = list(dict.fromkeys(kind.lower().replace("sm_", "sm") for kind in asked))
     for kind in kinds:
         library_for(kind)
     return kinds
+
+
+def _here() -> list[str]:
+    try:
+        return [present_gpu()]
+    except DitqError:
+        return []
+
+
+def _able(kinds: Sequence[str], numbers: Collection[str]) -> list[str]:
+    return [kind for kind in kinds if all(multiplies(kind, number) for number in numbers)]
+
+
+def multiplies(gpu: str, number: str) -> bool:
+    """Whether a kind of GPU has a product of this kind of numbers, of `PlannedMatMul.kind`."""
+    return int(gpu.removeprefix("sm")) >= FIRST.get(number, 0)
+
+
+def check_numbers(site: str, number: str, gpus: Sequence[str]) -> None:
+    """Raise DitqError for a product that one of these kinds of GPU does not have."""
+    gpu = next((kind for kind in gpus if not multiplies(kind, number)), None)
+    if gpu is not None:
+        name, instead = {"float8": ("FP8", "carrier: int8"), "float4": ("FP4", "another format than nvfp4")}[number]
+        raise DitqError(f"{site}: multiplies {name} numbers, which {gpu} has no product of; set {instead} in the recipe")
 
 
 def make_plans(
@@ -79,11 +100,12 @@ def make_plans(
         raise DitqError(
             f"{engine.name}: was compiled for {engine.manifest['target']}, which has no plans; compile with --target {NAME}"
         )
-    kinds = kinds_of_gpu(gpus)
+    products = {entry.kind: entry.site for entry in engine.planned}
+    kinds = kinds_of_gpu(gpus, products)
     if not kinds:
         raise DitqError("no TensorRT is installed; pip install tensorrt-rtx-cu13, or tensorrt")
-    for kind in kinds:
-        _check_numbers(engine, kind)
+    for number, site in products.items():
+        check_numbers(site, number, kinds)
     wanted = sizes_of(engine, sizes)
     known = {kind: library_for(kind) for kind in kinds}
     made = []
@@ -108,14 +130,6 @@ class _Work:
 
     def made(self, engine: Engine, library: Library) -> MadePlan:
         return MadePlan(self.gpu, str(library), self.seconds, self.bytes, proof_of(engine, self.layers))
-
-
-def _check_numbers(engine: Engine, gpu: str) -> None:
-    site = next((entry.site for entry in engine.planned if entry.kind == "float8"), None)
-    if site is not None and int(gpu.removeprefix("sm")) < FIRST_FLOAT8:
-        raise DitqError(
-            f"{site}: multiplies FP8 numbers, which {gpu} has no product of; set carrier: int8 in the recipe"
-        )
 
 
 def _built(

@@ -16,7 +16,7 @@ from ditq.export.plans.layers import Layer
 from ditq.export.targets import PlannedMatMul
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
-_EIGHT_BIT = {"integer": "Int8", "float8": "FP8"}
+_NUMBERS = {"integer": "Int8", "float8": "FP8", "float4": "FP4E2M1"}
 _FEW_BIT = ("Int4", "Int8", "FP4")
 
 
@@ -34,7 +34,7 @@ def proof_of(engine: Engine, layers: Mapping[str, Sequence[Layer]]) -> FusionRep
     """The same for layers by graph."""
     fused: dict[str, str] = {}
     not_fused: dict[str, str] = {}
-    planned = [entry for entry in engine.planned if entry.kind in (*_EIGHT_BIT, "weight-only kernel")]
+    planned = [entry for entry in engine.planned if entry.kind in (*_NUMBERS, "weight-only kernel")]
     for entry in planned:
         products = entry.coded if entry.inner is None else (*entry.coded, entry.inner)
         found = [_made_by(product, entry, layers[entry.graph]) for product in products]
@@ -57,8 +57,8 @@ def _made_by(product: str, entry: PlannedMatMul, layers: Sequence[Layer]) -> tup
 
 
 def _is_low_bit(layer: Layer, kind: str) -> bool:
-    """Both sides 8-bit numbers; of float inputs, the weight in at most 8 bits."""
-    number = _EIGHT_BIT.get(kind)
+    """Both sides numbers of the kind; of float inputs, the weight in at most 8 bits."""
+    number = _NUMBERS.get(kind)
     if number is None:
         return bool(set(_FEW_BIT) & set(layer.constants))
     return number in layer.inputs and (number in layer.constants or layer.inputs.count(number) > 1)

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from ditq.errors import DitqError
 from ditq.nn import QuantLinear
-from ditq.numerics.carrier import INT8
+from ditq.numerics.carrier import FLOAT4, INT8
 
 if TYPE_CHECKING:
     from ditq.export.engine import Engine
     from ditq.export.fusion_report import FusionReport
 
 Runner = Callable[[Mapping[str, Tensor]], Tensor]
-Kind = Literal["integer", "float8", "weight-only kernel", "dequantized"]
+Kind = Literal["integer", "float8", "float4", "weight-only kernel", "dequantized"]
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,8 @@ class Target:
     def check_product(self, site: str, carrier: str, activation_bits: int) -> None:
         """Raise DitqError for a linear whose quantized input and weight this target cannot multiply."""
         if activation_bits < 16 and carrier not in self.carriers:
-            raise DitqError(
-                f"{site}: {self.name} has no product of {carrier} numbers; set carrier: {self.carriers[0]}, "
-                "or a format with a16"
-            )
+            instead = "another format than nvfp4" if carrier == FLOAT4.name else f"carrier: {self.carriers[0]}, or a format with a16"
+            raise DitqError(f"{site}: {self.name} has no product of {carrier} numbers; set {instead}")
 
 
 _targets: dict[str, Target] = {}

@@ -22,7 +22,7 @@ from ditq.export.lowering.token_attentions import lower_token_attentions
 from ditq.export.lowering.writer import Writer
 from ditq.export.targets import PlannedMatMul, Runner, Target, register
 from ditq.nn import QuantLinear
-from ditq.numerics.carrier import FLOAT8, INT8
+from ditq.numerics.carrier import FLOAT4, FLOAT8, INT8
 
 if TYPE_CHECKING:
     from ditq.export.engine import Engine
@@ -46,7 +46,7 @@ def lower(model: ir.Model, layers: Mapping[str, QuantLinear]) -> list[PlannedMat
 def check(layer: QuantLinear) -> None:
     """Raise DitqError for inputs that have no form here."""
     form = layer.activation
-    carrier = FLOAT8.name if form.grid == FLOAT8.name else INT8.name
+    carrier = form.grid if form.grid in (FLOAT8.name, FLOAT4.name) else INT8.name
     TARGET.check_product(layer.site, carrier, form.bits)
     if form.grid == "unsigned" and form.maximum > _LARGEST:
         raise DitqError(

@@ -1,4 +1,4 @@
-"""TensorRT on NVIDIA GPUs: 8-bit products, few-bit weights, the rest in float16 and float32, all types written in the graph.
+"""TensorRT on NVIDIA GPUs: 8-bit and FP4 products, few-bit weights, the rest in float16 and float32, all types written in the graph.
 
 One target for the two libraries, TensorRT and TensorRT for RTX. Plans are built and kept by `export/plans`.
 """
@@ -20,7 +20,7 @@ from ditq.export.lowering.layers import lower_layers
 from ditq.export.lowering.writer import Writer
 from ditq.export.targets import PlannedMatMul, Runner, Target, register
 from ditq.nn import QuantLinear
-from ditq.numerics.carrier import FLOAT8, INT8
+from ditq.numerics.carrier import FLOAT4, FLOAT8, INT8
 
 if TYPE_CHECKING:
     from ditq.export.engine import Engine
@@ -71,7 +71,7 @@ TARGET = register(
         available,
         lower,
         runner,
-        carriers=(INT8.name, FLOAT8.name),
+        carriers=(INT8.name, FLOAT8.name, FLOAT4.name),
         prove=prove,
         plans=True,
         half=True,

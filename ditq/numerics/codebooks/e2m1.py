@@ -1,14 +1,16 @@
 """E2M1 codebook: the sixteen codes of 4-bit floating point (FP4), two bits of exponent and one of mantissa.
 
 The format of the OCP Microscaling specification (v1.0, section 5.3.3). It has groups of 32 with scales that are powers of
-two there (MXFP4), and groups of 16 with float8 scales in NVFP4; here the scale of a row or a group is a searched number.
+two there (MXFP4), and groups of 16 with float8 scales in NVFP4. On carriers of other numbers the scale of a row or a group is
+a searched number; FP4 numbers themselves stand in NVFP4's blocks (numerics/block_scales.py).
 """
 
 from __future__ import annotations
 
 import torch
 
-from ditq.numerics.carrier import INT8, Carrier
+from ditq.numerics.block_scales import fit_blocks
+from ditq.numerics.carrier import FLOAT4, INT8, Carrier
 from ditq.numerics.codebooks import codebook
 from ditq.numerics.scaled_table import fit_scaled_table
 from ditq.numerics.weight_code import Fit, check_weight
@@ -37,9 +39,12 @@ def fit_e2m1(
     weight [O, I]; importance [I]: weight of each column's squared error, e.g. the diagonal of X^T X.
 
     Raises:
-        ValueError: for a weight that is not finite [O, I], bits other than 4, or groups that do not divide I.
+        ValueError: for a weight that is not finite [O, I], bits other than 4, groups that do not divide I, or FP4 numbers
+            without groups.
     """
     check_weight(weight, bits, group_size)
     if bits != 4:
         raise ValueError(f"the codebook 'e2m1' is a float format of 4 bits, not {bits}")
+    if carrier is FLOAT4:
+        return fit_blocks(weight, bits, e2m1_table(carrier), importance, group_size)
     return fit_scaled_table(weight, bits, e2m1_table(carrier)[None], importance, group_size, float_group_scales)
