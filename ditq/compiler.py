@@ -28,7 +28,7 @@ from ditq.checkpoint import Checkpoint
 from ditq.devices import AUTO, device_of
 from ditq.errors import DitqError, Interrupted
 from ditq.export.engine import Engine, check_replaceable, write_engine
-from ditq.export.plans.make import MadePlan, kinds_of_gpu, make_plans
+from ditq.export.plans.make import MadePlan, check_numbers, kinds_of_gpu, make_plans
 from ditq.export.plans.sizes import parse_sizes
 from ditq.export.targets import Target, target
 from ditq.export.weights_file import WEIGHTS
@@ -136,7 +136,7 @@ def compile(
         # A sketch of what structural passes would leave needs no weights.
         sketch = DiTGraph(checkpoint.skeleton(), inputs) if recipe.changes_structure else graph
         recipe.preview(sketch)
-        _check_products(recipe, sketch, wanted)
+        _check_products(recipe, sketch, wanted, gpus if options.gpus else ())
         clock.lap("load")
         statistics, fitted = None, None
         if budget is not None or any(step.requires_statistics for step in recipe.passes):
@@ -317,12 +317,14 @@ def _collected_again(graph: DiTGraph, context: Context, options: CompileOptions)
         graph.model.to("cpu")
 
 
-def _check_products(recipe: Recipe, graph: DiTGraph, wanted: Target) -> None:
-    """Whether the target can multiply what the recipe makes, before an hour is spent on making it."""
+def _check_products(recipe: Recipe, graph: DiTGraph, wanted: Target, gpus: Sequence[str]) -> None:
+    """Whether the target, and the GPUs asked for, can multiply what the recipe makes, before an hour is spent on making it."""
     for step, found in recipe.stages(graph):
         if isinstance(step, Quantize):
             for site, settings in step.plan(found).items():
                 wanted.check_product(site, settings.carrier, settings.bits)
+                if settings.bits < 16:
+                    check_numbers(site, settings.carrier.partition("_")[0], gpus)
 
 
 def _text_sites(graph: DiTGraph, changing: Collection[str]) -> tuple[str, ...]:

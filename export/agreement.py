@@ -23,14 +23,16 @@ from torch import Tensor, nn
 from ditq.errors import DitqError
 from ditq.export.engine import TEXT_GRAPH, Engine
 from ditq.export.loader import engine_inputs
+from ditq.export.lowering.four_bit import INPUT
 from ditq.export.session import WEIGHTS_FOLDER, open_session, session_options
 from ditq.export.targets import target
 from ditq.export.targets.torch import rebuild
 from ditq.export.weights_file import WEIGHTS
 from ditq.nn import AttentionRounding, QuantLinear, rounded_by
 from ditq.nn.call_timestep import ARGUMENT
+from ditq.numerics.activation_format import ActivationFormat
 from ditq.numerics.attention_rounding import FLOAT8, INTEGER, PARTS, nearest, spacing
-from ditq.numerics.carrier import LARGEST_E4M3
+from ditq.numerics.carrier import FLOAT4, LARGEST_E4M3
 
 TIE_TOLERANCE = 0.01  # steps: of 127, a relative error of 1e-4, a thousand times float32's own; seen are 1e-6 to 1e-4
 HALF_TIE_TOLERANCE = 0.5  # steps: of 127, eight times float16's own 2^-11; seen are up to 0.38
@@ -196,15 +198,32 @@ class _Comparison:
         place, number = self._left[site].pop(0), self._numbers.get(site, INTEGER)
         found = torch.cat([self._values[place.graph, value] for value in place.values], dim=-1)
         carriers = (found.to(steps.dtype) - place.zero_point).view(steps.shape)
-        engine = self._formats[site].rounded_from(carriers) if site in self._formats else carriers
+        form = self._formats.get(site)
+        if form is not None and form.grid == FLOAT4.name:
+            return self._in_blocks(site, steps, carriers, form)
+        engine = form.rounded_from(carriers) if form is not None else carriers
         own = nearest(steps, number)
         gap = unit = spacing(steps, number)
-        if site in self._formats and number == FLOAT8:
+        if form is not None and number == FLOAT8:
             # What differs in front is a share of the token's largest value, however close the FP8 numbers lie around zero.
             unit = gap.clamp_min(LARGEST_E4M3 / 127)
         excess = ((steps - engine).abs() - gap / 2) / unit
-        valid = (excess <= self._tolerance) & (engine == nearest(engine, number))
-        self.integers += steps.numel()
+        return self._counted(site, engine, own, excess, engine == nearest(engine, number))
+
+    def _in_blocks(self, site: str, steps: Tensor, engine: Tensor, form: ActivationFormat) -> Tensor:
+        """The same for FP4 numbers times the scales of their blocks, which fall to one side or the other of a tie as well.
+
+        Two such scales are at most an eighth apart, which moves a number by less than the tolerance; so none is held to the
+        grid of torch's own.
+        """
+        gap = form.block_spacing(steps)
+        # as for FP8: what differs in front is a share of the largest values
+        excess = ((steps - engine).abs() - gap / 2) / gap.clamp_min(form.maximum / 127)
+        return self._counted(site, engine, form.nearest(steps), excess, torch.ones_like(excess, dtype=torch.bool))
+
+    def _counted(self, site: str, engine: Tensor, own: Tensor, excess: Tensor, on_grid: Tensor) -> Tensor:
+        valid = (excess <= self._tolerance) & on_grid
+        self.integers += engine.numel()
         self.flipped += int((engine != own).sum())
         largest = float(excess.max())
         if largest > self.excess:
@@ -241,6 +260,8 @@ def _integers(engine: Engine, files: Sequence[str]) -> dict[str, list[_Place]]:
                 raise DitqError(f"{engine.folder}: {part}: its numbers are not made in a known form")
             zero = int(numpy_helper.to_array(constants[maker.input[2]])) if len(maker.input) == 3 else 0
             places.setdefault(part, []).append(_Place(entry.graph, (value,), zero))
+        if entry.kind == "float4":
+            places[entry.site].append(_Place(entry.graph, (_fp4_numbers(makers, entry.product),), 0))
         if entry.kind in ("integer", "float8") and entry.numbers is None:
             read = [_read_by(makers, constants, product) for product in entry.coded]
             zero_points = {zero for _, zero in read}
@@ -249,6 +270,15 @@ def _integers(engine: Engine, files: Sequence[str]) -> dict[str, list[_Place]]:
                 raise DitqError(f"{engine.folder}: {entry.site}: its activations are not quantized in a known form")
             places[entry.site].append(_Place(entry.graph, tuple(value for value, _ in read), zero_point))
     return places
+
+
+def _fp4_numbers(makers: Mapping[str, onnx.NodeProto], product: str) -> str:
+    """The FP4 numbers times block scales that a product reads, MatMul <- Cast <- FP4Input, which gives them out beside what
+    they stand for."""
+    node = makers[product]
+    while node.op_type != INPUT:
+        node = makers[node.input[0]]
+    return str(node.output[1])
 
 
 def _read_by(

@@ -25,9 +25,9 @@ from ditq.checkpoint import Checkpoint
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.nn import QuantLinear
-from ditq.numerics.carrier import CARRIERS
 from ditq.numerics.codebook import CODEBOOKS
 from ditq.passes import Context
+from ditq.passes.activation_formats import PRODUCTS
 from ditq.passes.choose_codebook import AUTO
 from ditq.passes.folding import plain_linear
 from ditq.recipe import Recipe
@@ -103,7 +103,7 @@ def sqnr(
 @click.option("--bits", "bits", multiple=True, type=int, default=(3, 4), show_default=True)
 @click.option("--every", default=6, show_default=True, help="Only every n-th linear.")
 @click.option("--only", multiple=True, type=click.Choice([*CODEBOOKS, AUTO]), help="Default: all but auto.")
-@click.option("--carrier", "carriers", multiple=True, type=click.Choice(list(CARRIERS)), default=("int8",))
+@click.option("--carrier", "carriers", multiple=True, type=click.Choice(PRODUCTS), default=("int8",))
 @click.option("--rotation", "rotations", multiple=True, type=click.Choice(list(ROTATIONS)), help="Default: all.")
 def main(
     checkpoint: str,

@@ -92,7 +92,9 @@ def candidate_settings(settings: SiteSettings, name: str) -> SiteSettings:
     if name == KEEP:
         return replace(settings, keep=True)
     if settings.format == NVFP4:
-        raise DitqError("budget: chooses bits of weights, which nvfp4 fixes; set another format, or leave the budget out")
+        raise DitqError(
+            "budget: chooses bits of weights, which nvfp4 fixes; set another format, or leave the budget out"
+        )
     activation = BitFormat.parse(settings.format).activation
     return replace(settings, format=f"{name}a{activation}")
 

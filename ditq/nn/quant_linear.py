@@ -47,9 +47,9 @@ class QuantLinear(nn.Module):
     """y = x W^T + b with W given by codes into a table of the carrier's numbers and scales.
 
     Buffers: `codes` packed uint8 (numerics/packing.py; the carrier [O, I] itself at 8 bits), `table` [L] or [O, L] in
-    the carrier's dtype,
-    `scale` float32 [O] or [O, G], `multiplier` uint8 or float8_e4m3fn [O, G], `bias` float32 [O], `activation_scale` float32 [], or [B] for B
-    bins of timesteps; of a branch of rank r: `down` int8 [r, I], `up` int8 [O, r], `branch_scale` float32 [r].
+    the carrier's dtype, `scale` float32 [O] or [O, G], `multiplier` uint8 or float8_e4m3fn [O, G], `bias` float32 [O],
+    `activation_scale` float32 [], or [B] for B bins of timesteps; of a branch of rank r: `down` int8 [r, I], `up` int8
+    [O, r], `branch_scale` float32 [r].
     """
 
     codes: Tensor

@@ -25,6 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ditq.numerics.carrier import BLOCK, FLOAT4, FLOAT8, LARGEST_E2M1, LARGEST_E4M3
@@ -124,14 +125,20 @@ class ActivationFormat:
     def nearest(self, steps: Tensor) -> Tensor:
         """What `steps` gives -> n."""
         if self.grid == "float4_e2m1":
-            block = self.block_scales(steps)
-            return FLOAT4.nearest(steps / block.where(block > 0, 1)) * block
+            runs, block = self._blocks(steps)
+            return (FLOAT4.nearest(runs / block.where(block > 0, 1)) * block).flatten(-2)
         return FLOAT8.nearest(steps) if self.grid == "float8_e4m3" else steps.round()
 
-    def block_scales(self, steps: Tensor) -> Tensor:
-        """b of an FP4 grid at each channel of the steps [..., C]; 0 for a block too small for the smallest FP8 number."""
-        largest = steps.unflatten(-1, (-1, self.group_size)).abs().amax(dim=-1)
-        return FLOAT8.nearest(largest / LARGEST_E2M1).repeat_interleave(self.group_size, dim=-1)
+    def _blocks(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps [..., C] of an FP4 grid -> ([..., G, 16], b [..., G, 1]: 0 where the smallest FP8 number is too large)."""
+        runs = steps.unflatten(-1, (-1, self.group_size))
+        return runs, FLOAT8.nearest(runs.abs().amax(dim=-1, keepdim=True) / LARGEST_E2M1)
+
+    def block_spacing(self, steps: Tensor) -> Tensor:
+        """How far apart the numbers of an FP4 grid lie around the steps [..., C]: 1/2, 1 or 2 block scales."""
+        runs, block = self._blocks(steps)
+        size = (runs / block.where(block > 0, 1)).abs()
+        return (torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(steps.dtype) * block).flatten(-2)
 
     def carriers(self, rounded: Tensor) -> Tensor:
         """n -> q, in a floating dtype, which holds them exactly."""

@@ -15,7 +15,9 @@ from ditq.numerics.carrier import E4M3, FLOAT8, LARGEST_E4M3, SMALLEST_E4M3
 from ditq.numerics.row_search import rows_for
 from ditq.numerics.weight_code import SMALLEST_SCALE, Fit, row_chunks
 
-FACTORS = tuple(0.4 + 0.05 * i for i in range(15))  # of the scale with which a block's largest weight is the largest number
+FACTORS = tuple(
+    0.4 + 0.05 * i for i in range(15)
+)  # of the scale with which a block's largest weight is the largest number
 
 
 def fit_blocks(weight: Tensor, bits: int, table: Tensor, importance: Tensor | None, group_size: int | None) -> Fit:
@@ -29,6 +31,7 @@ def fit_blocks(weight: Tensor, bits: int, table: Tensor, importance: Tensor | No
     """
     if group_size is None:
         raise ValueError("FP4 numbers stand in blocks with a scale each; give a group_size")
+    table = table.to(weight.device)
     rows, groups, top = len(weight), weight.shape[1] // group_size, float(table.float().max())
     row = torch.empty(rows, device=weight.device)
     multiplier = torch.empty(rows, groups, dtype=E4M3, device=weight.device)

@@ -163,7 +163,7 @@ def _normal_equations(hessian: Tensor, values: Tensor, wanted: Tensor, groups: i
 
 
 def _scaled_groups(fit: Fit, factor: Tensor) -> Fit:
-    """The fit with each group's scale times its factor [R, G]; as whole multipliers of 1/255 or FP8 numbers where it has those."""
+    """The fit with each group's scale times its factor [R, G]; as multipliers of 1/255 or FP8 numbers where it has those."""
     if fit.multiplier is None:
         return replace(fit, scale=(fit.scale * factor).clamp_min(SMALLEST_SCALE))
     wanted = fit.multiplier.float() * factor

@@ -18,7 +18,7 @@ from ditq.nn.call_timestep import tell_at_each_call
 from ditq.nn.quant_linear import Branch, QuantLinear
 from ditq.nn.transformed_linear import TransformedLinear
 from ditq.numerics.activation_noise import for_noisy_inputs, rounding_noise
-from ditq.numerics.carrier import BLOCK, CARRIERS, FLOAT4, FLOAT8, INT8
+from ditq.numerics.carrier import BLOCK, CARRIERS, FLOAT4, INT8
 from ditq.numerics.codebook import CODEBOOKS, Fit, WeightCode
 from ditq.numerics.descent import refine
 from ditq.numerics.low_rank import code_with_branch
@@ -64,9 +64,8 @@ class SiteSettings(ActivationSettings):
         carrier = [] if self.carrier == INT8.name else [self.carrier]
         return [self.format, self.codebook, self.rounding, *carrier, *ranked, *self.activation_words()]
 
-
     def settled(self) -> SiteSettings:
-        """With what the format says of itself: nvfp4 has the levels of FP4, blocks of 16, and a calibrated scale of the input."""
+        """With what the format says of itself: nvfp4 has FP4 levels, blocks of 16, and a calibrated scale of the input."""
         if self.format != NVFP4:
             return self
         return replace(self, carrier=FLOAT4.name, codebook="e2m1", group_size=BLOCK, activation="tensor")
@@ -397,7 +396,9 @@ def _check_site_settings(settings: SiteSettings) -> None:
 
 def _check_nvfp4(settings: SiteSettings) -> None:
     if settings.group_size not in (0, BLOCK):
-        raise DitqError(f"pass 'quantize': nvfp4 has blocks of {BLOCK}, not {settings.group_size}; leave group_size out")
+        raise DitqError(
+            f"pass 'quantize': nvfp4 has blocks of {BLOCK}, not {settings.group_size}; leave group_size out"
+        )
     if settings.codebook not in (SiteSettings.codebook, "e2m1"):
         raise DitqError(
             f"pass 'quantize': nvfp4 has levels of its own, e2m1, not {settings.codebook}; leave codebook out, or give linears "

@@ -112,7 +112,7 @@ def multiplied(writer: Writer, x: ir.Value, layer: QuantLinear) -> tuple[ir.Valu
 
 def _called(writer: Writer, text: str, kind: str, outputs: int, *inputs: ir.Value, name: str) -> tuple[ir.Value, ...]:
     """What a function of this file makes of the inputs; it joins the model with its first call."""
-    function = ir.from_proto(parser.parse_function(text))
+    function = ir.serde.deserialize_function(parser.parse_function(text))
     writer.model.functions.setdefault(function.identifier(), function)
     return tuple(writer.ops(kind, outputs, *inputs, name=name, domain=DOMAIN))
 

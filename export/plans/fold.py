@@ -62,7 +62,8 @@ def fold(path: Path) -> Folded:
         else:
             folded.graph.node.append(node)
     narrowed |= {
-        tensor.name: tensor for tensor in in_own_operators(folded, lambda name: _array(name, arrays, stored, path.parent))
+        tensor.name: tensor
+        for tensor in in_own_operators(folded, lambda name: _array(name, arrays, stored, path.parent))
     }
     used = {name for node in folded.graph.node for name in node.input} | {value.name for value in graph.output}
     tensors = [numpy_helper.from_array(array, name) for name, array in arrays.items() if name in used]

@@ -1,7 +1,7 @@
 """FP4 in TensorRT's own operators, in the place of the functions of `lowering/four_bit.py`.
 
-    FP4Input(x, s)         TRT_FP4DynamicQuantize(x, s) -> FP4 numbers, FP8 block scales; DequantizeLinear of both
-    FP4Weight(n, b, s)     DequantizeLinear(FP4 constant, DequantizeLinear(FP8 constant, s))
+FP4Input(x, s)         TRT_FP4DynamicQuantize(x, s) -> FP4 numbers, FP8 block scales; DequantizeLinear of both
+FP4Weight(n, b, s)     DequantizeLinear(FP4 constant, DequantizeLinear(FP8 constant, s))
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def in_own_operators(model: onnx.ModelProto, weight: Callable[[str], Array]) -> 
 
 def _input(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     (x, scale), y = node.input, node.output[0]
-    settings = {"axis": -1, "block_size": BLOCK, "scale_type": TensorProto.FLOAT8E4M3FN}
+    settings: dict[str, Any] = {"axis": -1, "block_size": BLOCK, "scale_type": TensorProto.FLOAT8E4M3FN}
     return [
         helper.make_node(
             "TRT_FP4DynamicQuantize", [x, scale], [f"{y}/fp4", f"{y}/fp8"], f"{y}/fp4", domain=TENSORRT, **settings

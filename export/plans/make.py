@@ -82,7 +82,9 @@ def check_numbers(site: str, number: str, gpus: Sequence[str]) -> None:
     gpu = next((kind for kind in gpus if not multiplies(kind, number)), None)
     if gpu is not None:
         name, instead = {"float8": ("FP8", "carrier: int8"), "float4": ("FP4", "another format than nvfp4")}[number]
-        raise DitqError(f"{site}: multiplies {name} numbers, which {gpu} has no product of; set {instead} in the recipe")
+        raise DitqError(
+            f"{site}: multiplies {name} numbers, which {gpu} has no product of; set {instead} in the recipe"
+        )
 
 
 def make_plans(

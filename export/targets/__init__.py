@@ -98,7 +98,11 @@ class Target:
     def check_product(self, site: str, carrier: str, activation_bits: int) -> None:
         """Raise DitqError for a linear whose quantized input and weight this target cannot multiply."""
         if activation_bits < 16 and carrier not in self.carriers:
-            instead = "another format than nvfp4" if carrier == FLOAT4.name else f"carrier: {self.carriers[0]}, or a format with a16"
+            instead = (
+                "another format than nvfp4"
+                if carrier == FLOAT4.name
+                else f"carrier: {self.carriers[0]}, or a format with a16"
+            )
             raise DitqError(f"{site}: {self.name} has no product of {carrier} numbers; set {instead}")
 
 

@@ -1,4 +1,4 @@
-"""TensorRT on NVIDIA GPUs: 8-bit and FP4 products, few-bit weights, the rest in float16 and float32, all types written in the graph.
+"""TensorRT on NVIDIA GPUs: 8-bit and FP4 products, few-bit weights, the rest in float16 and float32, all types in the graph.
 
 One target for the two libraries, TensorRT and TensorRT for RTX. Plans are built and kept by `export/plans`.
 """

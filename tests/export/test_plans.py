@@ -37,7 +37,7 @@ from ditq.export.targets.tensorrt import lower
 from ditq.families import family_of
 from ditq.graph import DiTGraph
 from ditq.nn import ActivationFormat, QuantLinear
-from ditq.numerics.carrier import FLOAT8
+from ditq.numerics.carrier import FLOAT4, FLOAT8
 from ditq.passes import Context
 from ditq.passes.quantize import Quantize
 from ditq.passes.reconstruct import Reconstruct
@@ -181,6 +181,32 @@ def test_products_of_fp8_numbers_are_planned_proven_and_agree(tmp_path: Path) ->
         make_plans(engine, ["sm80"])
 
 
+@pytest.mark.parametrize("family", ["flux", "sd3", "pixart", "dit"])
+def test_products_of_fp4_numbers_are_planned_proven_and_agree_for_every_family(family: str, tmp_path: Path) -> None:
+    model = shallow_model(family)
+    form = ActivationFormat(4, "tensor", "float4_e2m1", group_size=16)
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and "blocks" in name and "norm" not in name:
+            layer = coded(linear, name, codebook="e2m1", activation=form, group_size=16, carrier=FLOAT4)
+            assert layer.activation_scale is not None
+            layer.activation_scale.fill_(8 / 2688)
+            model.set_submodule(name, layer)
+    engine = engine_of(model, tmp_path / "engine", target_name="tensorrt")
+    for gpu in ("sm89", "sm90"):
+        with pytest.raises(
+            DitqError, match=f"(multiplies FP4 numbers, which {gpu} has no product of; set another format)|{gpu}:"
+        ):
+            make_plans(engine, [gpu])
+    engine, made = make_plans(engine, (), sizes_for(engine))
+    assert [plan.gpu for plan in made] == ["sm120"]  # of those that are built for where none is asked for
+    assert all(plan.proof.complete and plan.proof.planned == len(engine.sites) > 5 for plan in made), str(made)
+    assert {kernel for plan in made for kernel in plan.proof.fused.values()} == {"gemm FP4E2M1 x FP8 x FP4E2M1 x FP8"}
+    inputs = small_inputs(model)
+    assert max(site_agreement(engine, inputs).values()) < 1e-3
+    agreement = model_agreement(engine, inputs)
+    assert agreement.holds and agreement.integers > 0, str(agreement)
+
+
 def test_products_that_are_not_low_bit_or_that_nobody_planned_are_named(tmp_path: Path) -> None:
     node = onnx.helper.make_node("MatMul", ["x", "w"], ["a/matmul"], name="a/matmul")
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [])), str(tmp_path / "model.onnx"))
@@ -195,6 +221,8 @@ def test_products_that_are_not_low_bit_or_that_nobody_planned_are_named(tmp_path
     assert "not fused: a (gemm Half x Half)" in said(replace(right, inputs=("Half",), constants=("Half",)))
     assert "not fused: a (gemm Half x Int8)" in said(replace(right, inputs=("Half",)))
     assert "not fused: a (vanished from the plan)" in said()
+    float4 = replace(right, inputs=("FP4E2M1", "FP8"), constants=("FP4E2M1", "FP8"))
+    assert "not fused: a (gemm FP4E2M1 x FP8 x FP4E2M1 x FP8)" in said(float4)
     assert "unplanned: g1 (Half x Half)" in said(right, Layer("g1", "gemm", ("Half",), ("Half",), ("b",)))
 
 

@@ -14,7 +14,7 @@ from ditq.errors import DitqError
 from ditq.export.session import open_session, session_options
 from ditq.export.targets.tensorrt import lower
 from ditq.nn import ActivationFormat, InputTransform, QuantLinear
-from ditq.numerics.carrier import FLOAT8
+from ditq.numerics.carrier import FLOAT4, FLOAT8
 from ditq.numerics.rotation import hadamard_rotation
 from tests.export.quantized import relative
 from tests.export.test_forms import graph_of, layer_of, tokens
@@ -22,6 +22,7 @@ from tests.export.test_forms import graph_of, layer_of, tokens
 TOKEN, TENSOR, FLOAT = ActivationFormat(8, "token"), ActivationFormat(8, "tensor"), ActivationFormat()
 TIMED = ActivationFormat(8, "timestep", edges=(600.0, 300.0))
 GROUP = ActivationFormat(4, "group", "midrise", group_size=32)
+NVFP4 = ActivationFormat(4, "tensor", "float4_e2m1", group_size=16)
 FLOAT8_TOKEN = ActivationFormat(8, "token", "float8_e4m3")
 # Sums of whole numbers leave the product in float16 where a runtime keeps to the types: half a unit of its 11 bits.
 HALF = 2**-11
@@ -89,6 +90,44 @@ def test_a_low_rank_branch_stands_beside_the_product(branch: Any, activation: Ac
 def test_fp8_numbers_are_multiplied_as_such(bits: int, activation: ActivationFormat) -> None:
     codebook = "uniform" if bits == 8 else "twin_log_shared"
     check(layer_of(bits=bits, codebook=codebook, activation=activation, carrier=FLOAT8), "float8")
+
+
+def nvfp4_layer(**settings: Any) -> QuantLinear:
+    layer = layer_of(codebook="e2m1", activation=NVFP4, group_size=16, carrier=FLOAT4, **settings)
+    assert layer.activation_scale is not None
+    layer.activation_scale.fill_(60 / 2688)  # of what `tokens` makes, hardly anything lies beyond
+    return layer
+
+
+@pytest.mark.parametrize("branch", [{}, {"rank": 8, "branch": "float"}], ids=["plain", "branch"])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_fp4_numbers_are_multiplied_with_the_scales_of_their_blocks(branch: dict[str, Any], rank: int) -> None:
+    layer = nvfp4_layer(**branch)
+    model = check(layer, "float4", rank)
+    assert {node.op_type for node in model.graph if node.domain} == {"FP4Input", "FP4Weight"}
+    assert (
+        relative(layer(tokens(96, rank)), torch.nn.functional.linear(tokens(96, rank), layer.weight(), layer.bias))
+        < 0.3
+    )
+
+
+def test_layers_of_one_input_share_its_fp4_numbers() -> None:
+    layers = [nvfp4_layer(site=site) for site in ("query", "key", "value")]
+    model = graph_of(*layers)
+    lower(model, {layer.site: layer for layer in layers})
+    kinds = [node.op_type for node in model.graph]
+    assert (kinds.count("FP4Input"), kinds.count("FP4Weight"), kinds.count("MatMul")) == (1, 3, 3)
+
+
+def test_the_largest_sum_of_fp4_numbers_is_within_float16() -> None:
+    layer = nvfp4_layer(width=4096, rows=4, bias=False)
+    layer.codes.fill_(0xFF)
+    assert layer.multiplier is not None
+    layer.multiplier.fill_(448)
+    x = torch.full((2, 3, 4096), 500.0)
+    model = graph_of(layer)
+    lower(model, {layer.site: layer})
+    assert relative(run(model, x), layer(x)) < HALF
 
 
 @pytest.mark.parametrize(("settings", "kind"), [

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ditq.numerics.activation_format import ActivationFormat
-from ditq.numerics.carrier import CARRIERS, FLOAT8, INT8, Carrier, carrier_of
+from ditq.numerics.carrier import CARRIERS, FLOAT4, FLOAT8, INT8, Carrier, carrier_of
 from ditq.numerics.codebook import CODEBOOKS, encode
 
 
@@ -15,6 +15,10 @@ def numbers(carrier: Carrier) -> Tensor:
     """All finite numbers by the definition of the format, ascending, float64."""
     if carrier is INT8:
         return torch.arange(-128, 128, dtype=torch.float64)
+    if carrier is FLOAT4:
+        exponents, mantissas = range(1, 4), range(2)
+        positive = torch.tensor([0.5] + [2.0 ** (e - 1) * (1 + m / 2) for e in exponents for m in mantissas])
+        return torch.cat((-positive.flip(0), torch.zeros(1), positive)).double()
     exponents, mantissas = range(1, 16), range(8)  # exponent 0 has no leading one; the last of all codes is no number
     normal = [2.0 ** (e - 7) * (1 + m / 8) for e in exponents for m in mantissas][:-1]
     positive = torch.tensor([2.0**-6 * m / 8 for m in range(1, 8)] + normal, dtype=torch.float64)
