@@ -30,6 +30,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"format": "w3a8", "scale_search": 2},
     {"format": "w4a8", "rounding": "nearest"},
     {"format": "w4a8", "centred": True},
+    {"format": "nvfp4", "refine": 2},
 ]
 
 
@@ -51,7 +52,7 @@ def test_the_same_layers_are_made_and_come_back(settings: dict[str, Any]) -> Non
         for key, tensor in layer.state_dict().items():
             assert isinstance(tensor, Tensor) and not isinstance(tensor, OnGpu), (name, key)
             other = expected[name].state_dict()[key]
-            if tensor.dtype == torch.float8_e4m3fn:
+            if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
                 tensor, other = tensor.view(torch.uint8), other.view(torch.uint8)
             assert torch.equal(tensor, other) if not tensor.is_floating_point() else tensor.allclose(other), (name, key)
 
