@@ -74,3 +74,28 @@ def test_equal_blocks_are_compiled_once() -> None:
         products = graph.graph.find_nodes(op="call_function", target=torch.ops.ditq.product.default)
         assert up.args[8] is True and up.args[1] is not None and down.args[10] == ""
         assert [product.args[14] for product in products] == ["gelu", ""]
+
+
+@pytest.mark.parametrize("read_twice", [False, True])
+def test_an_activation_goes_into_the_product_only_where_nothing_else_reads_what_it_reads(read_twice: bool) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = quantized(nn.Linear(64, 64), "up")
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.up(x)
+            return F.gelu(h) * h if read_twice else F.gelu(h) * 2
+
+    graphs: list[fx.GraphModule] = []
+
+    def keep(graph: fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return lambda *given: [torch.zeros(1, 3, 64, dtype=torch.bfloat16)]
+
+    compiled(to_gpu(Gated().requires_grad_(False), torch.device("cpu")), keep)(torch.randn(1, 3, 64).bfloat16())
+    for graph in graphs:
+        (product,) = graph.graph.find_nodes(op="call_function", target=torch.ops.ditq.product.default)
+        left = graph.graph.find_nodes(op="call_function", target=F.gelu)
+        assert (product.args[14], len(left)) == (("", 1) if read_twice else ("gelu", 0))
+    assert graphs
