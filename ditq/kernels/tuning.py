@@ -145,6 +145,10 @@ class Tuner:
                         times[way] = cost(way)
                 except triton.runtime.OutOfResources:  # a tile for a larger GPU of the same generation
                     continue
+                except RuntimeError:
+                    if not way.library:
+                        raise
+                    continue  # a product that the vendor's library does not have for this GPU
             if not times:
                 raise DitqError(
                     f"no kernel of Triton {triton.__version__} computes {key} rightly on this GPU ({self.gpu}); "

@@ -28,10 +28,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def find(tuner: Tuner, cost: Callable[[Way], float], right: Callable[[Way], bool]) -> Way:
     """With results that are the way's number among those tried."""
-    measured: list[Way] = []
 
     def run(way: Way) -> Tensor:
-        measured.append(way)
         return torch.tensor(TRIED.index(way))
 
     return tuner.way(KEY, TRIED, run, lambda found: right(TRIED[int(found)]), cost)
@@ -53,6 +51,23 @@ def test_a_way_with_a_wrong_result_is_never_used_however_fast() -> None:
         DitqError, match=r"no kernel of Triton .* computes w8 int8 1024x64x64 plain rightly on this GPU"
     ):
         find(Tuner("Another GPU", 90), lambda way: 1.0, lambda way: False)
+
+
+def test_a_product_that_the_library_has_not_is_left_out_and_a_kernel_that_fails_is_not() -> None:
+    library, kernel = Way(TRIED[0].tile, library=True), TRIED[1]
+
+    def failing(bad: Way) -> Callable[[Way], Tensor]:
+        def run(way: Way) -> Tensor:
+            if way == bad:
+                raise RuntimeError("not supported")
+            return torch.zeros(())
+
+        return run
+
+    cost = {library: 1.0, kernel: 2.0}.__getitem__
+    assert Tuner("Some GPU", 90).way("a", [library, kernel], failing(library), lambda _: True, cost) == kernel
+    with pytest.raises(RuntimeError, match="not supported"):
+        Tuner("Some GPU", 90).way("b", [library, kernel], failing(kernel), lambda _: True, cost)
 
 
 def test_a_damaged_file_is_measured_anew(folder: Path) -> None:
