@@ -1,4 +1,5 @@
-"""Attentions that a part answers for, on a GPU: windows by torch's FlexAttention, linear attention as its products.
+"""Attentions that a part answers for, on a GPU: windows by torch's FlexAttention, linear attention as its products, others by
+torch's own attention over what they gather.
 
 The parts are taken off the model, so that the traced graph has torch's own attention at their places, for which traced.py puts
 `ditq::answered_attention`. To the compiler that is one node, the same in all blocks; it asks the part of the block that runs,
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ditq.kernels.blocks import with_limits
+from ditq.nn.structural.compressed_keys import CompressedKeys
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.token_attention import TokenAttention, detach_all, tell
@@ -282,7 +284,13 @@ def _on_tensor_cores() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def _as_meant(part: TokenAttention) -> Attention:
+    """By torch's operators as its numerics are written: gathers and torch's own attention."""
+    return type(part).attention.__get__(part)
+
+
 KINDS: dict[type[TokenAttention], Callable[[TokenAttention], Attention]] = {
     LocalAttention: _local,
     LinearAttention: _linear,
+    CompressedKeys: _as_meant,
 }

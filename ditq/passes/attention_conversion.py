@@ -30,6 +30,7 @@ from ditq.passes.base import Context, Pass, PassReport, setting
 from ditq.passes.gate import gated
 
 BATCH = 8  # samples of a call
+CONVERSIONS = ("local_attention", "linear_attention", "compress_keys")
 
 Candidate = tuple[dict[str, Any], TokenAttention | None]  # the report's row of a place, and its part if one is worth it
 
@@ -58,11 +59,10 @@ class AttentionConversion(Pass):
     """Settings and course of such a pass; a subclass says which part goes to a place."""
 
     structural = True
-    not_after = ("local_attention", "linear_attention")
+    not_after = CONVERSIONS
     layers: list[str] = setting(["*"], "which attentions, as patterns of their modules' names")
     fraction: float = setting(1.0, "share of them that is converted: those that alone move the denoiser's output least")
     least_share: float = setting(0.0, "refuse where attention takes less than this share of a block's multiply-adds")
-    fit: int = setting(200, "steps in which the new part's own parameters learn what the attention gave; 0: none")
     samples: int = setting(16, "recorded calls of one sample each that errors are measured on and parts learn from")
 
     @property
@@ -73,8 +73,13 @@ class AttentionConversion(Pass):
         for name in ("fraction", "least_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise DitqError(f"pass {self.name!r}: {name} is {getattr(self, name)}, must be from 0 to 1")
-        if self.fit < 0 or self.samples < 1:
-            raise DitqError(f"pass {self.name!r}: fit must not be negative, samples at least 1")
+        if self.samples < 1:
+            raise DitqError(f"pass {self.name!r}: samples must be at least 1")
+
+    @property
+    def steps(self) -> int:
+        """In which the new part's own parameters learn what the attention gave."""
+        return 0
 
     @abstractmethod
     def part(self, place: Place, records: Sequence[AttentionRecord], usual: int) -> TokenAttention | None:
@@ -208,11 +213,11 @@ class AttentionConversion(Pass):
         part = self.part(place, records, usual)
         if part is None:
             return row, None
-        if self.fit and list(part.parameters()):
+        if self.steps and list(part.parameters()):
             row["error before the fit"] = part_error(part, records)
 
             def fitted() -> dict[str, torch.Tensor]:
-                fit_part(part, records, self.fit, context.seed)
+                fit_part(part, records, self.steps, context.seed)
                 return dict(part.state_dict())
 
             part.load_state_dict(context.cached_tensors(f"{self.name}/{place.site}", fitted))
@@ -225,6 +230,22 @@ class AttentionConversion(Pass):
             with attached(graph.model, part):
                 row["denoiser error"] = difference(wanted, answers(graph.model, batches))
         return row, part
+
+
+@dataclass(frozen=True)
+class FittedConversion(AttentionConversion):
+    """One whose parts have parameters of their own."""
+
+    fit: int = setting(200, "steps in which the new part's own parameters learn what the attention gave; 0: none")
+
+    def check(self) -> None:
+        super().check()
+        if self.fit < 0:
+            raise DitqError(f"pass {self.name!r}: fit must not be negative")
+
+    @property
+    def steps(self) -> int:
+        return self.fit
 
 
 def _dense(place: Place) -> int:

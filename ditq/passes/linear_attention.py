@@ -13,7 +13,7 @@ from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.token_attention import TokenAttention
 from ditq.numerics.linear_attention import FEATURES
 from ditq.numerics.window import SHAPES, Window
-from ditq.passes.attention_conversion import AttentionConversion, Place
+from ditq.passes.attention_conversion import FittedConversion, Place
 from ditq.passes.attention_records import AttentionRecord
 from ditq.passes.base import register, setting
 from ditq.passes.gate import limit_setting
@@ -23,7 +23,7 @@ FORMS = ("joined", "added")
 
 @register
 @dataclass(frozen=True)
-class LinearAttentionPass(AttentionConversion):
+class LinearAttentionPass(FittedConversion):
     """Let image tokens see the picture through features of queries and keys, whose sums are made once for all queries.
 
     Text keys keep their softmax, a window of the picture too if there is one. `joined`: all weights have one normaliser

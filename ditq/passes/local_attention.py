@@ -10,7 +10,7 @@ from ditq.errors import DitqError
 from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.token_attention import TokenAttention
 from ditq.numerics.window import SHAPES, Window
-from ditq.passes.attention_conversion import AttentionConversion, Place
+from ditq.passes.attention_conversion import FittedConversion, Place
 from ditq.passes.attention_records import AttentionRecord, part_error
 from ditq.passes.base import register, setting
 from ditq.passes.gate import limit_setting
@@ -21,7 +21,7 @@ SPANS = (1, 3, 5, 7, 9, 13, 17, 25)
 
 @register
 @dataclass(frozen=True)
-class LocalAttentionPass(AttentionConversion):
+class LocalAttentionPass(FittedConversion):
     """Let each image token attend to a window of the picture, to all text and, if wanted, to the picture in small.
 
     `circle` sees the keys with dy^2 + dx^2 < window^2 (CLEAR, Liu 2024, arXiv 2412.16112); `tiles` the window x window tiles

@@ -19,6 +19,7 @@ from ditq.nn.answered_attention import answering
 from ditq.nn.attention_rounding import AttentionRounding
 from ditq.numerics.attention_rounding import FORMATS, AttentionFormat
 from ditq.parts import Attention
+from ditq.passes.attention_conversion import CONVERSIONS
 from ditq.passes.base import Context, Pass, PassReport, register, setting
 from ditq.passes.block_records import call
 
@@ -43,7 +44,7 @@ class QuantizeAttention(Pass):
     """
 
     name: ClassVar[str] = "quantize_attention"
-    not_after: ClassVar[tuple[str, ...]] = ("quantize_attention", "local_attention", "linear_attention")
+    not_after: ClassVar[tuple[str, ...]] = ("quantize_attention", *CONVERSIONS)
     format: str = setting("int8", "the numbers that are multiplied", FORMATS)
     parts: str = setting("qkvp", "what is rounded: letters for queries, keys, values, probabilities")
     smooth_keys: bool = setting(True, "take the mean over the tokens out of the keys before they are rounded; exact")

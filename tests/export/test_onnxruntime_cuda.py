@@ -14,6 +14,7 @@ from ditq.errors import DitqError
 from ditq.export.session import open_session, session_options
 from ditq.export.targets.onnxruntime_cuda import lower
 from ditq.nn import ActivationFormat, InputTransform, QuantLinear
+from ditq.nn.structural.compressed_keys import CompressedKeys
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.token_attention import TokenAttention
@@ -125,8 +126,9 @@ def test_a_weight_that_no_block_divides_is_expanded_to_float16() -> None:
 
 @pytest.mark.parametrize(("part", "half"), [
     (part_of(LocalAttention, True, window=Window("circle", 2, 3), pool=2), True),
+    (part_of(CompressedKeys, True, factor=2), True),
     (part_of(LinearAttention, False, features="softmax", window=Window("tiles", 3, 2), added=True, locality=True), False),
-], ids=["windows", "linear"])  # fmt: skip
+], ids=["windows", "compressed keys", "linear"])  # fmt: skip
 def test_token_attentions_are_products_in_half_precision_but_for_sums_over_all_tokens(
     part: TokenAttention, half: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +136,7 @@ def test_token_attentions_are_products_in_half_precision_but_for_sums_over_all_t
     monkeypatch.setattr(test_token_attentions, "CLOSE", 3 * HALF)  # through at most three products
     test_token_attentions.check_form(part, *grids(half))
     kinds = operators(test_token_attentions.graph_of(part, grids(half)[0], fixed=True))
-    assert "MatMul" in kinds and ("Cast" in kinds) == half
+    assert {"MatMul", "MultiHeadAttention"} & set(kinds) and ("Cast" in kinds) == half
 
 
 def test_layers_of_one_input_share_its_rotation_and_its_integers() -> None:

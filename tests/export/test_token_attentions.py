@@ -17,6 +17,7 @@ from ditq.export.onnx_graph import DOMAIN, OPSET, TOKEN_ATTENTION
 from ditq.export.session import open_session, session_options
 from ditq.export.targets.onnxruntime_cpu import lower
 from ditq.graph import DiTGraph
+from ditq.nn.structural.compressed_keys import CompressedKeys
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.token_attention import TokenAttention
@@ -135,9 +136,17 @@ def test_linear_attention_computes_what_it_means_at_every_size(settings: dict[st
     assert not kinds & {"NonZero", "ScatterND", "ScatterElements", "Loop", "Attention"}
 
 
+@pytest.mark.parametrize("text", [True, False], ids=["text", "image"])
+@pytest.mark.parametrize("settings", [{"factor": 2}, {"factor": 3}, {"factor": 3, "count": False}], ids=str)
+def test_compressed_keys_compute_what_they_mean_at_every_size(settings: dict[str, Any], text: bool) -> None:
+    kinds = check_form(part_of(CompressedKeys, text, **settings), *grids(text))
+    assert "MultiHeadAttention" in kinds  # one kernel, with no matrix of scores
+    assert not kinds & {"NonZero", "ScatterND", "ScatterElements", "Loop", "Attention", "Softmax"}
+
+
 def test_text_may_stand_first() -> None:
-    part = part_of(LocalAttention, True, window=Window("tiles", 1, 4))
-    check_form(part, Grid(6, 8, 8, True), [Grid(2, 5, 9, True)])
+    for part in (part_of(LocalAttention, True, window=Window("tiles", 1, 4)), part_of(CompressedKeys, True, factor=2)):
+        check_form(part, Grid(6, 8, 8, True), [Grid(2, 5, 9, True)])
 
 
 def graph(family: str) -> DiTGraph:
@@ -145,8 +154,15 @@ def graph(family: str) -> DiTGraph:
     return DiTGraph(model, small_inputs(model))
 
 
-def test_an_engine_with_windows_runs_other_pictures_than_it_was_traced_with(tmp_path: Path) -> None:
-    model = converted(graph("flux"), window=Window("tiles", 3, 2))
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [(LocalAttention, {"window": Window("tiles", 3, 2)}), (CompressedKeys, {"factor": 2})],
+    ids=lambda given: getattr(given, "kind", ""),
+)
+def test_an_engine_runs_other_pictures_than_it_was_traced_with(
+    kind: type[TokenAttention], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    model = converted(graph("flux"), kind, **settings)
     engine = engine_of(model, tmp_path / "engine")
     loaded, exact = load_engine(engine.folder), load_engine(engine.folder, target="torch")
     for inputs in (small_inputs(model, 3, seed=7), sized(model, 6, 11)):
@@ -155,8 +171,15 @@ def test_an_engine_with_windows_runs_other_pictures_than_it_was_traced_with(tmp_
         assert relative(exact(**inputs).sample, expected) < CLOSE
 
 
-def test_an_engine_with_linear_attention_agrees_with_torch(tmp_path: Path) -> None:
-    model = converted(graph("dit"), LinearAttention, features="relu", locality=True)
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [(LinearAttention, {"features": "relu", "locality": True}), (CompressedKeys, {"factor": 3})],
+    ids=lambda given: getattr(given, "kind", ""),
+)
+def test_an_engine_of_image_tokens_alone_agrees_with_torch(
+    kind: type[TokenAttention], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    model = converted(graph("dit"), kind, **settings)
     engine = engine_of(model, tmp_path / "engine")
     loaded, exact = load_engine(engine.folder), load_engine(engine.folder, target="torch")
     inputs = small_inputs(model, 3, seed=7)

@@ -20,6 +20,7 @@ from ditq.kernels.answered_attention import KINDS, _compiled, answering, answers
 from ditq.kernels.on_gpu import as_wanted, to_gpu
 from ditq.kernels.traced import compiled
 from ditq.nn.answered_attention import unanswer
+from ditq.nn.structural.compressed_keys import CompressedKeys
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.token_attention import TokenAttention, token_attentions
@@ -49,6 +50,24 @@ def test_windows_by_blocks_compute_what_they_mean(window: Window, pool: int, tex
         given = [torch.randn(2, HEADS, found.text + found.image, WIDTH, generator=generator) for _ in range(3)]
         expected = part.attention(*given, found, 0.3)
         assert relative(KINDS[LocalAttention](part)(*given, found, 0.3), expected) < 1e-5
+
+
+@pytest.mark.parametrize("text_first", [True, False])
+@pytest.mark.parametrize(("kind", "settings"), [(CompressedKeys, {"factor": 2})], ids=["compressed keys"])
+def test_other_parts_compute_in_bfloat16_what_they_mean(
+    kind: type[TokenAttention], settings: dict[str, Any], text_first: bool
+) -> None:
+    for found in (Grid(9, 13, 17, text_first), Grid(0, 20, 9, text_first)):
+        part = part_of(kind, found.text > 0, **settings)
+        generator = torch.Generator().manual_seed(1)
+        given = [
+            torch.randn(2, HEADS, found.text + found.image, WIDTH, generator=generator).bfloat16() for _ in range(3)
+        ]
+        expected = part.attention(*[tensor.float() for tensor in given], found, 0.3)
+        answered = KINDS[kind](part)(*given, found, 0.3)
+        assert answered.dtype == torch.bfloat16
+        # Scores, weights and sums rounded to 8 bits, 2^-9 each.
+        assert relative(answered.float(), expected) < 0.02
 
 
 def test_blocks_that_see_nothing_of_each_other_are_skipped() -> None:
@@ -94,17 +113,19 @@ def test_the_operator_runs_while_torch_watches_it(compiles: bool, monkeypatch: p
     assert relative(found, expected) < 1e-5
 
 
-MODELS: dict[str, tuple[type[TokenAttention], dict[str, Any]]] = {
-    "flux": (LocalAttention, {"window": Window("tiles", 1, 2), "pool": 2}),
-    "pixart": (LinearAttention, {"features": "softmax", "window": Window("circle", 2, 2)}),
-    "dit": (LinearAttention, {"features": "relu", "locality": True}),
-}
+MODELS: list[tuple[str, type[TokenAttention], dict[str, Any]]] = [
+    ("flux", LocalAttention, {"window": Window("tiles", 1, 2), "pool": 2}),
+    ("pixart", LinearAttention, {"features": "softmax", "window": Window("circle", 2, 2)}),
+    ("dit", LinearAttention, {"features": "relu", "locality": True}),
+    ("dit", CompressedKeys, {"factor": 3}),
+]
 SIDES = {"flux": [(3, 8), (8, 3)], "dit": [(5, 5)]}  # DiT takes square pictures only
 
 
-@pytest.mark.parametrize("family", MODELS)
-def test_blocks_with_such_attentions_are_traced_once_for_pictures_of_every_form(family: str) -> None:
-    kind, settings = MODELS[family]
+@pytest.mark.parametrize(("family", "kind", "settings"), MODELS, ids=lambda given: getattr(given, "kind", str(given)))
+def test_blocks_with_such_attentions_are_traced_once_for_pictures_of_every_form(
+    family: str, kind: type[TokenAttention], settings: dict[str, Any]
+) -> None:
     model = converted(small_graph(family), kind, **settings)
     parts = len(token_attentions(model))
     pictures = [sized(model, *side) for side in SIDES.get(family, [(3, 8)])]

@@ -15,6 +15,7 @@ from ditq.families import family_of
 from ditq.graph import DiTGraph
 from ditq.kernels.on_gpu import check
 from ditq.nn import describe, rebuild
+from ditq.nn.structural.compressed_keys import CompressedKeys
 from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.token_attention import TokenAttention, attach, token_attentions
 from ditq.numerics.window import Window
@@ -59,11 +60,24 @@ def test_a_window_over_all_of_the_picture_changes_nothing(family: str) -> None:
         assert float((forward(model, inputs) - plain).norm() / plain.norm()) < 1e-5
 
 
+PARTS: list[tuple[type[TokenAttention], dict[str, Any]]] = [
+    (LocalAttention, {"window": Window("tiles", 1, 2), "pool": 2}),
+    (CompressedKeys, {"factor": 2}),
+]
+
+
+def name_of(given: object) -> str:
+    return str(getattr(given, "kind", ""))
+
+
+@pytest.mark.parametrize(("kind", "settings"), PARTS, ids=name_of)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_rebuilt_model_and_a_copy_give_the_same_bits(family: str) -> None:
-    model = converted(small_graph(family), window=Window("tiles", 1, 2), pool=2)
-    for name, parameter in model.named_parameters():
-        if ".pool_" in name:
+def test_a_rebuilt_model_and_a_copy_give_the_same_bits(
+    family: str, kind: type[TokenAttention], settings: dict[str, Any]
+) -> None:
+    model = converted(small_graph(family), kind, **settings)
+    for part in token_attentions(model).values():
+        for parameter in part.parameters():
             parameter.uniform_(0.1, 1)
     inputs = small_inputs(model, seed=4)
     expected = forward(model, inputs)
@@ -73,16 +87,19 @@ def test_a_rebuilt_model_and_a_copy_give_the_same_bits(family: str) -> None:
     assert torch.equal(forward(fresh, inputs), expected) and torch.equal(forward(copied, inputs), expected)
     assert describe(fresh) == describe(model) == describe(copied)
     for part in token_attentions(copied).values():
-        assert isinstance(part, LocalAttention)
-        part.window = Window("tiles", 2, 2)
+        for parameter in part.parameters():
+            parameter.uniform_(0.1, 1)
     assert not torch.equal(forward(copied, inputs), expected) and torch.equal(forward(model, inputs), expected)
 
 
+@pytest.mark.parametrize(("kind", "settings"), PARTS, ids=name_of)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_graph_still_sees_attention_and_what_it_costs_now(family: str) -> None:
+def test_the_graph_still_sees_attention_and_what_it_costs_now(
+    family: str, kind: type[TokenAttention], settings: dict[str, Any]
+) -> None:
     graph = small_graph(family)
     before = dict(graph.attentions)
-    converted(graph, window=Window("tiles", 1, 2))
+    converted(graph, kind, **settings)
     graph.refresh()
     assert graph.attentions.keys() == before.keys()
     for name, found in graph.attentions.items():

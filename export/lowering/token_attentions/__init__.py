@@ -1,8 +1,8 @@
 """Token attentions (nn/structural/token_attention.py) as plain ONNX operators. One file a kind; nothing else lists them.
 
 Rules:
-  1. Reshape, Gather, MatMul, Softmax and arithmetic alone: no NonZero, no ScatterND, nothing whose shape depends on values
-     but for the size of the picture where a model is told it by positions.
+  1. Reshape, Gather, MatMul, Softmax, plain Attention and arithmetic alone: no NonZero, no ScatterND, nothing whose shape
+     depends on values but for the size of the picture where a model is told it by positions.
   2. Indices are constants where the picture's size is fixed, else made of it once for all attentions.
   3. All is computed in float32, scores and sums over tokens included.
 """

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from ditq.export.lowering.token_attentions import lowers
-from ditq.export.lowering.token_attentions.blocks import block_indices, patch_indices
+from ditq.export.lowering.token_attentions.blocks import block_indices
+from ditq.export.lowering.token_attentions.pooling import pooled
 from ditq.export.lowering.token_attentions.tokens import END, Size, Tokens
 from ditq.numerics.window import Window
 
@@ -22,7 +22,7 @@ def local_attention(tokens: Tokens) -> ir.Value:
     common = [] if text_key is None or text_value is None else [(text_key, text_value)]
     if pool := tokens.settings["pool"]:
         small = [
-            _pooled(tokens, values, weights, pool)
+            pooled(tokens, values, weights, pool)
             for values, weights in zip((image_key, image_value), tokens.tensors, strict=True)
         ]
         common.append((small[0], small[1]))
@@ -98,15 +98,3 @@ def window_scores(
         of_common = writer.op("MatMul", flat, tokens.turned(common_key), name="common_scores")
         scores = writer.op("Concat", scores, of_common, name="all_scores", axis=-1)
     return WindowScores(tokens, scores, flat, values, everywhere, made.places, made.size, window.tile**2)
-
-
-def _pooled(tokens: Tokens, values: ir.Value, weights: ir.Value, patch: int) -> ir.Value:
-    """Image tokens [B, h, HW, d] summed by patches with weights [h, patch^2] over their sum: [B, h, P, d]."""
-    writer = tokens.writer
-    axis = writer.constant([-1], np.int64, name="axis")
-    total = writer.op("ReduceSum", weights, axis, name="total", keepdims=1)
-    shares = writer.op("Div", weights, total, name="shares")
-    shares = writer.op("Reshape", shares, tokens.sizes.shape(tokens.heads, 1, patch**2, 1), name="shares")
-    found = writer.op("Gather", values, patch_indices(tokens, patch), name="patches", axis=2)
-    inside = writer.constant([3], np.int64, name="axis")
-    return writer.op("ReduceSum", writer.op("Mul", found, shares, name="shared"), inside, name="pooled", keepdims=0)
