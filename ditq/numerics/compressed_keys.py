@@ -1,4 +1,4 @@
-"""Softmax attention whose image keys and values are sums over squares of the picture; all queries and the text stay as they are.
+"""Softmax attention whose image keys and values are sums over squares of the picture; queries and text stay as they are.
 
     y_i = sum_j exp(q_i k_j + b_j) v_j / sum_j exp(q_i k_j + b_j)      j: text tokens (b = 0) and squares (b = log n + g)
 

@@ -220,7 +220,7 @@ class AttentionConversion(Pass):
                 fit_part(part, records, self.steps, context.seed)
                 return dict(part.state_dict())
 
-            part.load_state_dict(context.cached_tensors(f"{self.name}/{place.site}", fitted))
+            part.load_state_dict(context.cached_tensors(f"{self.name}.{place.site}", fitted))
         row |= {
             "attention is": self.described(part),
             "multiply-adds": part.macs(place.grid),

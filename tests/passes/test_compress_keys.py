@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ import torch
 from ditq.errors import DitqError
 from ditq.nn.structural.compressed_keys import CompressedKeys
 from ditq.nn.structural.token_attention import token_attentions
-from ditq.passes import Context
+from ditq.passes import Context, attention_conversion
 from ditq.passes.compress_keys import CompressKeys
 from ditq.passes.rotate import Rotate
 from ditq.passes.smooth import Smooth
+from ditq.site_cache import FolderSiteCache
 from tests.families_small import FAMILIES, forward, small_graph, small_inputs, statistics_of
-from tests.passes.test_local_attention import recipe, run
+from tests.passes.test_local_attention import Recorded, batches_of, recipe, run
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -71,6 +73,19 @@ def test_the_fit_brings_the_part_nearer_to_attention(monkeypatch: pytest.MonkeyP
     part = token_attentions(graph.model)[site]
     assert not any(parameter.requires_grad for parameter in part.parameters())
     assert all(bool((parameter != parameter.flatten()[0]).any()) for parameter in part.parameters())
+
+
+def test_a_fit_that_was_finished_is_not_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = []
+    for steps in (5, 7):  # the second run is given another number, to tell a fit of its own by
+        graph = small_graph("flux")
+        context = Recorded(None, 0, FolderSiteCache(tmp_path, {}))
+        batches = batches_of(graph)
+        monkeypatch.setattr(attention_conversion, "sampled_batches", lambda *_, batches=batches: batches)
+        CompressKeys(fit=steps).run(graph, context)
+        found.append([part.state_dict() for part in token_attentions(graph.model).values()])
+    for one, other in zip(*found, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(
