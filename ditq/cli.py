@@ -27,7 +27,10 @@ _DEVICE_HELP = (
 _GPU_HELP = (
     "A kind of GPU to build a plan for, e.g. sm89; may be repeated.  [default: this one; else sm80, sm89, sm120]"
 )
-_SIZES_HELP = "Sizes that plans take, smallest:usual:largest by axis, e.g. batch=1:2:4,image_tokens=4096."
+_SIZES_HELP = (
+    "Sizes that plans take, smallest:usual:largest by axis, e.g. batch=1:2:4,image_tokens=4096; picture=ROWSxCOLUMNS of "
+    "image tokens where a plan is for one picture."
+)
 PICTURES = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 

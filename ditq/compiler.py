@@ -37,6 +37,7 @@ from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.nn import QuantLinear
 from ditq.nn.structural.scheduled_block import edges_of
+from ditq.nn.structural.token_attention import token_attentions
 from ditq.passes import Context, PassReport
 from ditq.passes.block_records import tensors_of
 from ditq.passes.distill import Distill
@@ -162,6 +163,7 @@ def compile(
             inputs=inputs,
             axes=checkpoint.family.axes if checkpoint.family else {},
             sizes=checkpoint.family.sizes(checkpoint.config) if checkpoint.family else None,
+            picture=_calibrated_picture(graph, statistics),
             target_name=options.target,
             reports=[report.to_json() for report in reports],
             changing=checkpoint.changing if text_sites else None,
@@ -351,6 +353,18 @@ def _statistics(checkpoint: Checkpoint, graph: DiTGraph, work: Path, options: Co
         resume=options.resume,
         progress=options.progress,
     )
+
+
+def _calibrated_picture(graph: DiTGraph, statistics: Statistics | None) -> tuple[int, int] | None:
+    """Rows and columns of image tokens in the first recorded call, where token attentions read them off positions."""
+    if graph.layout is None or graph.layout.positions is None or not token_attentions(graph.model):
+        return None
+    folder = None if statistics is None else statistics.folder
+    if folder is None or not (folder / TRAJECTORIES).is_dir():
+        return None
+    call = next(Trajectories.open(folder / TRAJECTORIES).calls(chosen=frozenset({0})))
+    grid = graph.layout.grid(call.arguments)
+    return grid.height, grid.width
 
 
 def _fit(

@@ -241,6 +241,7 @@ def write_engine(
     inputs: Mapping[str, Any],
     axes: Mapping[str, tuple[str | None, ...]],
     sizes: Mapping[str, tuple[int, int, int]] | None = None,
+    picture: tuple[int, int] | None = None,
     quality: Mapping[str, Any] | None = None,
     reports: Sequence[Any] = (),
     target_name: str = "onnxruntime-cpu",
@@ -254,6 +255,7 @@ def write_engine(
         recipe: the recipe with all defaults filled in.
         inputs: example keyword arguments of the model's forward; axes: names of what may vary (`onnx_graph.to_onnx`).
         sizes: of each axis the smallest, the usual and the largest that plans are built for.
+        picture: rows and columns of image tokens that it was calibrated on, where plans are for one picture.
         quality: what was measured of it, or None; reports: one JSON value a pass.
         changing: arguments that change from step to step. What depends on none of them becomes a graph of its own, of
             which the loader keeps the results. None: one graph for everything.
@@ -304,6 +306,7 @@ def write_engine(
             "arguments": _arguments(model),
             "dropped_axes": dropped,
             "sizes": {axis: list(three) for axis, three in (sizes or {}).items()},
+            "picture": None if picture is None else list(picture),
             "structure": describe(model),
             "graph": bool(graphs),
             "schedule": _schedule(model, patterns) if len(exported) > 1 else None,

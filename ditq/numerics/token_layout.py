@@ -72,7 +72,7 @@ class TokenLayout:
                 height = next(n for n in range(isqrt(places.shape[0]), 0, -1) if places.shape[0] % n == 0)
                 width = places.shape[0] // height
             else:
-                height, width = (int(size) for size in _sides(places))
+                height, width = (int(size) for size in sides(places))
         return Grid(text, height, width, self.text_first)
 
     def traced_grid(self, arguments: Mapping[str, Any]) -> Grid:
@@ -86,12 +86,12 @@ class TokenLayout:
         if self.positions is None:
             height, width = (number(size // self.patch) for size in arguments[self.latents].shape[-2:])
         else:
-            sides = _sides(arguments[self.positions][..., 1:3])
-            height, width = sides[:1], sides[1:]
+            both = sides(arguments[self.positions][..., 1:3])
+            height, width = both[:1], both[1:]
         return Grid(text, height, width, self.text_first)
 
 
-def _sides(places: Tensor) -> Tensor:
+def sides(places: Tensor) -> Tensor:
     """Rows and columns that positions [.., 2] span: int64 [2]."""
     flat = places.reshape(-1, 2)
     return (flat.amax(0) - flat.amin(0)).to(torch.int64) + 1

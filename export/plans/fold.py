@@ -35,14 +35,15 @@ class Folded:
     constants: dict[str, Array]
 
 
-def fold(path: Path) -> Folded:
-    """An engine's graph, folded.
+def fold(path: Path, known: Mapping[str, Array] | None = None) -> Folded:
+    """An engine's graph, folded. known: values of the graph, by name, that are to be constants of these contents.
 
     Raises:
         DitqError: ONNX Runtime does not take the operators on weights.
     """
     model = onnx.load(str(path), load_external_data=False)
     graph = model.graph
+    _fix(graph, known or {})
     constants = {tensor.name for tensor in graph.initializer}
     fixed, varying = _split(graph.node, constants)
     made = {output for node in fixed for output in node.output}
@@ -65,11 +66,31 @@ def fold(path: Path) -> Folded:
         tensor.name: tensor
         for tensor in in_own_operators(folded, lambda name: _array(name, arrays, stored, path.parent))
     }
-    used = {name for node in folded.graph.node for name in node.input} | {value.name for value in graph.output}
+    outputs = [value.name for value in graph.output]
+    used = {name for node in folded.graph.node for name in node.input} | set(outputs)
+    if known:  # what they were made of may be read by nothing else
+        used = _prune(folded.graph, outputs)
     tensors = [numpy_helper.from_array(array, name) for name, array in arrays.items() if name in used]
     tensors += [_in_memory(tensor, path.parent) for tensor in graph.initializer if tensor.name in used]
     tensors += narrowed.values()
     return _apart(folded, tensors)
+
+
+def _fix(graph: onnx.GraphProto, known: Mapping[str, Array]) -> None:
+    """Put constants in the place of the nodes that make these values."""
+    for node in [node for node in graph.node if node.output and node.output[0] in known]:
+        graph.node.remove(node)
+        graph.initializer.append(numpy_helper.from_array(known[node.output[0]], node.output[0]))
+
+
+def _prune(graph: onnx.GraphProto, outputs: Sequence[str]) -> set[str]:
+    """Take out nodes and inputs that no output is made of; the names of all values that are left."""
+    used = ancestors(outputs, {output: node for node in graph.node for output in node.output})
+    for part in (graph.node, graph.input):
+        kept = [item for item in part if used & set(getattr(item, "output", None) or [item.name])]
+        del part[:]
+        part.extend(kept)
+    return used
 
 
 def _array(name: str, made: Mapping[str, Array], stored: Mapping[str, onnx.TensorProto], folder: Path) -> Array:

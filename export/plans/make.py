@@ -21,7 +21,7 @@ from ditq.export.plans.fold import fold
 from ditq.export.plans.layers import Layer
 from ditq.export.plans.library import FIRST, Library, libraries, library_for, present_gpu
 from ditq.export.plans.proof import proof_of
-from ditq.export.plans.sizes import Sizes, shapes_of, sizes_of
+from ditq.export.plans.sizes import Picture, Sizes, picture_of, shapes_of, sizes_of
 from ditq.progress import ProgressSetting, progress_bar
 
 NAME = "tensorrt"
@@ -108,14 +108,14 @@ def make_plans(
         raise DitqError("no TensorRT is installed; pip install tensorrt-rtx-cu13, or tensorrt")
     for number, site in products.items():
         check_numbers(site, number, kinds)
-    wanted = sizes_of(engine, sizes)
+    wanted, picture = sizes_of(engine, sizes), picture_of(engine, sizes)
     known = {kind: library_for(kind) for kind in kinds}
     made = []
     with progress_bar("plans", len(kinds) * len(engine.graphs), show) as bar:
         for library in dict.fromkeys(known.values()):
             some = [kind for kind in kinds if known[kind] == library]
-            for work in _built(engine, library, some, wanted, bar.advance):
-                engine = _kept(engine, library, work, wanted)
+            for work in _built(engine, library, some, wanted, picture, bar.advance):
+                engine = _kept(engine, library, work, wanted, picture)
                 made.append(work.made(engine, library))
     return engine, made
 
@@ -135,14 +135,20 @@ class _Work:
 
 
 def _built(
-    engine: Engine, library: Library, kinds: Sequence[str], sizes: Sizes, advance: Callable[[], None]
+    engine: Engine,
+    library: Library,
+    kinds: Sequence[str],
+    sizes: Sizes,
+    picture: Picture | None,
+    advance: Callable[[], None],
 ) -> list[_Work]:
     """Build every graph for every kind, each plan written as soon as it is there."""
     place = engine.folder / PLANS / library.folder
     works = [_Work(kind) for kind in kinds]
     timing = (place / TIMING).read_bytes() if (place / TIMING).is_file() else b""
     for graph in engine.graphs:
-        builder = PlanBuilder(library, engine.name, fold(engine.folder / graph), shapes_of(engine, graph, sizes))
+        folded = fold(engine.folder / graph, None if picture is None else picture.constants)
+        builder = PlanBuilder(library, engine.name, folded, shapes_of(engine, graph, sizes))
         for work in works:
             start = time.perf_counter()
             built = builder.build(work.gpu, timing)
@@ -158,7 +164,7 @@ def _built(
     return works
 
 
-def _kept(engine: Engine, library: Library, work: _Work, sizes: Sizes) -> Engine:
+def _kept(engine: Engine, library: Library, work: _Work, sizes: Sizes, picture: Picture | None) -> Engine:
     """The plan written into engine.json, in the place of an older one of its kind."""
     layers = engine.folder / PLANS / library.folder / work.gpu / "layers.json"
     found = {graph: [asdict(layer) for layer in built] for graph, built in work.layers.items()}
@@ -168,6 +174,7 @@ def _kept(engine: Engine, library: Library, work: _Work, sizes: Sizes) -> Engine
         "library": library.name,
         "version": library.version,
         "sizes": {axis: list(three) for axis, three in sizes.items()},
+        "picture": None if picture is None else [picture.height, picture.width],
         "files": work.files,
         "layers": str(layers.relative_to(engine.folder)),
     }

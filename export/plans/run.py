@@ -13,9 +13,11 @@ from torch import Tensor
 from ditq.errors import DitqError
 from ditq.export.engine import TEXT_GRAPH, Engine
 from ditq.export.plans.library import Library, libraries, present_gpu
+from ditq.export.plans.sizes import told_by_positions
 from ditq.export.targets import Runner
 from ditq.export.text_cache import TextCache
 from ditq.nn.call_timestep import ARGUMENT
+from ditq.numerics.token_layout import sides
 
 
 def _kernel_cache(digest: str) -> Path:
@@ -71,13 +73,30 @@ def runner(engine: Engine, threads: int | None = None) -> Runner:
     loaded = {graph: _Plan(library, engine, plan, graph) for graph in engine.graphs}
     names = {} if engine.text is None else engine.text
     texts = TextCache(loaded[TEXT_GRAPH]) if names else None
+    layout = told_by_positions(engine)
+    check = TextCache(lambda inputs: check_picture(engine, plan, inputs))  # positions stay the same along a trajectory
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        if layout is not None and layout.positions is not None:
+            check({layout.positions: inputs[layout.positions]})
         made = {} if texts is None else texts({name: inputs[name] for name in names["inputs"]})
         outputs = loaded[engine.graph_at(inputs.get(ARGUMENT))]({**inputs, **made})
         return outputs[engine.manifest["output"]]
 
     return run
+
+
+def check_picture(engine: Engine, plan: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> None:
+    """Raises DitqError for positions of another picture than the one that the plan was built for."""
+    (positions,) = inputs.values()
+    height, width = (int(size) for size in sides(positions[..., 1:3]))
+    if [height, width] != plan["picture"]:
+        rows, columns = plan["picture"]
+        raise DitqError(
+            f"{engine.name}: the picture of this call has {height} x {width} tokens, but its windows or linear attention were "
+            f"planned for {rows} x {columns}; build another plan with: ditq plan {engine.folder} --gpu {plan['gpu']} "
+            f"--sizes picture={height}x{width}"
+        )
 
 
 class _Plan:

@@ -17,6 +17,7 @@ from ditq.export.lowering import eight_bit, few_bit_weights
 from ditq.export.lowering.gpu_layers import GpuLayers
 from ditq.export.lowering.half import multiply_in_half
 from ditq.export.lowering.layers import lower_layers
+from ditq.export.lowering.token_attentions import lower_token_attentions
 from ditq.export.lowering.writer import Writer
 from ditq.export.targets import PlannedMatMul, Runner, Target, register
 from ditq.nn import QuantLinear
@@ -29,11 +30,13 @@ NAME = "tensorrt"
 
 
 def lower(model: ir.Model, layers: Mapping[str, QuantLinear]) -> list[PlannedMatMul]:
-    """Replace every ditq::QuantLinear of the graph by what it stands for, and multiply the rest in half precision, in place."""
+    """Replace every ditq::QuantLinear and TokenAttention of the graph by what it stands for, and multiply the rest in half
+    precision, in place. Linear attention stays in float32: its sums go over all tokens."""
+    sums = lower_token_attentions(model).get("linear_attention", set())
     writer = Writer(model)
     lowering = GpuLayers(writer, eight_bit.DEQUANTIZED, few_bit_weights, check)
     planned = lower_layers(writer, layers, lowering.made)
-    multiply_in_half(writer, lowering.matmuls)
+    multiply_in_half(writer, lowering.matmuls | sums)
     return planned
 
 

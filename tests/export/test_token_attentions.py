@@ -11,7 +11,6 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from ditq.errors import DitqError
 from ditq.export import load_engine
 from ditq.export.onnx_graph import DOMAIN, OPSET, TOKEN_ATTENTION
 from ditq.export.session import open_session, session_options
@@ -185,9 +184,3 @@ def test_an_engine_of_image_tokens_alone_agrees_with_torch(
     inputs = small_inputs(model, 3, seed=7)
     expected = forward(model, inputs)
     assert relative(loaded(**inputs).sample, expected) < CLOSE and relative(exact(**inputs).sample, expected) < CLOSE
-
-
-def test_a_target_that_does_not_know_them_says_so(tmp_path: Path) -> None:
-    model = converted(graph("dit"), window=Window("tiles", 1, 2))
-    with pytest.raises(DitqError, match=r"'tensorrt' cannot run the local attention of .*attn1; leave the pass local_"):
-        engine_of(model, tmp_path / "engine", target_name="tensorrt")

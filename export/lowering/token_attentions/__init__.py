@@ -36,7 +36,8 @@ def lowers(kind: str) -> Callable[[Lowering], Lowering]:
 
 
 def lower_token_attentions(model: ir.Model) -> dict[str, set[ir.Value]]:
-    """Rewrite every ditq::TokenAttention of the graph, in place: all values that those of each kind compute."""
+    """Rewrite every ditq::TokenAttention of the graph, in place: all values that those of each kind compute, but for the
+    products of plain softmax attention among them."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
     writer = Writer(model)
@@ -45,7 +46,8 @@ def lower_token_attentions(model: ir.Model) -> dict[str, set[ir.Value]]:
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type == TOKEN_ATTENTION:
             kind, before = node.attributes["kind"].as_string(), set(model.graph)
-            put_in_place(writer, node, _lowerings[kind](Tokens(writer, node, shared)))
+            tokens = Tokens(writer, node, shared)
+            put_in_place(writer, node, _lowerings[kind](tokens))
             new = set(model.graph) - before
-            made.setdefault(kind, set()).update(value for maker in new for value in maker.outputs)
+            made.setdefault(kind, set()).update({value for maker in new for value in maker.outputs} - tokens.plain)
     return made

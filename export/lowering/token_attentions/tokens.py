@@ -13,6 +13,7 @@ from ditq.export.lowering.writer import Writer
 from ditq.numerics.local_attention import temperature
 
 Size = int | ir.Value  # known now, or int64 [1] of the running graph
+ROWS, COLUMNS = "picture/height", "picture/width"  # what the picture's size is called in a graph that is told it
 END = np.iinfo(np.int64).max
 
 
@@ -74,9 +75,22 @@ class Tokens:
         writer.move(node, f"{self.site}/{node.attributes['kind'].as_string()}")
         given = [value for value in node.inputs if value is not None]
         self.query, self.key, self.value = given[:3]
-        text, self.height, self.width_of_picture = (_size(value) for value in given[3:6])
+        text, height, width = (_size(value) for value in given[3:6])
         self.text: Size = text if self.settings["text"] else 0
+        self.height, self.width_of_picture = self._told(ROWS, height), self._told(COLUMNS, width)
         self.tensors = given[6:]
+        self.plain: set[ir.Value] = set()  # products of softmax attention, which bear half precision
+
+    def _told(self, name: str, size: Size) -> Size:
+        """The size under a name by which whoever knows it better can find it."""
+        if isinstance(size, int):
+            return size
+        if (name, size.name) not in self.shared:
+            scope = self.writer.scope
+            self.writer.scope, _, leaf = name.partition("/")
+            self.shared[name, size.name] = self.writer.op("Identity", size, name=leaf)
+            self.writer.scope = scope
+        return self.shared[name, size.name]
 
     @property
     def image(self) -> Size:
@@ -145,7 +159,9 @@ class Tokens:
         """softmax(q k^T) v of scaled queries."""
         writer = self.writer
         scores = writer.op("MatMul", query, self.turned(key), name="scores")
-        return writer.op("MatMul", writer.op("Softmax", scores, name="weights", axis=-1), value, name="attended")
+        y = writer.op("MatMul", writer.op("Softmax", scores, name="weights", axis=-1), value, name="attended")
+        self.plain |= {scores, y}
+        return y
 
     def turned(self, values: ir.Value, rank: int = 4) -> ir.Value:
         """The last two dimensions in each other's place."""
