@@ -57,7 +57,11 @@ def cli() -> None:
 @click.argument("checkpoint")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The engine folder to make.")
 @click.option("-r", "--recipe", default="w4a8", show_default=True, help="A shipped recipe's name or a YAML file.")
-@click.option("--budget", metavar="BUDGET", help="Choose formats so that size=4.2MB, bits=3.5 or psnr>=24 holds.")
+@click.option(
+    "--budget",
+    metavar="BUDGET",
+    help="Choose formats so that size=4.2MB, bits=3.5 or psnr>=24 holds; or attentions: attention_macs=0.3.",
+)
 @click.option(
     "--candidates", metavar="LIST", help="What --budget chooses from: w2 .. w8, keep.  [default: w2 .. w6, w8]"
 )
@@ -91,6 +95,7 @@ def compile_command(checkpoint: str, out: Path, recipe: str, budget: str | None,
     ditq compile mini -o engine
     ditq compile ./FLUX.1-dev -o engine --recipe w4a8 --prompts prompts.txt --steps 20
     ditq compile mini -o engine --budget size=4MB
+    ditq compile ./PixArt-Sigma -o engine --budget attention_macs=0.3
     ditq compile mini -o engine --target tensorrt --gpu sm89
     """
     from ditq import processes
@@ -112,10 +117,12 @@ def compile_command(checkpoint: str, out: Path, recipe: str, budget: str | None,
         take_part(opened, recipe, replace(options, progress=False))
         return
     result = compile(opened, out, recipe, options)
-    if asked is not None:
-        found = result.reports[0].to_json()
-        write_budget(out, found)
-        _table(*front_table(found))
+    for found in (report.to_json() for report in result.reports):
+        if found.get("front"):
+            write_budget(out, found)
+            _table(*front_table(found))
+        for line in found.get("notes", ()):
+            click.echo(f"note: {line}")
     for report in result.reports:
         said = ", ".join(f"{key} {_short(value)}" for key, value in report.summary.items())
         click.echo(f"{report.name:10s} {said}")

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from ditq import processes
 from ditq.budget import Budget
+from ditq.budget.attention import within
 from ditq.budget.fit import BudgetFit, fit_budget, quantize_step
+from ditq.budget.request import ATTENTION
 from ditq.calibration.calibrate import TRAJECTORIES, calibrate, pipeline_class
 from ditq.calibration.collect import collect_statistics
 from ditq.calibration.record import Trajectories
@@ -59,7 +61,8 @@ class CompileOptions:
         limit: how many of them to use at most; None is the default of `calibrate`.
         steps: denoising steps of calibration; None is the checkpoint's own.
         statistics: a folder that `ditq calibrate` wrote, instead of calibrating now.
-        budget: formats of single linears are chosen so that this holds: `size=4.2MB`, `bits=3.5`, `psnr>=24`; over a recipe's.
+        budget: formats of single linears are chosen so that this holds: `size=4.2MB`, `bits=3.5`, `psnr>=24`; or attentions:
+            `attention_macs=0.3`, at most that share of the multiply-adds of softmax. Over a recipe's.
         device: where the model runs while it is calibrated, and where weights are rounded: `auto`, `cpu`, `cuda` (devices.py).
         seed: seed of every random choice.
         resume: go on where an interrupted compile of the same output stopped.
@@ -122,6 +125,9 @@ def compile(
     wanted = target(options.target)
     gpus = _kinds_of_gpu(wanted, options)
     budget = Budget.parse(options.budget) if isinstance(options.budget, str) else options.budget or recipe.budget
+    if budget is not None and budget.kind == ATTENTION:
+        recipe = within(recipe, budget)
+        budget = recipe.budget
     if budget is not None:
         quantize_step(recipe)
         if changed := next((step.name for step in recipe.passes if step.structural), None):

@@ -5,7 +5,7 @@ description: one line
 passes:
   - smooth: {alpha: 0.5}
   - quantize: {format: w4a8}
-budget: bits=4.25   # optional: choose the bits of each linear, as `--budget` does (ditq/budget)
+budget: bits=4.25   # optional: choose the bits of each linear, or attentions, as `--budget` does (ditq/budget)
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ditq.budget.request import Budget
+from ditq.budget.attention import within
+from ditq.budget.request import ATTENTION, Budget
 from ditq.errors import DitqError
 from ditq.passes import Pass, passes
 from ditq.suggest import unknown_key
@@ -108,7 +109,9 @@ class Recipe:
                     f"{where}: pass {step.name!r} changes what the model computes; put it before {before!r}"
                 )
         name, description = str(values.get("name", Path(where).stem)), str(values.get("description", ""))
-        return cls(name, description, made, _budget(values, where))
+        budget = _budget(values, where)
+        found = cls(name, description, made, budget)
+        return within(found, budget) if budget is not None and budget.kind == ATTENTION else found
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:

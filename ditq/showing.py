@@ -24,6 +24,7 @@ from ditq.export.targets import target, targets
 from ditq.export.targets.torch import rebuild
 from ditq.inspection import Inspection, inspect_checkpoint, made_up_inputs
 from ditq.passes import passes
+from ditq.passes.attention_conversion import SMALL_SHARE, AttentionConversion
 from ditq.recipe import Recipe, load_recipe
 from ditq.suggest import unknown_key
 
@@ -103,6 +104,11 @@ def _costs(found: Inspection, values: Mapping[str, Any]) -> Lines:
         parts.append([f"{name}, M", f"{before[key] / 1e6:.2f}", f"{after[key] / 1e6:.2f}"])
     shares = [f"{100 * costs['attention_share']:.1f}" for costs in (before, after)]
     parts.append(["attention scores in blocks, %", *shares])
+    converts = any(isinstance(step, AttentionConversion) for step in found.recipe.passes)
+    few = [
+        f"attention is {shares[0]} % of a block's multiply-adds at this size: converting it spares little; count larger "
+        "pictures with --tokens"
+    ]
     times = [
         [row["device"], f"{row['before_ms']:.3f}", f"{row['after_ms']:.3f}", row["source"]]
         for row in values["predicted_at_best"]
@@ -113,6 +119,7 @@ def _costs(found: Inspection, values: Mapping[str, Any]) -> Lines:
         "",
         (["predicted at best, ms", "now", recipe, "peaks from"], times),
         "predicted from multiply-adds and bytes of linears and attentions at a device's peaks, not measured",
+        *(few if converts and before["attention_share"] < SMALL_SHARE else ()),
     ]
 
 

@@ -20,7 +20,6 @@ from torch import nn
 from ditq.budget.choices import make_choices
 from ditq.budget.cost import find_cost
 from ditq.budget.front import agreement
-from ditq.budget.knapsack import smallest, solve
 from ditq.budget.request import CANDIDATES, parse_candidates
 from ditq.budget.sensitivity import SingleCalls
 from ditq.calibration.calibrate import TRAJECTORIES
@@ -29,6 +28,7 @@ from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
+from ditq.numerics.knapsack import smallest, solve
 from ditq.passes import Context
 from ditq.recipe import load_recipe
 from ditq.report.evaluate import heldout_conditions

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from ditq.budget.choices import Choices, candidate_settings, make_choices
 from ditq.budget.cost import Cost, find_cost
 from ditq.budget.front import Point, agreement, front, point
-from ditq.budget.knapsack import smallest, solve
 from ditq.budget.pictures import Pictures
 from ditq.budget.request import KEEP, Budget
 from ditq.budget.search import smallest_good
@@ -27,6 +26,7 @@ from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
+from ditq.numerics.knapsack import smallest, solve
 from ditq.passes import Context, PassReport
 from ditq.passes.base import CPU
 from ditq.passes.quantize import Quantize

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditq.budget.choices import Choices
-from ditq.budget.knapsack import smallest, solve
+from ditq.numerics.knapsack import smallest, solve
 from ditq.report.metrics import decibels
 
 POINTS = 25

@@ -1,4 +1,6 @@
-"""What a budget asks for, read from one word: `size=4.2MB`, `bits=3.5` or `psnr>=24`; and the candidates' names."""
+"""What a budget asks for, read from one word: `size=4.2MB`, `bits=3.5`, `psnr>=24` or `attention_macs=0.3`; and the
+candidates' names.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +12,29 @@ from typing import Literal
 
 from ditq.errors import DitqError
 
-Kind = Literal["size", "bits", "psnr"]
+Kind = Literal["size", "bits", "psnr", "attention_macs"]
+ATTENTION = "attention_macs"
 
 CANDIDATES = ("w2", "w3", "w4", "w5", "w6", "w8")
 KEEP = "keep"
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-_REQUEST = re.compile(r"\s*(?P<what>[a-z]+)\s*(?P<sign>>=|<=|=)\s*(?P<number>[0-9]*\.?[0-9]+)\s*(?P<unit>[A-Za-z]*)\s*")
-_SIGNS: dict[str, tuple[str, ...]] = {"size": ("=", "<="), "bits": ("=", "<="), "psnr": ("=", ">=")}
-_EXAMPLES = "size=4.2MB, bits=3.5 or psnr>=24"
+_REQUEST = re.compile(
+    r"\s*(?P<what>[a-z_]+)\s*(?P<sign>>=|<=|=)\s*(?P<number>[0-9]*\.?[0-9]+)\s*(?P<unit>[A-Za-z]*)\s*"
+)
+_SIGNS: dict[str, tuple[str, ...]] = {
+    "size": ("=", "<="),
+    "bits": ("=", "<="),
+    "psnr": ("=", ">="),
+    ATTENTION: ("=", "<="),
+}
+_EXAMPLES = "size=4.2MB, bits=3.5, psnr>=24 or attention_macs=0.3"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `value` bytes of weights on disk ('size') or bits a weight ('bits'), or at least `value` dB ('psnr').
+    """At most `value` bytes of weights on disk ('size') or bits a weight ('bits'), or at least `value` dB ('psnr'); or at most
+    that share of the multiply-adds of softmax attention ('attention_macs').
 
     candidates: what a linear may become: `w2` .. `w8`, bits of its weights, or `keep`, as it is.
     """
@@ -34,7 +45,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str, candidates: str | Iterable[str] | None = None) -> Budget:
-        """`size=4.2MB`, `bits=3.5`, `psnr>=24`; candidates as a list or as `w3,w4,keep`.
+        """`size=4.2MB`, `bits=3.5`, `psnr>=24`, `attention_macs=0.3`; candidates as a list or as `w3,w4,keep`.
 
         Raises:
             DitqError: neither of these, an unknown unit, a value that is not above 0, or unknown candidates.
@@ -55,12 +66,18 @@ class Budget:
             raise DitqError(f"budget {text!r}: {kind} takes no unit; write {_EXAMPLES}")
         if not value > 0 or not math.isfinite(value):
             raise DitqError(f"budget {text!r}: must be above 0")
+        if kind == ATTENTION and value >= 1:
+            raise DitqError(f"budget {text!r}: is a share of the multiply-adds of softmax attention, must be below 1")
+        if kind == ATTENTION and candidates is not None:
+            raise DitqError(
+                f"budget {text!r}: candidates are formats of linears; what attentions may become the recipe says"
+            )
         return cls(kind, value, parse_candidates(candidates))
 
     def __str__(self) -> str:
         if self.kind == "size":
             return f"size={self.value / 1e6:g}MB"
-        return f"bits={self.value:g}" if self.kind == "bits" else f"psnr>={self.value:g}"
+        return f"psnr>={self.value:g}" if self.kind == "psnr" else f"{self.kind}={self.value:g}"
 
 
 def parse_candidates(names: str | Iterable[str] | None) -> tuple[str, ...]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +30,10 @@ from ditq.passes.attention_records import (
 )
 from ditq.passes.base import Context, Pass, PassReport, setting
 from ditq.passes.gate import gated
+from ditq.passes.placement import KEPT, LEFT, Offer, PlacementReport, placed
 
 BATCH = 8  # samples of a call
+SMALL_SHARE = 0.05  # of a block's multiply-adds; below it a choice of attentions is hardly worth the loss
 CONVERSIONS = ("local_attention", "linear_attention", "compress_keys")
 
 Candidate = tuple[dict[str, Any], TokenAttention | None]  # the report's row of a place, and its part if one is worth it
@@ -62,6 +66,9 @@ class AttentionConversion(Pass):
     not_after = CONVERSIONS
     layers: list[str] = setting(["*"], "which attentions, as patterns of their modules' names")
     fraction: float = setting(1.0, "share of them that is converted: those that alone move the denoiser's output least")
+    macs: float = setting(
+        1.0, "largest share of their multiply-adds that all together keep, chosen for each at least loss; 1: no limit"
+    )
     least_share: float = setting(0.0, "refuse where attention takes less than this share of a block's multiply-adds")
     samples: int = setting(16, "recorded calls of one sample each that errors are measured on and parts learn from")
 
@@ -75,6 +82,10 @@ class AttentionConversion(Pass):
                 raise DitqError(f"pass {self.name!r}: {name} is {getattr(self, name)}, must be from 0 to 1")
         if self.samples < 1:
             raise DitqError(f"pass {self.name!r}: samples must be at least 1")
+        if not 0 < self.macs <= 1:
+            raise DitqError(f"pass {self.name!r}: macs is {self.macs}, must be above 0 and at most 1")
+        if self.macs < 1 and self.fraction < 1:
+            raise DitqError(f"pass {self.name!r}: macs and fraction both choose attentions; set one of them")
 
     @property
     def steps(self) -> int:
@@ -84,6 +95,11 @@ class AttentionConversion(Pass):
     @abstractmethod
     def part(self, place: Place, records: Sequence[AttentionRecord], usual: int) -> TokenAttention | None:
         """The part for a place, not fitted yet; None where there is nothing to gain, or nothing known without records."""
+
+    def offers(self, place: Place, records: Sequence[AttentionRecord], usual: int) -> list[TokenAttention]:
+        """The parts among which `macs` chooses for a place, not fitted yet."""
+        part = self.part(place, records, usual)
+        return [] if part is None else [part]
 
     @abstractmethod
     def described(self, part: TokenAttention) -> str:
@@ -139,6 +155,11 @@ class AttentionConversion(Pass):
         """Of parts that are known before anything is measured; where only some are converted, as if they were the first."""
         places = self.places(graph, graph.example_inputs)
         found = {}
+        if self.macs < 1:
+            return {
+                place.attention.name: Work("attention scores", round(self.macs * place.attention.macs))
+                for place in places
+            }
         for place in places[: round(self.fraction * len(places))]:
             part = self.part(place, [], 0)
             if part is not None:
@@ -151,6 +172,8 @@ class AttentionConversion(Pass):
     # --- what
 
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
+        if self.macs < 1:
+            return self._within_macs(graph, context)
         report = PassReport(self.name, self.settings())
         rows, share = self.candidates(graph, context)
         made = [(row, part) for row, part in rows if part is not None]
@@ -170,9 +193,61 @@ class AttentionConversion(Pass):
             "attentions": len(made),
             "of": len(rows),
             "share of attention in a block": share,
-            "multiply-adds of attention, of those before": (before - saved) / before,
+            KEPT: (before - saved) / before,
         }
         return gated(report, graph, context, self.settings()["limit"])  # the last of each subclass
+
+    def _within_macs(self, graph: DiTGraph, context: Context) -> PassReport:
+        """For each attention the part that `macs` leaves at least loss, or none."""
+        measured, offers = self.offered(graph, context)
+        report = PlacementReport(self.name, self.settings())
+
+        def together(chosen: Sequence[Offer]) -> float:
+            with ExitStack() as stack:
+                for part in (offer.part for offer in chosen if offer.part is not None):
+                    stack.enter_context(attached(graph.model, part))
+                return difference(measured.wanted, answers(graph.model, measured.batches))
+
+        before = sum(_dense(place) for place in measured.places)
+        chosen, report.front = placed(self.name, offers, before, self.macs, together)
+        for offer in chosen:
+            if offer.part is not None:
+                attach(graph.model, offer.part)
+        graph.refresh()
+        report.rows = [
+            {
+                "attention": place.site,
+                "attention is": got.name,
+                "multiply-adds before": _dense(place),
+                "multiply-adds": got.macs,
+                **{f"error as {offer.name}": offer.error for offer in some[1:]},
+            }
+            for place, some, got in zip(measured.places, offers, chosen, strict=True)
+        ]
+        point = next(row for row in report.front if row["chosen"])
+        report.summary = {
+            "attentions": sum(offer.part is not None for offer in chosen),
+            "of": len(offers),
+            "share of attention in a block": measured.share,
+            **{key: point[key] for key in (KEPT, "predicted error, dB", "measured error, dB")},
+        }
+        if measured.share < SMALL_SHARE:
+            report.notes.append(
+                f"attention takes only {measured.share:.1%} of a block's multiply-adds at {measured.picture}: a block keeps "
+                f"at least {1 - measured.share:.1%} of them whatever attention becomes; it is worth it at larger pictures"
+            )
+        return gated(report, graph, context, self.settings()["limit"])
+
+    def offered(self, graph: DiTGraph, context: Context) -> tuple[Measured, list[list[Offer]]]:
+        """What each attention may become, measured alone; first that it stays."""
+        measured, found = self._measured(graph, context), []
+        for place in context.track(self.name, measured.places):
+            some = [Offer(LEFT, _dense(place), 0.0)]
+            for row, part in self._candidates(graph, context, place, measured, self.offers):
+                if part is not None:
+                    some.append(Offer(self.described(part), part.macs(place.grid), row["denoiser error"], part))
+            found.append(some)
+        return measured, found
 
     def candidates(self, graph: DiTGraph, context: Context) -> tuple[list[Candidate], float]:
         """A part for each place, fitted and measured alone, and the attention's share of a block's multiply-adds.
@@ -180,56 +255,80 @@ class AttentionConversion(Pass):
         Raises:
             DitqError: that share is below `least_share`.
         """
+        measured = self._measured(graph, context)
+        rows = []
+        for place in context.track(self.name, measured.places):
+            found = self._candidates(graph, context, place, measured, self._only)
+            rows.append(found[0] if found else ({**_row(place), "attention is": "left, nothing to gain"}, None))
+        return rows, measured.share
+
+    def _only(self, place: Place, records: Sequence[AttentionRecord], usual: int) -> list[TokenAttention]:
+        part = self.part(place, records, usual)
+        return [] if part is None else [part]
+
+    def _measured(self, graph: DiTGraph, context: Context) -> Measured:
+        """What all candidates are measured on."""
         trajectories = context.trajectories()
         judging = set(held_out_conditions(trajectories))
         learned = [number for number in range(len(trajectories.conditions)) if number not in judging]
         batches = sampled_batches(trajectories, self.samples, BATCH, context.seed, learned)
         places = self.places(graph, batches[0].arguments)
-        share = _share(graph, places[0].grid)
-        if share < self.least_share:
+        found = Measured(places, batches, answers(graph.model, batches), _share(graph, places[0].grid))
+        if found.share < self.least_share:
             raise DitqError(
-                f"pass {self.name!r}: attention takes {share:.1%} of a block's multiply-adds at "
-                f"{places[0].grid.height} x {places[0].grid.width} tokens, less than {self.least_share:.1%}; leave it out, or "
-                "calibrate at the size that it is meant for"
+                f"pass {self.name!r}: attention takes {found.share:.1%} of a block's multiply-adds at {found.picture}, less "
+                f"than {self.least_share:.1%}; leave it out, or calibrate at the size that it is meant for"
             )
-        wanted = answers(graph.model, batches)
-        return [self._row(graph, context, place, batches, wanted) for place in context.track(self.name, places)], share
+        return found
 
-    def _row(
+    def _candidates(
         self,
         graph: DiTGraph,
         context: Context,
         place: Place,
-        batches: list[CallBatch],
-        wanted: list[torch.Tensor],
-    ) -> Candidate:
-        usual = place.grid.text + place.grid.image
-        row: dict[str, Any] = {
-            "attention": place.site,
-            "attention is": "left, nothing to gain",
-            "multiply-adds before": _dense(place),
-        }
+        measured: Measured,
+        make: Callable[[Place, Sequence[AttentionRecord], int], list[TokenAttention]],
+    ) -> list[Candidate]:
+        """Parts for a place, fitted and measured alone."""
+        batches = measured.batches
         records = records_of(graph.model, place.site, batches, place.layout, bool(place.grid.text))
-        part = self.part(place, records, usual)
-        if part is None:
-            return row, None
-        if self.steps and list(part.parameters()):
-            row["error before the fit"] = part_error(part, records)
+        found: list[Candidate] = []
+        for part in make(place, records, place.grid.text + place.grid.image):
+            row = _row(place)
+            name = f"{self.name}.{place.site}" + (f".{len(found)}" if found else "")
+            if self.steps and list(part.parameters()):
+                row["error before the fit"] = part_error(part, records)
+                part.load_state_dict(context.cached_tensors(name, partial(self._fit, part, records, context.seed)))
+            row |= {
+                "attention is": self.described(part),
+                "multiply-adds": part.macs(place.grid),
+                "output error": part_error(part, records),
+            }
+            if self.fraction < 1 or self.macs < 1:
+                with attached(graph.model, part):
+                    row["denoiser error"] = difference(measured.wanted, answers(graph.model, batches))
+            found.append((row, part))
+        return found
 
-            def fitted() -> dict[str, torch.Tensor]:
-                fit_part(part, records, self.steps, context.seed)
-                return dict(part.state_dict())
+    def _fit(self, part: TokenAttention, records: Sequence[AttentionRecord], seed: int) -> dict[str, torch.Tensor]:
+        fit_part(part, records, self.steps, seed)
+        return dict(part.state_dict())
 
-            part.load_state_dict(context.cached_tensors(f"{self.name}.{place.site}", fitted))
-        row |= {
-            "attention is": self.described(part),
-            "multiply-adds": part.macs(place.grid),
-            "output error": part_error(part, records),
-        }
-        if self.fraction < 1:
-            with attached(graph.model, part):
-                row["denoiser error"] = difference(wanted, answers(graph.model, batches))
-        return row, part
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Places with the recorded calls that all candidates are measured on, the model's answers to them as it is, and the
+    attention's share of a block's multiply-adds there."""
+
+    places: list[Place]
+    batches: list[CallBatch]
+    wanted: list[torch.Tensor]
+    share: float
+
+    @property
+    def picture(self) -> str:
+        grid = self.places[0].grid
+        return f"{grid.height} x {grid.width} tokens"
 
 
 @dataclass(frozen=True)
@@ -246,6 +345,10 @@ class FittedConversion(AttentionConversion):
     @property
     def steps(self) -> int:
         return self.fit
+
+
+def _row(place: Place) -> dict[str, Any]:
+    return {"attention": place.site, "attention is": "", "multiply-adds before": _dense(place)}
 
 
 def _dense(place: Place) -> int:

@@ -36,7 +36,9 @@ class LocalAttentionPass(FittedConversion):
     name: ClassVar[str] = "local_attention"
     shape: str = setting("tiles", "what a window is: square blocks of tiles, or a circle around each token", SHAPES)
     window: int = setting(
-        3, "tiles along a side, or the circle's radius in tokens; `search`: the least within `error`", words=("search",)
+        3,
+        "tiles along a side, or the circle's radius in tokens; `search`: the least within `error`, or what `macs` chooses",
+        words=("search",),
     )
     tile: int = setting(8, "tokens along a side of a tile; for a circle only the block in which it is computed")
     error: float = setting(0.01, "largest relative squared error of an attention's output that `search` allows")
@@ -51,18 +53,23 @@ class LocalAttentionPass(FittedConversion):
             raise DitqError("pass 'local_attention': tile, window and error must be above 0, pool must not be negative")
 
     def part(self, place: Place, records: Sequence[AttentionRecord], usual: int) -> TokenAttention | None:
-        sizes = [self.window] if self.window != "search" else RADII if self.shape == "circle" else SPANS
         if self.window == "search" and not records:
             return None
-        for size in sizes:
-            window = Window("circle" if self.shape == "circle" else "tiles", size, self.tile)
-            if window.covers(place.grid.height, place.grid.width):
-                return None
-            known = usual if self.temperature else 0
-            made = LocalAttention(**place.arguments, usual=known, window=window, pool=self.pool)
-            if self.window != "search" or part_error(made, records) <= self.error:
-                return made
-        return None
+        made = self.offers(place, records, usual)
+        if self.window != "search":
+            return made[0] if made else None
+        return next((part for part in made if part_error(part, records) <= self.error), None)
+
+    def offers(self, place: Place, records: Sequence[AttentionRecord], usual: int) -> list[TokenAttention]:
+        """All windows that `search` knows and that leave something out; without it the one that is set."""
+        sizes = [self.window] if self.window != "search" else RADII if self.shape == "circle" else SPANS
+        known = usual if self.temperature else 0
+        windows = (Window("circle" if self.shape == "circle" else "tiles", size, self.tile) for size in sizes)
+        return [
+            LocalAttention(**place.arguments, usual=known, window=window, pool=self.pool)
+            for window in windows
+            if not window.covers(place.grid.height, place.grid.width)
+        ]
 
     def described(self, part: TokenAttention) -> str:
         assert isinstance(part, LocalAttention)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ def write_budget(engine: Path, report: Mapping[str, Any]) -> None:
 
 def front_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The front as (header, rows) for the terminal; the chosen one is marked."""
+    if "weights, bytes" not in report["front"][0]:
+        return _attention_table(report["front"])
     header = ["", "weights, MB", "bits a weight", "predicted, dB", "measured, dB", "PSNR, dB", "linears"]
     rows = [
         [
@@ -34,3 +36,17 @@ def front_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         for point in report["front"]
     ]  # fmt: skip
     return header, rows
+
+
+def _attention_table(front: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    levels = ("predicted error, dB", "measured error, dB")
+    rows = [
+        [
+            ">" if point["chosen"] else "",
+            f"{next(iter(point.values())):.3f}",
+            *("" if point[key] is None else f"{point[key]:.1f}" for key in levels),
+            point["attentions"],
+        ]
+        for point in front
+    ]
+    return ["", "multiply-adds", "predicted, dB", "measured, dB", "attentions"], rows

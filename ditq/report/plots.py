@@ -235,7 +235,7 @@ def bars(values: Mapping[str, float], unit: str, name: str, description: str) ->
 def budget_front(points: Sequence[Mapping[str, Any]]) -> str:
     """Size against error of a budget's front (`front` in the report of the budget): predicted, measured, PSNR, the choice."""
     with rc_context(STYLE):
-        return _svg(_front_figure(points), "budget", "Size of the weights against the denoiser's error")
+        return _svg(_front_figure(points), "budget", f"{_size_of(points[0])[0]} against the denoiser's error")
 
 
 def write_budget_front(points: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -250,30 +250,38 @@ def write_budget_front(points: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _front_figure(points: Sequence[Mapping[str, Any]]) -> Figure:
-    drawn = [point for point in points if point["PSNR, dB"] is not None]
+    drawn = [point for point in points if point.get("PSNR, dB") is not None]
     figure, panels = _figure(3.4, columns=2 if drawn else 1)
-    sizes = [point["weights, bytes"] / 1e6 for point in points]
+    sizes = [_size_of(point)[1] for point in points]
     errors = "predicted error, dB"
     panels[0].plot(
         sizes, [point[errors] for point in points], "-", color=BLUE, marker="o", markersize=3, label="predicted"
     )
     found = [point for point in points if point["measured error, dB"] is not None]
-    panels[0].plot([point["weights, bytes"] / 1e6 for point in found], [point["measured error, dB"] for point in found],
+    panels[0].plot([_size_of(point)[1] for point in found], [point["measured error, dB"] for point in found],
                    "D", color=ORANGE, markersize=5, label="measured")  # fmt: skip
     panels[0].set_ylabel("error of the denoiser, dB")
     if drawn:
-        panels[1].plot([point["weights, bytes"] / 1e6 for point in drawn], [point["PSNR, dB"] for point in drawn], "o-",
+        panels[1].plot([_size_of(point)[1] for point in drawn], [point["PSNR, dB"] for point in drawn], "o-",
                        color=GREEN, markersize=4, label="PSNR of pictures")  # fmt: skip
         panels[1].set_ylabel("PSNR, dB")
     for axes, value in zip(panels, (errors, "PSNR, dB"), strict=False):
         for point in points:
-            if point["chosen"] and point[value] is not None:
-                axes.plot([point["weights, bytes"] / 1e6], [point[value]], "s", color=PURPLE, markersize=10,
+            if point["chosen"] and point.get(value) is not None:
+                axes.plot([_size_of(point)[1]], [point[value]], "s", color=PURPLE, markersize=10,
                           fillstyle="none", label="chosen")  # fmt: skip
-        axes.set_xlabel("weights, MB")
+        axes.set_xlabel(_size_of(points[0])[0])
         axes.grid()
         axes.legend(loc="best", fontsize=10.5)
     return figure
+
+
+def _size_of(point: Mapping[str, Any]) -> tuple[str, float]:
+    """What a point of a front takes, of weights or of attention: what it is, and how much."""
+    if "weights, bytes" in point:
+        return "weights, MB", point["weights, bytes"] / 1e6
+    name, share = next(iter(point.items()))
+    return name, share
 
 
 def learning(curves: Sequence[Mapping[str, float]], held_out: Sequence[Mapping[str, float]], name: str) -> str:

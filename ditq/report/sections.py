@@ -298,14 +298,15 @@ def speeds(engine_info: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
 
 def budget(reports: Reports) -> str:
     """The front that a budget was chosen from; nothing where there was no budget."""
-    points = [point for report in reports for point in report.get("front", ())]
+    points = next((report["front"] for report in reports if report.get("front")), None)
     if not points:
         return ""
     headings = list(points[0])
     cells = [[_cell("yes" if point[key] is True else "" if point[key] is False else point[key]) for key in headings]
              for point in points]  # fmt: skip
     return (
-        "<p>Formats were chosen for a budget. Each point is the assignment of least predicted error at its size; some were "
+        "<p>Formats of linears, or attentions, were chosen for a budget. Each point is of least predicted error at its "
+        "size; some were "
         "put into the model as a whole and measured.</p>"
         f'<div class="wide">{plots.budget_front(points)}</div>' + table(headings, cells, sortable=True)
     )

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from ditq.budget.knapsack import GAP, smallest, solve
+from ditq.numerics.knapsack import GAP, smallest, solve
 
 BITS = np.array([3, 4, 5, 6, 8])
 
