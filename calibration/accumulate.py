@@ -75,7 +75,7 @@ class InputAccumulator:
         sizes = torch.tensor([sample.rows.shape[0] for sample in self.samples])
         return {
             "count": self.count,
-            "second_moment": self.second_moment.cpu(),
+            "moments": self.second_moment.cpu(),
             "total": self.total.float(),
             "absmax": self.absmax,
             "crest": (self.crest / self.count.clamp_min(1)).float(),

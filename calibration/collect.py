@@ -22,7 +22,7 @@ from ditq.progress import ProgressBar, ProgressSetting, progress_bar
 from ditq.suggest import unknown_key
 
 LEAST_MEMORY = 2 << 30
-MOST_BY_BIN = 16 << 30  # bytes of second moments beyond which they are summed over all bins
+MOST_BY_BIN = 2 << 30  # bytes of second moments beyond which they are summed over all bins
 ROWS = 1 << 18  # of the input with most; calls beyond that are left out, evenly
 ROWS_A_CHANNEL = 8  # at least, of the widest input
 MOMENTS = ("auto", "bins", "all")
@@ -49,7 +49,7 @@ def collect_statistics(
     runs that are there already are not repeated; without, all stay in memory. The result does not depend on how the groups
     were divided.
 
-    `moments`: second moments for each bin of timesteps (`bins`), over all (`all`), or by bin where they take no more than 16
+    `moments`: second moments for each bin of timesteps (`bins`), over all (`all`), or by bin where they take no more than 2
     GiB (`auto`). Where a call has thousands of tokens fewer calls tell enough: they are taken evenly from all steps until an
     input has 2^18 rows, or eight a channel of the widest.
 

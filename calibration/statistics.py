@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ditq.calibration.accumulate import crest_factors
+from ditq.calibration.second_moments import ChangedMoments, rotated
 from ditq.calibration.step_weights import StepWeights
 from ditq.calibration.storage import make_folder, tensor_digest, write_json, write_tensors
 from ditq.calibration.triangles import packed, unpacked
@@ -33,6 +35,15 @@ TRAJECTORIES = "trajectories"  # the folder beside it that holds the recorded ca
 FORMAT = "ditq statistics"
 FORMAT_VERSION = 2
 READ_VERSIONS = (1, 2)  # 1 held second moments whole
+PARTS = (
+    "count",
+    "second_moment",
+    "total",
+    "absmax",
+    "crest",
+    "sample",
+    "sample_bin",
+)  # names in files, as the fields stand
 KEPT_IN_MEMORY = 2 << 30  # bytes of inputs that stay in memory once read from a folder
 
 
@@ -42,7 +53,8 @@ class InputStatistics:
 
     Attributes:
         count: int64 [B], rows seen.
-        second_moment: float32 [B, C, C], sum of x^T x; [1, C, C] where it was summed over all bins, as of large models.
+        moments: float32 [B, C, C], sum of x^T x; [1, C, C] where it was summed over all bins, as of large models; or, of a
+            changed input, what makes them. Read them as `second_moment`.
         total: float32 [B, C], sum of x.
         absmax: float32 [B, C], max |x|.
         crest: float32 [B], mean over rows of max|x| / rms(x); 0 for an empty bin.
@@ -51,7 +63,7 @@ class InputStatistics:
     """
 
     count: Tensor
-    second_moment: Tensor
+    moments: Tensor | ChangedMoments
     total: Tensor
     absmax: Tensor
     crest: Tensor
@@ -60,7 +72,12 @@ class InputStatistics:
 
     def to(self, device: torch.device) -> InputStatistics:
         """The same there."""
-        return replace(self, **{item.name: getattr(self, item.name).to(device) for item in fields(self)})
+        return InputStatistics(*(part.to(device) for part in _tensors(self).values()))
+
+    @cached_property
+    def second_moment(self) -> Tensor:
+        """[B, C, C] or [1, C, C], the sums of x^T x themselves; of a changed input they are made at the first reading."""
+        return self.moments if isinstance(self.moments, Tensor) else self.moments.whole()
 
     @property
     def width(self) -> int:
@@ -75,7 +92,8 @@ class InputStatistics:
     @property
     def by_bin(self) -> bool:
         """Is there a second moment for each bin?"""
-        return len(self.second_moment) == self.bins
+        known = self.moments if isinstance(self.moments, Tensor) else self.moments.moments
+        return len(known) == self.bins
 
     def hessian(self, weights: Tensor | None = None) -> Tensor:
         """[C, C]: E[x^T x] over all rows, half the Hessian of the layer's squared output error (GPTQ, Frantar 2022).
@@ -99,7 +117,7 @@ class InputStatistics:
 
     def _average(self, sums: Tensor, weights: Tensor | None) -> Tensor:
         if weights is None:
-            return sums.sum(0) / self.count.sum()
+            return (sums[0] if len(sums) == 1 else sums.sum(0)) / self.count.sum()
         weights = weights.to(sums.dtype)
         rows = float((weights * self.count).sum()) if weights.shape == self.count.shape else 0.0
         if not (weights >= 0).all() or not 0 < rows < float("inf"):
@@ -108,7 +126,9 @@ class InputStatistics:
 
     def rms(self) -> float:
         """sqrt(mean x^2) over all rows and channels: the J of LRQ-DiT (arXiv 2508.03485, eq. 11)."""
-        return float(self.channel_rms.double().square().mean().sqrt())
+        known = self.moments  # a rotation leaves the sum of the squares as it is
+        squares = known.diagonal(dim1=1, dim2=2).double() if isinstance(known, Tensor) else known.squares()
+        return float((squares.sum() / self.count.sum() / self.width).clamp_min(0).sqrt())
 
     @property
     def channel_rms(self) -> Tensor:
@@ -134,25 +154,22 @@ class InputStatistics:
     ) -> InputStatistics:
         """The statistics of x' = (x * inverse_scale - shift) R; R rotates the channels [start, stop) of each range.
 
-        Counts, sums and second moments are exact (float64 inside): with D = diag(inverse_scale), s = shift,
-        M' = R^T (D M D - D t s^T - s t^T D + n s s^T) R and t' = (t D - n s) R. Crest factors are those of the sampled
-        rows. So is absmax, unless x is only scaled; the largest value of all rows may be above that of the sample.
+        Counts, sums and second moments are exact (float64 inside, second_moments.py), the second moments made when they are
+        read: t' = (t D - n s) R with D = diag(inverse_scale), s = shift. Crest factors are those of the sampled rows. So is
+        absmax, unless x is only scaled; the largest value of all rows may be above that of the sample.
         """
         scale = torch.ones(self.width) if inverse_scale is None else inverse_scale
         scale = scale.double().cpu()
         offset = torch.zeros_like(scale) if shift is None else shift.double().cpu()
-        second_moment, total = torch.empty_like(self.second_moment), torch.empty_like(self.total)
-        every = slice(None)  # the bins that each second moment is of
-        whole = [slice(number, number + 1) for number in range(self.bins)] if self.by_bin else [every]
-        for number, bins in enumerate(whole):
-            rows, sums = int(self.count[bins].sum()), self.total[bins].double().sum(0) * scale
-            moment = self.second_moment[number].double() * scale * scale[:, None]
-            moment -= torch.outer(sums, offset) + torch.outer(offset, sums) - rows * torch.outer(offset, offset)
-            moment = _rotate(_rotate(moment, rotations).T, rotations)
-            second_moment[number] = (moment + moment.T) / 2
+        if self.by_bin:
+            seen, totals = self.count.tolist(), self.total.double()
+        else:
+            seen, totals = [int(self.count.sum())], self.total.double().sum(0, keepdim=True)
+        moments = ChangedMoments(self.second_moment, totals, seen, scale, offset, tuple(rotations))
+        total = torch.empty_like(self.total)
         for number, rows in enumerate(self.count.tolist()):
-            total[number] = _rotate(self.total[number].double() * scale - rows * offset, rotations)
-        sample = _rotate(self.sample.double() * scale - offset, rotations).float()
+            total[number] = rotated(self.total[number].double() * scale - rows * offset, rotations)
+        sample = rotated(self.sample.double() * scale - offset, rotations).float()
         absmax, crest = self.absmax * scale.abs().float(), torch.zeros_like(self.crest)
         only_scaled = shift is None and not rotations
         for number in range(self.bins):
@@ -160,7 +177,7 @@ class InputStatistics:
             if rows_of_bin.numel():
                 crest[number] = crest_factors(rows_of_bin).mean()
                 absmax[number] = absmax[number] if only_scaled else rows_of_bin.abs().amax(0)
-        return InputStatistics(self.count, second_moment, total, absmax, crest, sample, self.sample_bin)
+        return InputStatistics(self.count, moments, total, absmax, crest, sample, self.sample_bin)
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,12 +324,12 @@ class _StoredGroups(Mapping[str, InputStatistics]):
         path = self.folder / self._files[name]
         try:
             with safe_open(str(path), framework="pt") as file:
-                read = {field.name: file.get_tensor(f"{name}.{field.name}") for field in fields(InputStatistics)}
+                read = {part: file.get_tensor(f"{name}.{part}") for part in PARTS}
                 if read["second_moment"].dim() == 2:
                     read["second_moment"] = unpacked(read["second_moment"], self.widths[name])
         except (SafetensorError, OSError) as error:
             raise DitqError(f"{path}: the statistics of {name} cannot be read ({error}); calibrate again") from error
-        found = InputStatistics(**read)
+        found = InputStatistics(*read.values())
         if _digest(found) != self._digests[name]:
             raise DitqError(f"{path}: the statistics of {name} were changed or damaged; calibrate again")
         return found
@@ -345,8 +362,8 @@ def write_groups(
     make_folder(path.parent)
     tensors, described = {}, {}
     for name, found in groups.items():
-        for field in fields(InputStatistics):
-            tensors[f"{name}.{field.name}"] = getattr(found, field.name).contiguous()
+        for part, tensor in _tensors(found).items():
+            tensors[f"{name}.{part}"] = tensor.contiguous()
         tensors[f"{name}.second_moment"] = packed(found.second_moment)
         described[name] = {
             "width": found.width,
@@ -373,20 +390,17 @@ def write_index(folder: Path, metadata: Mapping[str, Any], described: Mapping[st
     write_json(folder / INDEX, {**head, **metadata, "groups": dict(described)})
 
 
-def _rotate(x: Tensor, rotations: Sequence[tuple[int, int, Rotation]]) -> Tensor:
-    """x [..., C] with the channels of each range rotated."""
-    x = x.clone()
-    for start, stop, rotation in rotations:
-        x[..., start:stop] = rotation.apply(x[..., start:stop])
-    return x
+def _tensors(found: InputStatistics) -> dict[str, Tensor]:
+    """All of it, by the names of `PARTS`."""
+    return {part: getattr(found, part) for part in PARTS}
 
 
 def _digest(found: InputStatistics) -> str:
-    return tensor_digest(*(getattr(found, field.name) for field in fields(InputStatistics)))
+    return tensor_digest(*_tensors(found).values())
 
 
 def _size(found: InputStatistics) -> int:
-    return sum(getattr(found, field.name).nbytes for field in fields(InputStatistics))
+    return sum(part.nbytes for part in _tensors(found).values())
 
 
 def _widths(groups: Mapping[str, InputStatistics]) -> dict[str, int]:

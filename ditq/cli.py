@@ -155,7 +155,7 @@ def _said_of_text(sites: int) -> str:
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="An argument of the pipeline's call.")
 @click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option("--moments", default="auto", show_default=True, type=click.Choice(("auto", "bins", "all")),
-              help="Second moments by timestep bin, or over all; auto: by bin where they fit in 16 GiB.")  # fmt: skip
+              help="Second moments by timestep bin, or over all; auto: by bin where they fit in 2 GiB.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help=_DEVICE_HELP)
 @click.option("--step-weights", is_flag=True, help="Also measure what an error at each step is worth.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted calibration stopped.")

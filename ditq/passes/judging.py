@@ -193,7 +193,7 @@ def hold_out(statistics: InputStatistics) -> tuple[InputStatistics, Tensor, Tens
         place = number if statistics.by_bin else 0
         moments[place] = (moments[place].double() - rows.T @ rows).to(moments.dtype)
         totals[number] = (totals[number].double() - rows.sum(0)).to(totals.dtype)
-    rest = replace(statistics, count=statistics.count - held, second_moment=moments, total=totals)
+    rest = replace(statistics, count=statistics.count - held, moments=moments, total=totals)
     worth = (statistics.count.double() / held)[bins]
     return rest, places, worth / worth.mean()
 

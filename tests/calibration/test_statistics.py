@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ditq.calibration import collect
+from ditq.calibration import collect, second_moments
 from ditq.calibration.accumulate import InputAccumulator, RowSample, crest_factors
 from ditq.calibration.collect import collect_statistics
 from ditq.calibration.record import Trajectories, record_trajectories
@@ -193,7 +193,7 @@ def test_second_moments_over_all_bins_are_the_sum_of_those_of_each(
         whole, divided = found.groups[name], statistics.groups[name]
         assert whole.second_moment.shape == (1, whole.width, whole.width) and not whole.by_bin
         for field in fields(InputStatistics):
-            if field.name != "second_moment":
+            if field.name != "moments":
                 assert torch.equal(getattr(whole, field.name), getattr(divided, field.name))
         rows = float(divided.count.sum())
         torch.testing.assert_close(whole.hessian(), divided.hessian(), rtol=1e-5, atol=rows * EPS)
@@ -357,9 +357,21 @@ def test_transformed_statistics_are_those_of_the_transformed_rows() -> None:
         torch.testing.assert_close(changed.sample[changed.sample_bin == number].double(), x, rtol=EPS, atol=EPS)
 
 
+def test_a_changed_inputs_second_moments_are_symmetric_and_made_only_when_they_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(second_moments, "AT_ONCE", 24 * 5)  # bands of five rows, the last of four
+    found, _ = random_input()
+    changed = found.transformed(torch.linspace(0.5, 2, 24), torch.linspace(-1, 1, 24), [(0, 24, hadamard_rotation(24))])
+    before = changed.rms()
+    assert "second_moment" not in vars(changed)
+    assert torch.equal(changed.second_moment, changed.second_moment.mT)
+    assert before == pytest.approx(float(changed.channel_rms.double().square().mean().sqrt()), rel=1e-6)
+
+
 def test_scaling_alone_keeps_the_exact_absmax() -> None:
     found, _ = random_input()
-    few = InputStatistics(**{**vars(found), "sample": found.sample[:1], "sample_bin": found.sample_bin[:1]})
+    few = replace(found, sample=found.sample[:1], sample_bin=found.sample_bin[:1])
     scale = torch.linspace(0.5, 2, 24)
     assert torch.equal(few.transformed(scale).absmax, found.absmax * scale)
     assert torch.equal(found.transformed().hessian(), found.hessian())

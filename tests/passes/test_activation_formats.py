@@ -237,7 +237,7 @@ def _binned(**metadata: Any) -> Statistics:
     """Of two steps in two bins: inputs of the second are three times those of the first."""
     early, late = _statistics(), {}
     for name, found in early.groups.items():
-        scales = {"second_moment": 9.0, "total": 3.0, "absmax": 3.0, "sample": 3.0, "sample_bin": 0.0}
+        scales = {"moments": 9.0, "total": 3.0, "absmax": 3.0, "sample": 3.0, "sample_bin": 0.0}
         later = replace(found, **{key: getattr(found, key) * factor for key, factor in scales.items()})
         joined = {
             item.name: torch.cat((getattr(found, item.name), getattr(later, item.name))) for item in fields(found)
