@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -176,17 +176,16 @@ class Checkpoint:
         """
         model = self._empty_model()
         expected = model.state_dict()
-        if self.root.is_file() and 2 * len(set(expected) & set(self._places)) < len(expected):
-            return self._load_original_names(dtype)  # a few names, such as context_embedder's, are the same in both
-        for name in expected:
-            if name not in self._places:
-                raise DitqError(f"{self.name}: the tensor {name} that {self.class_name} needs is not in its files")
+        if self._in_original_names(expected):
+            return self._load_original_names(dtype)
+        self._check_against(expected)
         unexpected = sorted(set(self._places) - set(expected))
         if unexpected:
             warnings.warn(f"{self.name}: {len(unexpected)} tensors are not used, e.g. {unexpected[0]}", stacklevel=2)
         from accelerate.utils import set_module_tensor_to_device
 
-        for name, tensor in self._checked(expected):
+        for name in expected:
+            tensor = self._finite(name, self.read(name))
             value = tensor.to(dtype) if tensor.is_floating_point() else tensor
             set_module_tensor_to_device(model, name, "cpu", value=value, dtype=value.dtype)
         for module in model.modules():
@@ -219,21 +218,31 @@ class Checkpoint:
         except REFUSALS as error:
             raise DitqError(f"{self.name}: {self.class_name} refuses its config.json: {_first_line(error)}") from error
 
-    def _checked(self, expected: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    def check(self) -> None:
+        """Raise DitqError for a missing tensor, a wrong shape or whole numbers, by what the headers of the files say."""
+        expected = self._empty_model().state_dict()
+        if not self._in_original_names(expected):
+            self._check_against(expected)
+
+    def _in_original_names(self, expected: Mapping[str, torch.Tensor]) -> bool:
+        # A few names, such as context_embedder's, are the same in both.
+        return self.root.is_file() and 2 * len(set(expected) & set(self._places)) < len(expected)
+
+    def _check_against(self, expected: Mapping[str, torch.Tensor]) -> None:
         for name, wanted in expected.items():
+            if name not in self._places:
+                raise DitqError(f"{self.name}: the tensor {name} that {self.class_name} needs is not in its files")
             info = self._places[name].tensors[name]
             if info.shape != tuple(wanted.shape):
                 raise DitqError(
                     f"{self.name}: {name} has shape {list(info.shape)} but {self.class_name} with this config.json "
                     f"needs {list(wanted.shape)}"
                 )
-            tensor = self._finite(name, self.read(name))
-            if tensor.is_floating_point() != wanted.is_floating_point():
+            if info.dtype.startswith(("I", "U", "BOOL")) == wanted.is_floating_point():
                 raise DitqError(
                     f"{self.name}: {name} is stored as {info.dtype}, but {self.class_name} needs floating-point numbers; "
                     "give the checkpoint before it was quantized"
                 )
-            yield name, tensor
 
     def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():

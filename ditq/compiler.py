@@ -137,18 +137,22 @@ def compile(
         pipeline_class(checkpoint)
     clock = _Clock()
     with _work_folder(out, options.resume) as work:
-        model = checkpoint.load_model()
+        checkpoint.check()
         inputs = example_inputs(checkpoint)
-        graph = DiTGraph(model, inputs)
-        # A sketch of what structural passes would leave needs no weights.
-        sketch = DiTGraph(checkpoint.skeleton(), inputs) if recipe.changes_structure else graph
+        # What passes would leave is seen without weights, so that while it is calibrated the model is in memory once.
+        sketch = DiTGraph(checkpoint.skeleton(), inputs)
         recipe.preview(sketch)
         _check_products(recipe, sketch, wanted, gpus if options.gpus else ())
-        clock.lap("load")
+        clock.lap("structure")
         statistics, fitted = None, None
         if budget is not None or any(step.requires_statistics for step in recipe.passes):
-            statistics = _statistics(checkpoint, graph, work, options)
+            statistics = _statistics(checkpoint, work, options)
         clock.lap("calibrate")
+        model = checkpoint.load_model()
+        graph = DiTGraph(model, inputs)
+        if statistics is not None:
+            statistics.check(graph)
+        clock.lap("load")
         if budget is not None and statistics is not None:
             fitted = _fit(checkpoint, graph, recipe, budget, statistics, work, options)
             recipe, model = fitted.recipe, checkpoint.load_model()
@@ -345,9 +349,9 @@ def _text_sites(graph: DiTGraph, changing: Collection[str]) -> tuple[str, ...]:
     )
 
 
-def _statistics(checkpoint: Checkpoint, graph: DiTGraph, work: Path, options: CompileOptions) -> Statistics:
+def _statistics(checkpoint: Checkpoint, work: Path, options: CompileOptions) -> Statistics:
     if options.statistics is not None:
-        return Statistics.open(options.statistics, fingerprint=checkpoint.fingerprint(), graph=graph)
+        return Statistics.open(options.statistics, fingerprint=checkpoint.fingerprint())
     return calibrate(
         checkpoint,
         work / "calibration",

@@ -233,11 +233,15 @@ def test_a_damaged_checkpoint_is_one_line(
     apply, says = (ONE_FILE if kind == "one" else SHARDS)[damage]
     folder = copy_of(kind)
     apply(folder)
+    # Values are read when the model is loaded, which here must not wait for a calibration that a transformer alone cannot have.
+    plain = tmp_path / "plain.yaml"
+    plain.write_text("passes: [{quantize: {format: w8a8, rounding: nearest, bias_correction: false, weighted: false}}]")
+    recipe = ("-r", plain) if damage in ("NaN", "infinity") else ()
     before = files_below(tmp_path)
     if damage != "impossible rotary axes":  # a model that loads, but does not run
         with pytest.raises(DitqError, match=says):
             _opens_and_loads(folder)
-    assert_refused(capsys, says, "compile", folder, "-o", tmp_path / "new" / "engine")
+    assert_refused(capsys, says, "compile", folder, "-o", tmp_path / "new" / "engine", *recipe)
     assert files_below(tmp_path) == before  # no engine, no work folder, nothing unpickled
 
 

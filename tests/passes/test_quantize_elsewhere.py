@@ -38,7 +38,7 @@ def made(settings: dict[str, Any], device: torch.device | None = None) -> dict[s
     graph: DiTGraph = small_graph("dit")
     context = Context(statistics_of(graph)) if device is None else Context(statistics_of(graph), device=device)
     with torch.no_grad():
-        Quantize(select=["*.0.*"], **settings).run(graph, context)
+        Quantize(select=["*.0.attn1.to_q", "*.0.ff.*"], **settings).run(graph, context)
     return {name: layer for name, layer in graph.model.named_modules() if isinstance(layer, QuantLinear)}
 
 
