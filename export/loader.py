@@ -21,6 +21,8 @@ from ditq.errors import DitqError
 from ditq.export.arguments import Layout
 from ditq.export.engine import Engine
 from ditq.export.targets import Runner, target
+from ditq.nn.structural.sparse_attention import SparseAttention, other_picture
+from ditq.numerics.token_layout import TokenLayout
 
 _ON_CPU = ("onnxruntime-cpu", "torch")
 _ON_GPU = (
@@ -102,6 +104,7 @@ class EngineTransformer(ModelMixin):
             given[name] = value
         as_output = given.pop("return_dict", True)
         found = _collect(given, self.engine.manifest["layout"], self.engine.name)
+        check_picture(self.engine, given)
         inputs = _checked(found, self.engine.manifest["inputs"], self.engine.name, self._device)
         sample = _like(self._run(inputs), next(iter(found.values())))
         return Transformer2DModelOutput(sample=sample) if as_output else (sample,)
@@ -113,7 +116,19 @@ def engine_inputs(engine: Engine, arguments: Mapping[str, Any]) -> dict[str, Ten
     Raises:
         DitqError: as `EngineTransformer.forward` does.
     """
-    return _checked(_collect(arguments, engine.manifest["layout"], engine.name), engine.manifest["inputs"], engine.name)
+    found = _collect(arguments, engine.manifest["layout"], engine.name)
+    check_picture(engine, arguments)
+    return _checked(found, engine.manifest["inputs"], engine.name)
+
+
+def check_picture(engine: Engine, arguments: Mapping[str, Any]) -> None:
+    """Raises DitqError for a picture of another size than that which sparse attentions of the engine were made for."""
+    for part in engine.manifest["structure"].get("structural", []):
+        if part["kind"] == SparseAttention.kind and (picture := part["spec"].get("picture")):
+            made_for, grid = tuple(picture), TokenLayout(**part["spec"]["layout"]).grid(arguments)
+            if made_for != (grid.height, grid.width):
+                raise DitqError(f"{engine.name}: {other_picture(made_for, (grid.height, grid.width))}")
+            return  # all of them were made by recorded calls of one size
 
 
 def _opened(engine: Engine, name: str, threads: int | None) -> tuple[str, Runner]:

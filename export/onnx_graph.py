@@ -31,7 +31,7 @@ OPSET = 23  # the first with Attention and RMSNormalization
 DOMAIN = "ditq"
 ROUNDED_ATTENTION = "RoundedAttention"
 TOKEN_ATTENTION = "TokenAttention"
-MOST_TENSORS = 6  # parameters of one
+MOST_TENSORS = 6  # of one
 OUTPUT = "sample"
 _PREFIX = "model."
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
@@ -88,12 +88,12 @@ _token_attention_schema = OpSchema(
         *(OpSchema.FormalParameter(name, "T") for name in ("query", "key", "value")),
         *(OpSchema.FormalParameter(name, "tensor(int64)") for name in ("text", "height", "width")),
         *(  # the exporter repeats the others among inputs of any number
-            OpSchema.FormalParameter(f"tensor{i}", "T", param_option=OpSchema.FormalParameterOption.Optional)
+            OpSchema.FormalParameter(f"tensor{i}", f"T{i}", param_option=OpSchema.FormalParameterOption.Optional)
             for i in range(MOST_TENSORS)
         ),
     ],
     outputs=[OpSchema.FormalParameter("y", "T")],
-    type_constraints=[("T", _FLOATS, "")],
+    type_constraints=[("T", _FLOATS, ""), *((f"T{i}", [*_FLOATS, "tensor(int32)"], "") for i in range(MOST_TENSORS))],
     attributes=[
         OpSchema.Attribute("site", OpSchema.AttrType.STRING),
         OpSchema.Attribute("kind", OpSchema.AttrType.STRING),

@@ -28,7 +28,7 @@ KINDS = ("products", "attention", "rotation", "quantization", "rest")
 Shares = dict[str, float]
 
 _PRODUCTS = re.compile(r"MatMul|Gemm|Conv|Einsum")
-_OF_ATTENTION = re.compile(r"scaled_dot_product_attention/|/(rounded|local_attention|linear_attention|compress_keys)/")
+_OF_ATTENTION = re.compile(r"scaled_dot_product_attention/|/(rounded|(local|linear|sparse)_attention|compress_keys)/")
 _OF_TRANSFORM = re.compile(r"rotation|scaled|centred|piece|joined|widths")
 _BEHIND = re.compile(r"biased|with_branch|bias")
 _RUNS = 3

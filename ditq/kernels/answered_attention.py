@@ -29,6 +29,7 @@ from ditq.kernels.blocks import with_limits
 from ditq.nn.structural.compressed_keys import CompressedKeys
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
+from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.nn.structural.token_attention import TokenAttention, detach_all, tell
 from ditq.numerics.linear_attention import linear_attention
 from ditq.numerics.local_attention import Pooling
@@ -293,4 +294,5 @@ KINDS: dict[type[TokenAttention], Callable[[TokenAttention], Attention]] = {
     LocalAttention: _local,
     LinearAttention: _linear,
     CompressedKeys: _as_meant,
+    SparseAttention: _as_meant,
 }

@@ -34,7 +34,7 @@ from ditq.passes.placement import KEPT, LEFT, Offer, PlacementReport, placed
 
 BATCH = 8  # samples of a call
 SMALL_SHARE = 0.05  # of a block's multiply-adds; below it a choice of attentions is hardly worth the loss
-CONVERSIONS = ("local_attention", "linear_attention", "compress_keys")
+CONVERSIONS = ("local_attention", "linear_attention", "compress_keys", "sparse_attention")
 
 Candidate = tuple[dict[str, Any], TokenAttention | None]  # the report's row of a place, and its part if one is worth it
 

@@ -17,6 +17,7 @@ from ditq.nn import ActivationFormat, InputTransform, QuantLinear
 from ditq.nn.structural.compressed_keys import CompressedKeys
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
+from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.nn.structural.token_attention import TokenAttention
 from ditq.numerics.carrier import FLOAT8
 from ditq.numerics.rotation import hadamard_rotation
@@ -127,8 +128,9 @@ def test_a_weight_that_no_block_divides_is_expanded_to_float16() -> None:
 @pytest.mark.parametrize(("part", "half"), [
     (part_of(LocalAttention, True, window=Window("circle", 2, 3), pool=2), True),
     (part_of(CompressedKeys, True, factor=2), True),
+    (part_of(SparseAttention, True, tile=3, keep=3), True),
     (part_of(LinearAttention, False, features="softmax", window=Window("tiles", 3, 2), added=True, locality=True), False),
-], ids=["windows", "compressed keys", "linear"])  # fmt: skip
+], ids=["windows", "compressed keys", "tiles", "linear"])  # fmt: skip
 def test_token_attentions_are_products_in_half_precision_but_for_sums_over_all_tokens(
     part: TokenAttention, half: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

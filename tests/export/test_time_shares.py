@@ -43,6 +43,7 @@ def test_the_shares_of_a_session_are_of_all_its_nodes(tmp_path: Path) -> None:
     ("MatMul", "a/node_scaled_dot_product_attention/scores", "attention"),
     ("Softmax", "a/local_attention/weights", "attention"),
     ("ReduceSum", "a/compress_keys/pooled", "attention"),
+    ("TopK", "a/sparse_attention/chosen", "attention"),
     ("MatMul", "embedder/node_linear", "products"),
     ("LayerNormalization", "norm/node_layer_norm", "rest"),
 ])  # fmt: skip

@@ -19,7 +19,8 @@ from ditq.graph import DiTGraph
 from ditq.nn.structural.compressed_keys import CompressedKeys
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
-from ditq.nn.structural.token_attention import TokenAttention
+from ditq.nn.structural.sparse_attention import SparseAttention
+from ditq.nn.structural.token_attention import TokenAttention, token_attentions
 from ditq.numerics.token_layout import Grid, TokenLayout
 from ditq.numerics.window import Window
 from tests.export.quantized import engine_of, relative, shallow_model
@@ -43,7 +44,7 @@ def graph_of(part: TokenAttention, grid: Grid, fixed: bool) -> ir.Model:
     tensors = [ir.Value(name=f"tensor{i}", const_value=ir.tensor(t.numpy())) for i, t in enumerate(part.tensors())]
     for value in tensors:
         assert value.const_value is not None
-        value.shape, value.type = ir.Shape(value.const_value.shape), FLOAT
+        value.shape, value.type = ir.Shape(value.const_value.shape), ir.TensorType(value.const_value.dtype)
     common = {"heads": HEADS, "width": WIDTH, "text": part.text, "usual": part.usual, "text_first": grid.text_first}
     attributes: Mapping[str, Any] = {
         "site": "site",
@@ -95,6 +96,9 @@ def part_of(kind: type[TokenAttention], text: bool, **settings: Any) -> TokenAtt
     part = kind("site", TokenLayout(), HEADS, WIDTH, text, 30, **settings)
     for parameter in part.parameters():
         parameter.copy_(torch.rand_like(parameter) + 0.1)
+    if isinstance(part, SparseAttention) and part.seen is not None:
+        tiles = part.seen.shape[1]
+        part.seen.copy_(torch.rand(HEADS, tiles, tiles).argsort(-1)[..., : part.keep])
     return part
 
 
@@ -143,8 +147,33 @@ def test_compressed_keys_compute_what_they_mean_at_every_size(settings: dict[str
     assert not kinds & {"NonZero", "ScatterND", "ScatterElements", "Loop", "Attention", "Softmax"}
 
 
+@pytest.mark.parametrize("text", [True, False], ids=["text", "image"])
+@pytest.mark.parametrize(("tile", "keep"), [(2, 5), (3, 3), (4, 9)])
+def test_tiles_chosen_at_a_call_compute_what_they_mean_at_every_size(tile: int, keep: int, text: bool) -> None:
+    kinds = check_form(part_of(SparseAttention, text, tile=tile, keep=keep), *grids(text))
+    assert "TopK" in kinds and not kinds & {"NonZero", "ScatterND", "ScatterElements", "Loop", "Attention"}
+
+
+@pytest.mark.parametrize("text", [True, False], ids=["text", "image"])
+@pytest.mark.parametrize(("tile", "keep"), [(2, 5), (3, 3)])
+def test_tiles_chosen_before_compute_what_they_mean_at_their_size(tile: int, keep: int, text: bool) -> None:
+    part = part_of(SparseAttention, text, tile=tile, keep=keep, picture=(8, 8))
+    kinds = check_form(part, grids(text)[0], [])
+    assert not kinds & {"TopK", "GatherND", "Range", "NonZero", "ScatterND", "ScatterElements", "Loop", "Attention"}
+    with pytest.raises(
+        DitqError, match=r"site: .* pictures of 8 x 8 tokens, not of 9 x 4; ask for that size, or compile"
+    ):
+        graph_of(part, Grid(6 * text, 9, 4, False), fixed=True)
+
+
 def test_text_may_stand_first() -> None:
-    for part in (part_of(LocalAttention, True, window=Window("tiles", 1, 4)), part_of(CompressedKeys, True, factor=2)):
+    kinds: list[tuple[type[TokenAttention], dict[str, Any]]] = [
+        (LocalAttention, {"window": Window("tiles", 1, 4)}),
+        (CompressedKeys, {"factor": 2}),
+        (SparseAttention, {"tile": 3, "keep": 2}),
+    ]
+    for kind, settings in kinds:
+        part = part_of(kind, True, **settings)
         check_form(part, Grid(6, 8, 8, True), [Grid(2, 5, 9, True)])
 
 
@@ -155,7 +184,11 @@ def graph(family: str) -> DiTGraph:
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [(LocalAttention, {"window": Window("tiles", 3, 2)}), (CompressedKeys, {"factor": 2})],
+    [
+        (LocalAttention, {"window": Window("tiles", 3, 2)}),
+        (CompressedKeys, {"factor": 2}),
+        (SparseAttention, {"tile": 2, "keep": 5}),
+    ],
     ids=lambda given: getattr(given, "kind", ""),
 )
 def test_an_engine_runs_other_pictures_than_it_was_traced_with(
@@ -184,3 +217,19 @@ def test_an_engine_of_image_tokens_alone_agrees_with_torch(
     inputs = small_inputs(model, 3, seed=7)
     expected = forward(model, inputs)
     assert relative(loaded(**inputs).sample, expected) < CLOSE and relative(exact(**inputs).sample, expected) < CLOSE
+
+
+def test_an_engine_for_pictures_of_one_size_refuses_others_in_one_line(tmp_path: Path) -> None:
+    model = converted(graph("flux"), SparseAttention, tile=3, keep=2, picture=(8, 8))
+    for part in token_attentions(model).values():
+        assert isinstance(part, SparseAttention) and part.seen is not None
+        part.seen.copy_(torch.rand(part.heads, 9, 9).argsort(-1)[..., :2])
+    engine = engine_of(model, tmp_path / "engine")
+    for target in ("onnxruntime-cpu", "torch"):
+        loaded = load_engine(engine.folder, target=target)
+        inputs = small_inputs(model, 3, seed=7)
+        assert relative(loaded(**inputs).sample, forward(model, inputs)) < CLOSE
+        for sides in ((4, 16), (6, 11)):  # as many tokens, and others
+            with pytest.raises(DitqError, match=rf"pictures of 8 x 8 tokens, not of {sides[0]} x {sides[1]}") as caught:
+                loaded(**sized(model, *sides))
+            assert "\n" not in str(caught.value)

@@ -23,6 +23,7 @@ from ditq.nn.answered_attention import unanswer
 from ditq.nn.structural.compressed_keys import CompressedKeys
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
+from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.nn.structural.token_attention import TokenAttention, token_attentions
 from ditq.numerics.token_layout import Grid
 from ditq.numerics.window import Window
@@ -52,8 +53,14 @@ def test_windows_by_blocks_compute_what_they_mean(window: Window, pool: int, tex
         assert relative(KINDS[LocalAttention](part)(*given, found, 0.3), expected) < 1e-5
 
 
+OTHERS: list[tuple[type[TokenAttention], dict[str, Any]]] = [
+    (CompressedKeys, {"factor": 2}),
+    (SparseAttention, {"tile": 4, "keep": 5}),
+]
+
+
 @pytest.mark.parametrize("text_first", [True, False])
-@pytest.mark.parametrize(("kind", "settings"), [(CompressedKeys, {"factor": 2})], ids=["compressed keys"])
+@pytest.mark.parametrize(("kind", "settings"), OTHERS, ids=["squares", "tiles"])
 def test_other_parts_compute_in_bfloat16_what_they_mean(
     kind: type[TokenAttention], settings: dict[str, Any], text_first: bool
 ) -> None:
@@ -118,6 +125,7 @@ MODELS: list[tuple[str, type[TokenAttention], dict[str, Any]]] = [
     ("pixart", LinearAttention, {"features": "softmax", "window": Window("circle", 2, 2)}),
     ("dit", LinearAttention, {"features": "relu", "locality": True}),
     ("dit", CompressedKeys, {"factor": 3}),
+    ("pixart", SparseAttention, {"tile": 2, "keep": 2}),
 ]
 SIDES = {"flux": [(3, 8), (8, 3)], "dit": [(5, 5)]}  # DiT takes square pictures only
 

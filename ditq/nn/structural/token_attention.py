@@ -62,7 +62,7 @@ class TokenAttention(AnswersAttention, StructuralPart):
         """As JSON, the arguments of the constructor behind `usual`."""
 
     def tensors(self) -> list[Tensor]:
-        """Its parameters, in the order in which an export target reads them."""
+        """Its parameters and indices (int32), in the order in which an export target reads them."""
         return list(self.parameters())
 
     def spec(self) -> dict[str, Any]:

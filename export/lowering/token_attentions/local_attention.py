@@ -79,15 +79,31 @@ def window_scores(
     window: Window,
 ) -> WindowScores:
     """Of scaled image queries over image keys, and over pairs of keys and values [B, h, G, d] that all of them see."""
-    writer, sizes, made = tokens.writer, tokens.sizes, block_indices(tokens, window)
+    writer, made = tokens.writer, block_indices(tokens, window)
     queries, keys, values = (
         writer.op("Gather", found, indices, name="blocks", axis=2)
         for found, indices in ((query, made.queries), (key, made.keys), (value, made.keys))
     )
+    return joined_scores(tokens, queries, keys, values, common, made.places, (made.size, window.tile**2), made.hidden)
+
+
+def joined_scores(
+    tokens: Tokens,
+    queries: ir.Value,
+    keys: ir.Value,
+    values: ir.Value,
+    common: list[tuple[ir.Value, ir.Value]],
+    places: ir.Value,
+    of_block: tuple[Size, int],
+    hidden: ir.Value | None,
+) -> WindowScores:
+    """Of scaled queries of blocks [B, h, T, t^2, d] over their own keys [B, h, T, K, d] and over common ones; `of_block` is K
+    and t^2, and `hidden` is added to scores of own keys."""
+    writer, sizes, (size, block) = tokens.writer, tokens.sizes, of_block
     scores = writer.op("MatMul", queries, tokens.turned(keys, 5), name="scores")
-    if made.hidden is not None:
-        scores = writer.op("Add", scores, made.hidden, name="seen")
-    scores = writer.op("Reshape", scores, sizes.shape(0, 0, -1, made.size), name="flat")
+    if hidden is not None:
+        scores = writer.op("Add", scores, hidden, name="seen")
+    scores = writer.op("Reshape", scores, sizes.shape(0, 0, -1, size), name="flat")
     flat = writer.op("Reshape", queries, sizes.shape(0, 0, -1, tokens.width), name="flat")
     everywhere = None
     if common:
@@ -97,4 +113,4 @@ def window_scores(
         )
         of_common = writer.op("MatMul", flat, tokens.turned(common_key), name="common_scores")
         scores = writer.op("Concat", scores, of_common, name="all_scores", axis=-1)
-    return WindowScores(tokens, scores, flat, values, everywhere, made.places, made.size, window.tile**2)
+    return WindowScores(tokens, scores, flat, values, everywhere, places, size, block)

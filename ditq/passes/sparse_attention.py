@@ -1,0 +1,127 @@
+"""sparse_attention: image tokens attend to the tiles of the picture that matter to them, and to the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ditq.errors import DitqError
+from ditq.nn.structural.sparse_attention import SparseAttention
+from ditq.nn.structural.token_attention import TokenAttention
+from ditq.numerics.sparse_attention import covered, number_of_tiles, tile_probabilities, tile_scores, tiles_of
+from ditq.passes.attention_conversion import AttentionConversion, Place
+from ditq.passes.attention_records import AttentionRecord, part_error
+from ditq.passes.base import register, setting
+from ditq.passes.gate import limit_setting
+
+BLOCKS = ("online", "calibrated")
+NUMBERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # of tiles that `search` tries
+
+
+@register
+@dataclass(frozen=True)
+class SparseAttentionPass(AttentionConversion):
+    """Let the queries of each tile of the picture see `keep` tiles of keys, chosen for each head, and all text.
+
+    `online` chooses at each call by the means of the tiles' queries and keys, as SpargeAttn does (Zhang 2025, arXiv
+    2502.18137); `calibrated` takes those that got the most probability on recorded calls (AdaSpa, Xia 2025, arXiv 2502.21079),
+    for pictures of that size only. Text attends to all. Nothing is trained, and weights stay as they are.
+
+    Example:
+        - sparse_attention: {blocks: online, tile: 8, keep: search, error: 0.02}
+        - quantize: {format: w4a8}
+    """
+
+    name: ClassVar[str] = "sparse_attention"
+    blocks: str = setting("online", "when tiles are chosen: at each call, or once, from recorded calls", BLOCKS)
+    tile: int = setting(8, "tokens along a side of a tile")
+    keep: int = setting(
+        16,
+        "tiles that each tile sees; `search`: the least within `error`; `mass`: the least that have `mass`",
+        words=("search", "mass"),
+    )
+    error: float = setting(0.01, "largest relative squared error of an attention's output that `search` allows")
+    mass: float = setting(
+        0.95, "share of the probability, with the text's, that seen tiles have in the mean with `mass`"
+    )
+    temperature: bool = setting(True, "sharpen scores at larger pictures than those calibrated on, by sqrt(log N)")
+    limit: float | str = limit_setting()
+
+    def check(self) -> None:
+        super().check()
+        if self.tile < 1 or self.error <= 0 or (not isinstance(self.keep, str) and self.keep < 1):
+            raise DitqError("pass 'sparse_attention': tile, keep and error must be above 0")
+        if not 0 < self.mass < 1:
+            raise DitqError("pass 'sparse_attention': mass must be between 0 and 1")
+
+    def part(self, place: Place, records: Sequence[AttentionRecord], usual: int) -> TokenAttention | None:
+        tiles = number_of_tiles(self.tile, place.grid.height, place.grid.width)
+        if isinstance(self.keep, str) and not records:
+            return None
+        known = None
+        if records and (self.blocks == "calibrated" or self.keep == "mass"):
+            known = self._known(place, records)
+        numbers: Sequence[int] = NUMBERS if self.keep == "search" else [self.keep]
+        if self.keep == "mass":
+            assert known is not None
+            numbers = [int((known.covered < self.mass).sum()) + 1]
+        for number in numbers:
+            if number >= tiles:
+                return None
+            made = self._made(place, number, known, usual)
+            if self.keep != "search" or part_error(made, records) <= self.error:
+                return made
+        return None
+
+    def _made(self, place: Place, number: int, known: _Known | None, usual: int) -> SparseAttention:
+        calibrated = self.blocks == "calibrated"
+        made = SparseAttention(
+            **place.arguments,
+            usual=usual if self.temperature else 0,
+            tile=self.tile,
+            keep=number,
+            picture=(place.grid.height, place.grid.width) if calibrated else None,
+        )
+        if calibrated and known is not None:
+            assert made.seen is not None
+            made.seen.copy_(known.order[0, :, :, :number])
+        return made
+
+    def _known(self, place: Place, records: Sequence[AttentionRecord]) -> _Known:
+        """Tiles of each tile in the order in which they are taken, and what they have of the probability."""
+        for record in records:
+            if self.blocks == "calibrated" and record.grid != place.grid:
+                raise DitqError(
+                    f"pass 'sparse_attention': {place.site}: recorded calls are of pictures of different sizes; calibrate at "
+                    "one size, or set blocks: online"
+                )
+        found = [tile_probabilities(r.query, r.key, r.grid, self.tile, r.scale) for r in records]
+        if self.blocks == "calibrated":
+            mean = torch.stack([probabilities.mean(0) for probabilities, _ in found]).mean(0, keepdim=True)
+            order = mean.argsort(-1, descending=True)
+            orders = [order] * len(found)
+        else:
+            orders = [self._scores(record).argsort(-1, descending=True) for record in records]
+        shares = [covered(*one, order) for one, order in zip(found, orders, strict=True)]
+        return _Known(orders[0], torch.stack(shares).mean(0))
+
+    def _scores(self, record: AttentionRecord) -> Tensor:
+        tokens = torch.from_numpy(tiles_of(self.tile, record.grid.height, record.grid.width).tokens)
+        return tile_scores(*(record.grid.parted(each)[0][:, :, tokens] for each in (record.query, record.key)))
+
+    def described(self, part: TokenAttention) -> str:
+        assert isinstance(part, SparseAttention)
+        return f"{part.keep} tiles of {part.tile} x {part.tile}, {self.blocks}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """The order of tiles [B, h, T, T], of the first record where each has its own, and the probability that the first 1, 2, ..
+    T of them cover [T], in the mean."""
+
+    order: Tensor
+    covered: Tensor
