@@ -1,4 +1,4 @@
-"""How time and memory of one attention grow with the picture: softmax, windows, linear; in torch and in ONNX Runtime.
+"""How time and memory of one attention grow with the picture: softmax, windows, linear, tiles; in torch and in ONNX Runtime.
 
     python -m tools.bench_linear_attention --heads 1 --plot docs/images/attention-cost.svg
 
@@ -32,21 +32,27 @@ from torch.nn import functional as F
 from ditq.export.onnx_graph import DOMAIN, OPSET, TOKEN_ATTENTION
 from ditq.export.session import open_session, session_options
 from ditq.export.targets.onnxruntime_cpu import lower
+from ditq.nn.structural.compressed_keys import CompressedKeys
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
+from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.nn.structural.token_attention import TokenAttention
+from ditq.numerics.sparse_attention import number_of_tiles
 from ditq.numerics.token_layout import Grid, TokenLayout
 from ditq.numerics.window import Window
 from ditq.report.plots import STYLE
 from tools.measure_recipes import table
 
-Form = Callable[[int, int], TokenAttention | None]
+Form = Callable[[int, int, int], TokenAttention | None]  # of heads, of their channels, of tokens along a side
 DENSE = "softmax"
 FORMS: dict[str, Form] = {
-    DENSE: lambda heads, width: None,
-    "circle r=8": lambda heads, width: _local(heads, width, Window("circle", 8, 8)),
-    "3 x 3 tiles of 8 x 8": lambda heads, width: _local(heads, width, Window("tiles", 3, 8)),
-    "linear, relu": lambda heads, width: LinearAttention("bench", TokenLayout(), heads, width, False, 0, "relu"),
+    DENSE: lambda heads, width, side: None,
+    "circle r=8": lambda heads, width, side: _local(heads, width, Window("circle", 8, 8)),
+    "3 x 3 tiles of 8 x 8": lambda heads, width, side: _local(heads, width, Window("tiles", 3, 8)),
+    "linear, relu": lambda heads, width, side: LinearAttention("bench", TokenLayout(), heads, width, False, 0, "relu"),
+    "keys of 2 x 2": lambda heads, width, side: CompressedKeys("bench", TokenLayout(), heads, width, False, 0, 2),
+    "9 tiles of 8 x 8, online": lambda heads, width, side: _sparse(heads, width, None),
+    "9 tiles of 8 x 8, calibrated": lambda heads, width, side: _sparse(heads, width, (side, side)),
 }
 ENGINES = ("torch", "onnxruntime")
 FITTED_FROM = 1024  # tokens; with fewer, what is paid once for a call counts
@@ -55,6 +61,16 @@ COMPARED_AT = 4096
 
 def _local(heads: int, width: int, window: Window) -> TokenAttention:
     return LocalAttention("bench", TokenLayout(), heads, width, False, 0, window)
+
+
+def _sparse(heads: int, width: int, picture: tuple[int, int] | None) -> TokenAttention:
+    """Calibrated to any tiles: which ones makes no difference to the time."""
+    keep = 9 if picture is None else min(9, number_of_tiles(8, *picture))
+    part = SparseAttention("bench", TokenLayout(), heads, width, False, 0, 8, keep, picture)
+    if part.seen is not None:
+        tiles, generator = part.seen.shape[1], torch.Generator().manual_seed(0)
+        part.seen.copy_(torch.rand(heads, tiles, tiles, generator=generator).argsort(-1)[..., :keep])
+    return part
 
 
 def onnx_model(part: TokenAttention | None, shape: list[int], side: int) -> ir.Model:
@@ -114,7 +130,7 @@ def measured(engine: str, form: str, tokens: int, heads: int, width: int, runs: 
         inputs = [torch.randn(1, heads, tokens, width, generator=generator) for _ in range(3)]
         before = _resident()
         with torch.no_grad():
-            call = caller(engine, FORMS[form](heads, width), inputs, isqrt(tokens))
+            call = caller(engine, FORMS[form](heads, width, isqrt(tokens)), inputs, isqrt(tokens))
             times = []
             for _ in range(runs + 1):  # the first one warms up
                 began = time.process_time()
@@ -149,8 +165,10 @@ def draw(found: Mapping[tuple[str, int, str], Mapping[int, float]], path: Path) 
         figure = Figure(figsize=(9.8, 4.2), layout="constrained")
         FigureCanvasSVG(figure)
         for axes, engine in zip(figure.subplots(1, len(ENGINES), sharey=True), ENGINES, strict=True):
-            for marker, form in zip("osD^", FORMS, strict=True):
-                times = found[engine, width, form]
+            for marker, form in zip("osD^v*X", FORMS, strict=True):
+                times = found.get((engine, width, form))
+                if times is None:
+                    continue
                 axes.loglog(list(times), list(times.values()), marker=marker, label=form)
             axes.set(title=f"{engine}, heads of {width}", xlabel="image tokens")
             axes.grid(True)
@@ -165,15 +183,18 @@ def draw(found: Mapping[tuple[str, int, str], Mapping[int, float]], path: Path) 
 @click.option("--tokens", default="256,1024,4096,16384,65536", show_default=True, help="Squares of whole numbers.")
 @click.option("--dense-up-to", default=16384, show_default=True, help="Tokens beyond which softmax is left out.")
 @click.option("--runs", default=5, show_default=True)
+@click.option("--only", multiple=True, type=click.Choice(list(FORMS)), help="Not all attentions, but these.")
 @click.option("--plot", type=click.Path(path_type=Path), help="An SVG file to be written.")
-def main(heads: int, widths: str, tokens: str, dense_up_to: int, runs: int, plot: Path | None) -> None:
+def main(
+    heads: int, widths: str, tokens: str, dense_up_to: int, runs: int, only: tuple[str, ...], plot: Path | None
+) -> None:
     """Print one row for each engine, width and form."""
     sizes = [int(size) for size in tokens.split(",")]
     found: dict[tuple[str, int, str], dict[int, float]] = {}
     rows = []
     for engine in ENGINES:
         for width in (int(size) for size in widths.split(",")):
-            for form in FORMS:
+            for form in only or FORMS:
                 cells, times = [], found.setdefault((engine, width, form), {})
                 for size in sizes:
                     if form == DENSE and size > dense_up_to:
@@ -181,7 +202,7 @@ def main(heads: int, widths: str, tokens: str, dense_up_to: int, runs: int, plot
                         continue
                     times[size], megabytes = measured(engine, form, size, heads, width, runs)
                     cells.append(f"{times[size]:.2f} ms, {megabytes:.0f} MB")
-                dense = found["onnxruntime", width, DENSE] if engine == "onnxruntime" else {}
+                dense = found.get(("onnxruntime", width, DENSE), {}) if engine == "onnxruntime" else {}
                 ratio = f"{dense[COMPARED_AT] / times[COMPARED_AT]:.1f}x" if COMPARED_AT in dense else "-"
                 rows.append([engine, str(width), form, *cells, f"{exponent(times):.2f}", ratio])
     last = [f"exponent from {FITTED_FROM}", f"speed at {COMPARED_AT}"]
