@@ -62,6 +62,13 @@ class DiTGraph:
                 f"{type(model).__name__}: no repeated blocks with linears found; not a diffusion transformer?"
             )
 
+    def fix_picture(self, picture: tuple[int, int]) -> None:
+        """From now on the example is of a picture of these rows and columns of image tokens: the model is for such only."""
+        family = family_of(type(self.model).__name__)
+        assert family is not None  # which told the layout
+        self.example_inputs = family.inputs_of(self.model.config, 2, 0, picture)  # type: ignore[arg-type]
+        self.refresh()
+
     @property
     def layout(self) -> TokenLayout | None:
         """Where the picture lies among the tokens of attentions, as the model's family tells; None where that is not known."""

@@ -120,14 +120,26 @@ def _side(tokens: int) -> int:
     return math.isqrt(tokens)
 
 
-def example_inputs(checkpoint: Checkpoint, batch: int = 2, seed: int = 0, side: int | None = None) -> dict[str, Any]:
-    """Made-up inputs of the right shapes, by the checkpoint's family; `side`: image tokens along a side, if not the usual."""
+def example_inputs(
+    checkpoint: Checkpoint,
+    batch: int = 2,
+    seed: int = 0,
+    side: int | None = None,
+    picture: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """Made-up inputs of the right shapes, by the checkpoint's family. Image tokens along a side, or rows and columns of the
+    `picture`, if not the usual."""
     config = {**_defaults(checkpoint), **checkpoint.config} | ({} if side is None else {SIDE: side})
-    return made_up_inputs(checkpoint.name, checkpoint.class_name, config, batch, seed)
+    return made_up_inputs(checkpoint.name, checkpoint.class_name, config, batch, seed, picture)
 
 
 def made_up_inputs(
-    name: str, class_name: str, config: Mapping[str, Any], batch: int = 2, seed: int = 0
+    name: str,
+    class_name: str,
+    config: Mapping[str, Any],
+    batch: int = 2,
+    seed: int = 0,
+    picture: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """The same for a transformer class with a full configuration; `name` is what an error calls it."""
     family = family_of(class_name)
@@ -137,7 +149,7 @@ def made_up_inputs(
             "add a file to ditq/families (docs/add-a-family.md)"
         )
     try:
-        return family.example_inputs(config, batch, seed)
+        return family.inputs_of(config, batch, seed, picture)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DitqError(f"{name}: config.json does not tell the shapes of its inputs ({error!r})") from error
 

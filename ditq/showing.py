@@ -18,7 +18,7 @@ from ditq.errors import DitqError
 from ditq.export.agreement import model_agreement
 from ditq.export.engine import MANIFEST, TEXT_GRAPH, Engine
 from ditq.export.fusion_report import FusionReport
-from ditq.export.loader import load_engine
+from ditq.export.loader import load_engine, only_picture
 from ditq.export.providers.available import is_doubled
 from ditq.export.targets import target, targets
 from ditq.export.targets.torch import rebuild
@@ -255,7 +255,7 @@ def diagnose(engine: str | None) -> tuple[list[str], bool]:
     if own.plans and not proven:
         lines.append(f"{engine}: has no plan yet; build one with: ditq plan {engine} --gpu sm89")
     model: Any = rebuild(opened)
-    inputs = made_up_inputs(opened.name, type(model).__name__, model.config)
+    inputs = made_up_inputs(opened.name, type(model).__name__, model.config, picture=only_picture(opened))
     agreement = model_agreement(opened, inputs, model=model)
     runs = "" if own.available()[0] else f" (its graph run by ONNX Runtime, since {own.name} does not run here)"
     lines.append(f"{engine}: {agreement}{runs}")

@@ -121,14 +121,25 @@ def engine_inputs(engine: Engine, arguments: Mapping[str, Any]) -> dict[str, Ten
     return _checked(found, engine.manifest["inputs"], engine.name)
 
 
+def only_picture(engine: Engine) -> tuple[int, int] | None:
+    """Rows and columns of image tokens of the pictures that an engine is for, where tiles that are seen were found before for
+    those only. None where it is for any."""
+    found = [part["spec"].get("picture") for part in _sparse_attentions(engine)]
+    return next(((given[0], given[1]) for given in found if given), None)
+
+
+def _sparse_attentions(engine: Engine) -> list[dict[str, Any]]:
+    parts = engine.manifest["structure"].get("structural", [])
+    return [part for part in parts if part["kind"] == SparseAttention.kind]
+
+
 def check_picture(engine: Engine, arguments: Mapping[str, Any]) -> None:
-    """Raises DitqError for a picture of another size than that which sparse attentions of the engine were made for."""
-    for part in engine.manifest["structure"].get("structural", []):
-        if part["kind"] == SparseAttention.kind and (picture := part["spec"].get("picture")):
-            made_for, grid = tuple(picture), TokenLayout(**part["spec"]["layout"]).grid(arguments)
-            if made_for != (grid.height, grid.width):
-                raise DitqError(f"{engine.name}: {other_picture(made_for, (grid.height, grid.width))}")
-            return  # all of them were made by recorded calls of one size
+    """Raises DitqError for a picture of another size than that which the engine is for."""
+    made_for = only_picture(engine)
+    if made_for is not None:
+        grid = TokenLayout(**_sparse_attentions(engine)[0]["spec"]["layout"]).grid(arguments)
+        if made_for != (grid.height, grid.width):
+            raise DitqError(f"{engine.name}: {other_picture(made_for, (grid.height, grid.width))}")
 
 
 def _opened(engine: Engine, name: str, threads: int | None) -> tuple[str, Runner]:

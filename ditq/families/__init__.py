@@ -50,6 +50,15 @@ class Family:
     condition: Literal["prompt", "class"] = "prompt"
     changing: tuple[str, ...] = CHANGING
 
+    def inputs_of(
+        self, config: Mapping[str, Any], batch: int, seed: int, picture: tuple[int, int] | None = None
+    ) -> Inputs:
+        """`example_inputs`; of a picture of so many rows and columns of image tokens, if one is given."""
+        layout = self.layout(config)
+        if picture is None or layout is None:
+            return self.example_inputs(config, batch, seed)
+        return layout.cut(self.example_inputs({**config, SIDE: max(picture)}, batch, seed), *picture)
+
 
 _families: dict[str, Family] = {}
 

@@ -75,6 +75,17 @@ class TokenLayout:
                 height, width = (int(size) for size in sides(places))
         return Grid(text, height, width, self.text_first)
 
+    def cut(self, arguments: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
+        """Arguments of a larger picture, with the first rows and columns of it that make one of height x width tokens."""
+        found = dict(arguments)
+        if self.positions is None:
+            found[self.latents] = arguments[self.latents][..., : height * self.patch, : width * self.patch]
+        else:
+            places = arguments[self.positions]
+            inside = (places[..., 1] < height) & (places[..., 2] < width)
+            found |= {self.positions: places[inside], self.latents: arguments[self.latents][:, inside]}
+        return found
+
     def traced_grid(self, arguments: Mapping[str, Any]) -> Grid:
         """The same with tensors [1] for numbers, made by operators that an exported graph keeps."""
         device = arguments[self.latents].device

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ditq.errors import DitqError
+from ditq.graph import DiTGraph
 from ditq.nn.structural.sparse_attention import SparseAttention
-from ditq.nn.structural.token_attention import TokenAttention
+from ditq.nn.structural.token_attention import TokenAttention, token_attentions
 from ditq.numerics.sparse_attention import covered, number_of_tiles, tile_probabilities, tile_scores, tiles_of
 from ditq.passes.attention_conversion import AttentionConversion, Place
 from ditq.passes.attention_records import AttentionRecord, part_error
-from ditq.passes.base import register, setting
+from ditq.passes.base import Context, PassReport, register, setting
 from ditq.passes.gate import limit_setting
 
 BLOCKS = ("online", "calibrated")
@@ -57,6 +58,14 @@ class SparseAttentionPass(AttentionConversion):
             raise DitqError("pass 'sparse_attention': tile, keep and error must be above 0")
         if not 0 < self.mass < 1:
             raise DitqError("pass 'sparse_attention': mass must be between 0 and 1")
+
+    def run(self, graph: DiTGraph, context: Context) -> PassReport:
+        report = super().run(graph, context)
+        parts = (part for part in token_attentions(graph.model).values() if isinstance(part, SparseAttention))
+        picture = next((part.picture for part in parts if part.picture is not None), None)
+        if picture is not None:
+            graph.fix_picture(picture)
+        return report
 
     def part(self, place: Place, records: Sequence[AttentionRecord], usual: int) -> TokenAttention | None:
         tiles = number_of_tiles(self.tile, place.grid.height, place.grid.width)

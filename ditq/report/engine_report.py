@@ -18,7 +18,7 @@ from ditq.export import time_shares
 from ditq.export.arguments import flatten
 from ditq.export.baseline import float_onnx
 from ditq.export.engine import Engine
-from ditq.export.loader import engine_inputs, load_engine
+from ditq.export.loader import engine_inputs, load_engine, only_picture
 from ditq.export.session import open_session, session_options
 from ditq.export.targets import target
 from ditq.export.targets.torch import rebuild
@@ -227,7 +227,8 @@ def draw(
 
 def run_engine_once(folder: str, original: str) -> None:
     """Load an engine and call it once, on its original's inputs; run in a process of its own to measure memory."""
-    _call(load_engine(folder), example_inputs(Checkpoint.open(original)))()
+    transformer = load_engine(folder)
+    _call(transformer, example_inputs(Checkpoint.open(original), picture=only_picture(transformer.engine)))()
 
 
 def run_original_once(path: str) -> None:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from ditq.errors import DitqError
 from ditq.export import load_engine
 from ditq.export.onnx_graph import DOMAIN, OPSET, TOKEN_ATTENTION
 from ditq.export.session import open_session, session_options

@@ -163,6 +163,22 @@ def test_a_model_for_pictures_of_one_size_refuses_others_in_one_line(monkeypatch
 
 
 @pytest.mark.parametrize(
+    ("family", "sides"), [("flux", (6, 10)), ("sd3", (6, 10)), ("pixart", (3, 6)), ("dit", (5, 5))]
+)
+def test_exact_passes_are_judged_by_pictures_of_the_calibrated_size(
+    family: str, sides: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = small_graph(family)
+    calls = [CallBatch(sized(graph.model, *sides), torch.zeros(2, dtype=torch.int64))]
+    monkeypatch.setattr(attention_conversion, "sampled_batches", lambda *_: calls)
+    SparseAttentionPass(blocks="calibrated", tile=2, keep=2).run(graph, Recorded())
+    assert graph.layout is not None
+    grid = graph.layout.grid(graph.example_inputs)
+    assert (grid.height, grid.width) == sides
+    assert bool(forward(graph.model, graph.example_inputs).isfinite().all())
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"keep": 0}, "tile, keep and error must be above 0"),
