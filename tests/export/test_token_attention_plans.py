@@ -1,4 +1,4 @@
-"""TensorRT plans of windows and linear attention: built, proven, for one picture where positions tell its size."""
+"""TensorRT plans of attentions that know the picture: built, proven, for one picture where positions tell its size."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from ditq.export.plans.run import check_picture
 from ditq.export.plans.sizes import picture_of, sizes_of
 from ditq.export.session import open_session, session_options
 from ditq.graph import DiTGraph
+from ditq.nn.structural.compressed_keys import CompressedKeys
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
+from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.nn.structural.token_attention import TokenAttention
 from ditq.numerics.window import Window
 from tests.export.quantized import engine_of, quantize_blocks, relative, shallow_model
@@ -42,7 +44,9 @@ def with_parts(family: str, kind: type[TokenAttention], **settings: Any) -> Any:
     ("pixart", LocalAttention, {"window": Window("circle", 3, 4)}),
     ("flux", LinearAttention, {"features": "softmax", "window": Window("tiles", 3, 2)}),
     ("pixart", LinearAttention, {"features": "relu", "locality": True}),
-], ids=["text, tiles and pool", "circle", "text and linear beside tiles", "linear"])  # fmt: skip
+    ("flux", CompressedKeys, {"factor": 2}),
+    ("pixart", SparseAttention, {"tile": 2, "keep": 2}),
+], ids=["text, tiles and pool", "circle", "text and linear beside tiles", "linear", "squares", "chosen tiles"])  # fmt: skip
 def test_a_plan_multiplies_windows_in_half_and_sums_over_tokens_in_float(
     family: str, kind: type[TokenAttention], settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -61,8 +65,10 @@ def test_a_plan_multiplies_windows_in_half_and_sums_over_tokens_in_float(
         if kind is LinearAttention:
             assert types["sums"] == types["linear"] == {"Float"}, types
         else:
+            if kind is SparseAttention:
+                assert types.pop("tile_scores") == {"Float"}  # which a TopK compares
             assert all(found == {"Half"} for found in types.values()), types
-            whole = [layer for layer in layers if any(f"/{kind.kind}/attended" in name for name in layer.nodes)]
+            whole = [layer for layer in layers if any(f"/{kind.kind}/atten" in name for name in layer.nodes)]
             assert whole and all(layer.inputs[:2] == ("Half", "Half") for layer in whole)
 
 

@@ -25,8 +25,10 @@ from ditq.kernels.product import computed  # noqa: E402
 from ditq.kernels.storage import stack  # noqa: E402
 from ditq.kernels.traced import compiled  # noqa: E402
 from ditq.nn import ActivationFormat, InputTransform  # noqa: E402
+from ditq.nn.structural.compressed_keys import CompressedKeys  # noqa: E402
 from ditq.nn.structural.linear_attention import LinearAttention  # noqa: E402
 from ditq.nn.structural.local_attention import LocalAttention  # noqa: E402
+from ditq.nn.structural.sparse_attention import SparseAttention  # noqa: E402
 from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation  # noqa: E402
 from ditq.numerics.token_layout import Grid, TokenLayout  # noqa: E402
 from ditq.numerics.window import Window  # noqa: E402
@@ -149,6 +151,8 @@ def test_windows_and_linear_attention_compute_their_meaning(kind: Any, settings:
         (LocalAttention, {"window": Window("tiles", 3, 4), "pool": 4}),
         (LinearAttention, {"features": "softmax"}),
         (LinearAttention, {"features": "relu", "window": Window("circle", 4, 4)}),
+        (CompressedKeys, {"factor": 2}),
+        (SparseAttention, {"tile": 8, "keep": 5}),
     ],
 )
 def test_attentions_of_many_blocks_compute_their_meaning(kind: Any, settings: dict[str, Any]) -> None:
