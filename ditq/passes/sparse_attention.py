@@ -42,7 +42,7 @@ class SparseAttentionPass(AttentionConversion):
     tile: int = setting(8, "tokens along a side of a tile")
     keep: int = setting(
         16,
-        "tiles that each tile sees; `search`: the least within `error`; `mass`: the least that have `mass`",
+        "tiles that each tile sees; `search`: the least within `error`, or what `macs` chooses; `mass`: the least that have `mass`",
         words=("search", "mass"),
     )
     error: float = setting(0.01, "largest relative squared error of an attention's output that `search` allows")
@@ -68,9 +68,16 @@ class SparseAttentionPass(AttentionConversion):
         return report
 
     def part(self, place: Place, records: Sequence[AttentionRecord], usual: int) -> TokenAttention | None:
-        tiles = number_of_tiles(self.tile, place.grid.height, place.grid.width)
         if isinstance(self.keep, str) and not records:
             return None
+        made = self.offers(place, records, usual)
+        if self.keep != "search":
+            return made[0] if made else None
+        return next((part for part in made if part_error(part, records) <= self.error), None)
+
+    def offers(self, place: Place, records: Sequence[AttentionRecord], usual: int) -> list[TokenAttention]:
+        """All numbers of tiles that `search` knows and that leave some out; without it the one that is set, or has `mass`."""
+        tiles = number_of_tiles(self.tile, place.grid.height, place.grid.width)
         known = None
         if records and (self.blocks == "calibrated" or self.keep == "mass"):
             known = self._known(place, records)
@@ -78,13 +85,7 @@ class SparseAttentionPass(AttentionConversion):
         if self.keep == "mass":
             assert known is not None
             numbers = [int((known.covered < self.mass).sum()) + 1]
-        for number in numbers:
-            if number >= tiles:
-                return None
-            made = self._made(place, number, known, usual)
-            if self.keep != "search" or part_error(made, records) <= self.error:
-                return made
-        return None
+        return [self._made(place, number, known, usual) for number in numbers if number < tiles]
 
     def _made(self, place: Place, number: int, known: _Known | None, usual: int) -> SparseAttention:
         calibrated = self.blocks == "calibrated"
