@@ -42,7 +42,7 @@ class SparseAttentionPass(AttentionConversion):
     tile: int = setting(8, "tokens along a side of a tile")
     keep: int = setting(
         16,
-        "tiles that each tile sees; `search`: the least within `error`, or what `macs` chooses; `mass`: the least that have `mass`",
+        "tiles that each tile sees; `search`: the least within `error`, or what `macs` chooses; `mass`: the least with `mass`",
         words=("search", "mass"),
     )
     error: float = setting(0.01, "largest relative squared error of an attention's output that `search` allows")

@@ -125,7 +125,7 @@ MODELS: list[tuple[str, type[TokenAttention], dict[str, Any]]] = [
     ("pixart", LinearAttention, {"features": "softmax", "window": Window("circle", 2, 2)}),
     ("dit", LinearAttention, {"features": "relu", "locality": True}),
     ("dit", CompressedKeys, {"factor": 3}),
-    ("pixart", SparseAttention, {"tile": 2, "keep": 2}),
+    ("pixart", SparseAttention, {"tile": 2, "keep": 2, "picture": (3, 8)}),  # bfloat16 would choose others
 ]
 SIDES = {"flux": [(3, 8), (8, 3)], "dit": [(5, 5)]}  # DiT takes square pictures only
 

@@ -133,6 +133,15 @@ def test_search_takes_the_least_number_within_the_error(blocks: str, monkeypatch
     assert len(set(found.values())) > 1
 
 
+@pytest.mark.parametrize("blocks", ["online", "calibrated"])
+def test_under_a_budget_each_attention_has_a_number_of_its_own(blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = small_graph("flux")
+    step = SparseAttentionPass(blocks=blocks, tile=2, keep="search", macs=0.6)  # type: ignore[arg-type]
+    report = run(step, graph, monkeypatch)
+    assert len(set(kept(graph).values())) > 1
+    assert 0.5 < report.summary["multiply-adds of attention, of those before"] <= 0.6
+
+
 def test_as_many_tiles_as_there_are_leave_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = small_graph("flux")
     report = run(SparseAttentionPass(tile=4, keep=4), graph, monkeypatch)
@@ -154,7 +163,7 @@ def test_a_model_for_pictures_of_one_size_refuses_others_in_one_line(monkeypatch
     graph = small_graph("flux")
     run(SparseAttentionPass(blocks="calibrated", tile=2, keep=2), graph, monkeypatch)
     with pytest.raises(
-        DitqError, match=r"attn: which tiles are seen was found for pictures of 8 x 8 tokens, not of 4 x 16"
+        ValueError, match=r"attn: which tiles are seen was found for pictures of 8 x 8 tokens, not of 4 x 16"
     ):
         forward(graph.model, sized(graph.model, 4, 16))
     graph.example_inputs |= sized(graph.model, 5, 16)

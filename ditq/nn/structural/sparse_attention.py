@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ditq.errors import DitqError
 from ditq.nn.structural import register
 from ditq.nn.structural.token_attention import TokenAttention
 from ditq.numerics.sparse_attention import number_of_tiles, sparse_attention
@@ -50,7 +49,7 @@ class SparseAttention(TokenAttention):
         if self.picture is not None and (grid.height, grid.width) != self.picture:
             if isinstance(query, FakeTensor):  # a trace asks for shapes, and knows no more of a picture than its tokens
                 return query.new_empty(query.shape)
-            raise DitqError(f"{self.site}: {other_picture(self.picture, (grid.height, grid.width))}")
+            raise ValueError(f"{self.site}: {other_picture(self.picture, (grid.height, grid.width))}")
         return sparse_attention(query, key, value, grid, scale, self.tile, self.keep, self.seen)
 
     def macs(self, grid: Grid) -> int:
