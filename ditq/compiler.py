@@ -124,14 +124,7 @@ def compile(
     check_replaceable(out)
     wanted = target(options.target)
     gpus = _kinds_of_gpu(wanted, options)
-    budget = Budget.parse(options.budget) if isinstance(options.budget, str) else options.budget or recipe.budget
-    if budget is not None and budget.kind == ATTENTION:
-        recipe = within(recipe, budget)
-        budget = recipe.budget
-    if budget is not None:
-        quantize_step(recipe)
-        if changed := next((step.name for step in recipe.passes if step.structural), None):
-            raise DitqError(f"{recipe.name}: a budget chooses formats for the model as it came, not behind {changed!r}")
+    recipe, budget = _asked(recipe, options)
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     if budget is not None and budget.kind == "psnr":
         pipeline_class(checkpoint)
@@ -206,6 +199,19 @@ def take_part(
     graph = DiTGraph(checkpoint.load_model(), example_inputs(checkpoint))
     statistics = Statistics.open(str(options.statistics), fingerprint=checkpoint.fingerprint(), graph=graph)
     run_passes(graph, replace(recipe, passes=recipe.passes[:shared]), statistics, options=options)
+
+
+def _asked(recipe: Recipe, options: CompileOptions) -> tuple[Recipe, Budget | None]:
+    """The budget of formats, and the recipe, with a budget of attention in the pass that chooses within it."""
+    budget = Budget.parse(options.budget) if isinstance(options.budget, str) else options.budget or recipe.budget
+    if budget is not None and budget.kind == ATTENTION:
+        recipe = within(recipe, budget)
+        budget = recipe.budget
+    if budget is not None:
+        quantize_step(recipe)
+        if changed := next((step.name for step in recipe.passes if step.structural), None):
+            raise DitqError(f"{recipe.name}: a budget chooses formats for the model as it came, not behind {changed!r}")
+    return recipe, budget
 
 
 def _check_processes(options: CompileOptions) -> None:

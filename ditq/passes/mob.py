@@ -47,7 +47,7 @@ class MixtureOfBlocks(Pass):
 
     name: ClassVar[str] = "mob"
     structural: ClassVar[bool] = True
-    not_after: ClassVar[tuple[str, ...]] = ("mob",)
+    not_after: ClassVar[tuple[str, ...]] = ("mob", "parallel_blocks")
     group: int = setting(3, "consecutive blocks of a group")
     keep: int = setting(2, "of them, those that run, neighbours")
     bins: int = setting(4, "bins of timesteps, each with a choice of its own; 1 drops the same blocks at all of them")

@@ -17,6 +17,7 @@ from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn.learned_linear import LearnedLinear
 from ditq.nn.quant_linear import QuantLinear
+from ditq.nn.structural.parallel_block import paired
 from ditq.passes.base import Context, Pass, PassReport, register, setting
 from ditq.passes.block_records import BlockOutputs, Call, block_inputs, record_outputs, tensors_of
 from ditq.passes.guided_error import guidance_of, squared, told
@@ -94,6 +95,11 @@ class Reconstruct(Pass):
         weights = sum(site.parameters for site in graph.sites.values() if site.role != "unused")
         if self.scope == "model" or (self.scope == "auto" and BYTES_A_WEIGHT * weights <= self.memory * 1e9):
             return [""]
+        if paired(graph.model):
+            raise DitqError(
+                "pass 'reconstruct': a block that runs beside another, by parallel_blocks, cannot be learned alone; set scope: "
+                "model"
+            )
         for pattern in self.select:
             if not fnmatch.filter(graph.blocks, pattern):
                 raise DitqError(
