@@ -54,7 +54,7 @@ def refine(
     multiplier = None if code.multiplier is None else code.multiplier.clone()
     for rows in row_chunks(*weight.shape):
         part = _rows_of(fit, code, rows)
-        found = _descend(weight[rows].float(), damped, _State(part, codes[rows].clone()), sweeps, block)
+        found = _descend(weight[rows].float(), damped, part, codes[rows].clone(), sweeps, block)
         codes[rows], scale[rows] = found.codes, found.fit.scale
         if multiplier is not None and found.fit.multiplier is not None:
             multiplier[rows] = found.fit.multiplier
@@ -63,14 +63,24 @@ def refine(
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """Levels and codes uint8 [R, I] of some rows."""
+    """Levels and codes uint8 [R, I] of some rows, what they stand for, values float32 [R, I], and pull = (W - values) H.
+
+    A product with H is what costs here, so `pull` is carried on wherever it follows from one that is known.
+    """
 
     fit: Fit
     codes: Tensor
+    values: Tensor
+    pull: Tensor
 
-    def values(self) -> Tensor:
-        """float32 [R, I]: what the codes stand for."""
-        return WeightCode(self.codes, self.fit.table, self.fit.scale, self.fit.multiplier, self.fit.bits).decode()
+    @classmethod
+    def of(cls, weight: Tensor, hessian: Tensor, fit: Fit, codes: Tensor) -> _State:
+        values = WeightCode(codes, fit.table, fit.scale, fit.multiplier, fit.bits).decode()
+        return cls(fit, codes, values, (weight - values) @ hessian)
+
+    def errors(self, weight: Tensor) -> Tensor:
+        """E of each row, float64 [R]."""
+        return (self.pull.double() * (weight - self.values)).sum(1)
 
     def where(self, better: Tensor, other: _State) -> _State:
         """This state, with the rows marked in `better` [R] taken from the other."""
@@ -81,7 +91,8 @@ class _State:
         fit, mine, theirs = self.fit, self.fit.multiplier, other.fit.multiplier
         multiplier = None if mine is None or theirs is None else pick(mine, theirs)
         fit = replace(fit, scale=pick(fit.scale, other.fit.scale), multiplier=multiplier)
-        return _State(fit, pick(self.codes, other.codes))
+        rest = ((self.codes, other.codes), (self.values, other.values), (self.pull, other.pull))
+        return _State(fit, *(pick(*pair) for pair in rest))
 
 
 def _rows_of(fit: Fit, code: WeightCode, rows: slice) -> Fit:
@@ -90,30 +101,26 @@ def _rows_of(fit: Fit, code: WeightCode, rows: slice) -> Fit:
     return replace(fit, table=table, scale=code.scale[rows], multiplier=multiplier)
 
 
-def _errors(weight: Tensor, hessian: Tensor, state: _State) -> Tensor:
-    """E of each row, float64 [R]."""
-    difference = weight - state.values()
-    return ((difference @ hessian).double() * difference).sum(1)
-
-
-def _descend(weight: Tensor, hessian: Tensor, state: _State, sweeps: int, block: int) -> _State:
-    first, wanted = state, weight @ hessian
+def _descend(weight: Tensor, hessian: Tensor, fit: Fit, codes: Tensor, sweeps: int, block: int) -> _State:
+    wanted = weight @ hessian
+    first = state = _State.of(weight, hessian, fit, codes)
     for _ in range(sweeps):
         state = _rescaled(weight, hessian, wanted, state)
-        codes = _swept(weight, hessian, state, block)
-        settled, state = torch.equal(codes, state.codes), _State(state.fit, codes)
-        if settled:
+        codes = _swept(hessian, state, block)
+        if torch.equal(codes, state.codes):
             break
-    state = _rescaled(weight, hessian, wanted, state)
+        state = _State.of(weight, hessian, state.fit, codes)
+    else:
+        state = _rescaled(weight, hessian, wanted, state)
     # Both steps can only gain in exact arithmetic; in float32 a row that was settled may lose its last digits.
-    return first.where(_errors(weight, hessian, state) < _errors(weight, hessian, first), state)
+    return first.where(state.errors(weight) < first.errors(weight), state)
 
 
-def _swept(weight: Tensor, hessian: Tensor, state: _State, block: int) -> Tensor:
+def _swept(hessian: Tensor, state: _State, block: int) -> Tensor:
     """The codes after every column has had its turn: uint8 [R, I]."""
-    values = state.values().T.contiguous()  # [I, R]: a column of the weight is a row here
-    gradient = hessian @ (weight.T - values)
-    codes, levels = torch.empty(values.shape, dtype=torch.uint8, device=weight.device), ColumnLevels(state.fit)
+    values = state.values.T.contiguous()  # [I, R]: a column of the weight is a row here
+    gradient = state.pull.T.contiguous()
+    codes, levels = torch.empty(values.shape, dtype=torch.uint8, device=values.device), ColumnLevels(state.fit)
     for start in range(0, len(values), block):
         part = slice(start, min(start + block, len(values)))
         local, moved = gradient[part].clone(), torch.empty_like(values[part])
@@ -128,38 +135,37 @@ def _swept(weight: Tensor, hessian: Tensor, state: _State, block: int) -> Tensor
 
 def _rescaled(weight: Tensor, hessian: Tensor, wanted: Tensor, state: _State) -> _State:
     """The state with the scales, and multipliers, that suit its codes best; wanted = W H. Each row keeps what is best."""
-    fit, values = state.fit, state.values()
-    least = _errors(weight, hessian, state)
-
-    def keep(state: _State, least: Tensor, fit: Fit) -> tuple[_State, Tensor]:
-        other = _State(fit, state.codes)
-        errors = _errors(weight, hessian, other)
-        return state.where(errors < least, other), torch.minimum(errors, least)
-
-    if fit.groups > 1:
-        normal, right = _normal_equations(hessian, values, wanted, fit.groups)
+    if state.fit.groups > 1:
+        normal, right = _normal_equations(hessian, state)
         ridge = _RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(SMALLEST_SCALE)
         normal.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-        factor = torch.linalg.solve_ex(normal, right + ridge[:, None])[0].float()  # the ridge draws towards 1
+        factor = 1 + torch.linalg.solve_ex(normal, right)[0].float()  # the ridge draws towards 1
         factor = torch.where(factor.isfinite() & (factor > 0), factor, torch.ones_like(factor))
-        state, least = keep(state, least, _scaled_groups(fit, factor))
-        fit, values = state.fit, state.values()
-    own = ((values @ hessian).double() * values).sum(1)
-    factor = (wanted.double() * values).sum(1) / own.clamp_min(torch.finfo(torch.float64).tiny)
-    factor = torch.where((own > 0) & (factor > 0), factor, torch.ones_like(factor)).float()
-    scale = fit.scale * (factor if fit.scale.dim() == 1 else factor[:, None])
-    return keep(state, least, replace(fit, scale=scale.clamp_min(SMALLEST_SCALE)))[0]
+        # Multipliers are rounded, so what they give is measured.
+        other = _State.of(weight, hessian, _scaled_groups(state.fit, factor), state.codes)
+        state = state.where(other.errors(weight) < state.errors(weight), other)
+    fit, values, reached = state.fit, state.values, wanted - state.pull  # Q H
+    own = (reached.double() * values).sum(1)
+    more = (state.pull.double() * values).sum(1) / own.clamp_min(
+        torch.finfo(torch.float64).tiny
+    )  # of each scale: f - 1
+    more = torch.where((own > 0) & (more > -1), more, torch.zeros_like(more)).float()[:, None]
+    scale = fit.scale * (1 + (more[:, 0] if fit.scale.dim() == 1 else more))
+    fit = replace(fit, scale=scale.clamp_min(SMALLEST_SCALE))
+    return _State(fit, state.codes, values * (1 + more), state.pull - more * reached)
 
 
-def _normal_equations(hessian: Tensor, values: Tensor, wanted: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """<Q_g H, Q_h> [R, G, G] and <W H, Q_g> [R, G] of the groups of columns, float64."""
+def _normal_equations(hessian: Tensor, state: _State) -> tuple[Tensor, Tensor]:
+    """<Q_g H, Q_h> [R, G, G] and <D H, Q_g> [R, G] of the groups of columns, float64."""
+    values, groups = state.values, state.fit.groups
     size = values.shape[1] // groups
     normal = torch.empty(len(values), groups, groups, dtype=torch.float64, device=values.device)
     for group in range(groups):
-        part = slice(group * size, (group + 1) * size)
-        product = values[:, part] @ hessian[part]
-        normal[:, group] = (product.double() * values).unflatten(1, (groups, size)).sum(2)
-    return normal, (wanted.double() * values).unflatten(1, (groups, size)).sum(2)
+        start = group * size
+        product = values[:, start : start + size] @ hessian[start : start + size, start:]
+        row = (product.double() * values[:, start:]).unflatten(1, (groups - group, size)).sum(2)
+        normal[:, group, group:] = normal[:, group:, group] = row
+    return normal, (state.pull.double() * values).unflatten(1, (groups, size)).sum(2)
 
 
 def _scaled_groups(fit: Fit, factor: Tensor) -> Fit:
