@@ -20,6 +20,7 @@ from ditq.export import load_engine, model_agreement, site_agreement
 from ditq.export.fusion import prove_fusion
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
+from ditq.kernels.traced import compiled
 from ditq.nn import describe, rebuild
 from ditq.nn.structural.parallel_block import pair, paired
 from ditq.passes.gate import ERROR
@@ -186,3 +187,15 @@ def test_a_family_is_refused_where_no_two_neighbours_can(checkpoint: Checkpoint)
     model = small_model("dit")  # of two blocks, of which the first is read elsewhere
     with pytest.raises(DitqError, match="there are none"):
         ParallelBlocks().pairs(DiTGraph(model, small_inputs(model)))
+
+
+@pytest.mark.parametrize("family", ["flux", "pixart"])
+def test_blocks_of_a_pair_are_compiled_one_by_one_as_the_target_cuda_does(family: str) -> None:
+    graph, found = made(family)
+    pair(graph.model, found.second, found.part())
+    calls = [small_inputs(graph.model, seed=seed) for seed in (5, 6)]
+    expected = [forward(graph.model, inputs) for inputs in calls]
+    call = compiled(graph.model, lambda traced, _: traced.forward)
+    with torch.no_grad():
+        for inputs, wanted in [*zip(calls, expected, strict=True)] * 2:
+            assert torch.equal(call(**inputs, return_dict=False)[0], wanted)
