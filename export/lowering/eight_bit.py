@@ -145,7 +145,9 @@ def _dequantized_weight(writer: Writer, carrier: ir.Value, layer: QuantLinear) -
     if layer.activation.grid == FLOAT8.name:
         carrier = writer.op("Cast", carrier, name="weight.float8", to=ir.DataType.FLOAT8E4M3FN)
     scale = writer.constant(2.0 ** -_exponents(layer.activation, layer.in_features)[1], np.float16, name="power_of_two")
-    return writer.op("DequantizeLinear", carrier, scale, _zero(writer, layer.activation), name="weight.dequantized")
+    # Without a zero point, which is 0: where ONNX Runtime makes weights uint8 (session.x64quantprecision), it stumbles over one
+    # that two of them have in common.
+    return writer.op("DequantizeLinear", carrier, scale, name="weight.dequantized")
 
 
 def _exponents(form: ActivationFormat, width: int) -> tuple[int, int]:

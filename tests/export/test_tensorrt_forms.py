@@ -171,3 +171,14 @@ def test_unsigned_inputs_are_refused_in_one_line() -> None:
     layer = layer_of(activation=ActivationFormat(4, "token", "unsigned", shift=0.2))
     with pytest.raises(DitqError, match="site: tensorrt has no unsigned inputs; leave activation_unsigned out"):
         lower(graph_of(layer), {layer.site: layer})
+
+
+def test_weights_of_8_bits_are_opened_as_engines_are_however_many_there_are() -> None:
+    """With integer products exact on every CPU, where ONNX Runtime makes each such weight uint8."""
+    layers = [layer_of(site=site, bits=8, codebook="uniform", activation=TOKEN) for site in ("query", "key")]
+    model = graph_of(*layers)
+    lower(model, {layer.site: layer for layer in layers})
+    session = open_session(ir.to_proto(model).SerializeToString(), session_options(1))
+    given = {f"x{i}": tokens().numpy() for i, _ in enumerate(session.get_inputs())}
+    for layer, found in zip(layers, session.run(None, given), strict=True):
+        assert relative(torch.from_numpy(found), layer(tokens())) < HALF
