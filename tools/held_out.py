@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,12 +36,21 @@ class HeldOut:
 
     Attributes:
         wanted: what the original draws, condition i from the noise of `seed + i`.
+
+    `arguments` are the pipeline's, over the checkpoint's own.
     """
 
-    def __init__(self, opened: Checkpoint, conditions: Sequence[str | int], seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        opened: Checkpoint,
+        conditions: Sequence[str | int],
+        seed: int,
+        device: torch.device,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self.conditions, self.seed, self.device = list(conditions), seed, device
-        settings = SamplingSettings.for_checkpoint(opened, None, seed, {})
+        settings = SamplingSettings.for_checkpoint(opened, None, seed, arguments or {})
         self._arguments = dict(settings.arguments)
         self._pipeline = opened.load_pipeline().to(device)
         original = self._pipeline.transformer

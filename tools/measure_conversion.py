@@ -7,6 +7,7 @@ A method is one pass with its settings; of a share below 1 those attentions are 
 `--steps` are those of `distill` behind it, from one conversion; after those in `--quantized` the recipe is compiled into the
 model too. Rows without a method are of the original with that recipe alone. All are measured on held-out prompts: the
 denoiser's signal to error along the original's trajectories, and the PSNR of pictures from the same noise to the original's.
+With `--size` they are drawn larger or smaller than what was converted and learned on.
 Statistics for the recipe are gathered on the first prompts of `--stats`, of the model as it is then.
 """
 
@@ -69,6 +70,7 @@ def numbers(text: str) -> list[int]:
 @click.option("--batch", default=16, show_default=True)
 @click.option("--prompts", help="Set or file of prompts to judge on; by default those of `ditq evaluate`.")
 @click.option("--captions", default=16, show_default=True, help="How many of them.")
+@click.option("--size", type=int, help="Pixels along a side of what is drawn, if not the checkpoint's own.")
 @click.option("--seed", default=1000, show_default=True)
 @click.option(
     "--device",
@@ -91,6 +93,7 @@ def main(
     batch: int,
     prompts: str | None,
     captions: int,
+    size: int | None,
     seed: int,
     device: str,
 ) -> None:
@@ -98,7 +101,7 @@ def main(
     context = context_of(opened, Statistics.open(stats, opened.fingerprint()))
     few = first_prompts(context.trajectories(), recipe_prompts)
     chosen = heldout_conditions(opened, captions) if prompts is None else choose_conditions(opened, prompts, captions)
-    held_out = HeldOut(opened, chosen, seed, place)
+    held_out = HeldOut(opened, chosen, seed, place, {} if size is None else {"height": size, "width": size})
     rows: list[list[str]] = []
     began = time.perf_counter()
 
