@@ -86,7 +86,7 @@ _token_attention_schema = OpSchema(
     1,
     inputs=[
         *(OpSchema.FormalParameter(name, "T") for name in ("query", "key", "value")),
-        *(OpSchema.FormalParameter(name, "tensor(int64)") for name in ("text", "height", "width")),
+        *(OpSchema.FormalParameter(name, "tensor(int64)") for name in ("text", "height", "width", "frames")),
         *(  # the exporter repeats the others among inputs of any number
             OpSchema.FormalParameter(f"tensor{i}", f"T{i}", param_option=OpSchema.FormalParameterOption.Optional)
             for i in range(MOST_TENSORS)

@@ -81,7 +81,7 @@ def onnx_model(part: TokenAttention | None, shape: list[int], side: int) -> ir.M
     if part is None:
         node = ir.node("Attention", given)
     else:
-        sizes = [ir.tensor([number]) for number in (0, side, side)]
+        sizes = [ir.tensor([number]) for number in (0, side, side, 1)]
         tensors = [*sizes, *(ir.tensor(tensor.numpy()) for tensor in part.tensors())]
         for number, tensor in enumerate(tensors):
             kind = ir.TensorType(tensor.dtype)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ditq.families import SIDE, Family, Inputs, Sizes, noise, register
+from ditq.numerics.token_layout import TokenLayout
 
 
 def example_inputs(config: Mapping[str, Any], batch: int, seed: int) -> Inputs:
@@ -29,6 +30,11 @@ def sizes(config: Mapping[str, Any]) -> Sizes:
             "width": (8, 104, 160)}  # fmt: skip
 
 
+def layout(config: Mapping[str, Any]) -> TokenLayout | None:
+    frames, height, width = config["patch_size"]
+    return TokenLayout(patch=height, frames=frames) if height == width else None
+
+
 register(
     Family(
         name="wan",
@@ -42,5 +48,6 @@ register(
         },
         example_inputs=example_inputs,
         sizes=sizes,
+        layout=layout,
     )
 )

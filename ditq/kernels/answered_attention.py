@@ -6,7 +6,7 @@ The parts are taken off the model, so that the traced graph has torch's own atte
 which knows the picture's size of the call.
 
 FlexAttention skips blocks of 128 queries and 128 keys that see nothing of each other. So image tokens are put into an order in
-which such a block is a square of the picture; which blocks see each other is found once a size.
+which such a block is a square of the picture, or a cube of the video; which blocks see each other is found once a size.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from ditq.nn.structural.token_attention import TokenAttention, detach_all, tell
 from ditq.numerics.linear_attention import linear_attention
 from ditq.numerics.local_attention import Pooling
 from ditq.numerics.token_layout import Grid
-from ditq.numerics.window import Window, patches
+from ditq.numerics.window import Side, Window, patches
 
 _BLOCK = 128
-_SQUARE = (8, 16)  # rows and columns of the picture that are a block
+_SQUARE, _CUBE = (1, 8, 16), (2, 8, 8)  # frames, rows and columns that are a block, of a picture and of a video
 _IMAGE, _TEXT, _POOLED = 0, 1, 2
 
 _asked: ContextVar[Sequence[Answer]] = ContextVar("the parts of the block that runs", default=())
@@ -127,32 +127,32 @@ class Laid:
 @lru_cache(maxsize=64)
 def laid_out(window: Window, pool: int, grid: Grid, device: torch.device) -> Laid:
     """For a picture of that size; `pool`: patches of which there are keys behind those of the tokens, 0 for none."""
-    rows, columns = (array.reshape(-1) for array in np.indices((grid.height, grid.width)))
-    square = rows // _SQUARE[0] * grid.width + columns // _SQUARE[1]
-    image = np.lexsort((columns, rows, square))
+    places = np.indices(grid.sides).reshape(3, -1)
+    square = np.zeros_like(places[0])
+    for along, length, side in zip(places, grid.sides, _SQUARE if grid.frames == 1 else _CUBE, strict=True):
+        square = square * -(-length // side) + along // side
+    image = np.lexsort((*reversed(places), square))
     text = np.arange(grid.text)
     order = np.concatenate((text, image + grid.text) if grid.text_first else (image, text + grid.image))
     nowhere = np.full(grid.text, -1)
-    pooled = len(patches(pool, grid.height, grid.width)) if pool else 0
+    pooled = len(patches(pool, *grid.sides)) if pool else 0
 
     def of_tokens(array: np.ndarray, of_text: int) -> np.ndarray:
         parts = (nowhere * 0 + of_text, array[image])
         return np.concatenate(parts if grid.text_first else parts[::-1])
 
-    kind = np.concatenate((of_tokens(rows * 0 + _IMAGE, _TEXT), np.full(pooled, _POOLED)))
-    row, column = (np.concatenate((of_tokens(array, 0), np.zeros(pooled, int))) for array in (rows, columns))
-    kinds, key_rows, key_columns = (torch.from_numpy(array).to(device, torch.int32) for array in (kind, row, column))
-    sees = _in_circle(window, key_rows, key_columns)
-    if window.shape == "tiles":
-        sees = _in_square(window, grid, key_rows, key_columns)
+    kind = np.concatenate((of_tokens(square * 0 + _IMAGE, _TEXT), np.full(pooled, _POOLED)))
+    of_keys = (np.concatenate((of_tokens(along, 0), np.zeros(pooled, int))) for along in places)
+    kinds, *at = (torch.from_numpy(array).to(device, torch.int32) for array in (kind, *of_keys))
+    sees = _in_window(window, grid, at)
 
     def seen(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         by_image = (kinds[key] != _IMAGE) | sees(query, key)
         return torch.where(kinds[query] == _TEXT, kinds[key] != _POOLED, by_image)
 
     mask = _by_blocks(seen, len(order), len(kind), device)
-    places = np.argsort(order)
-    return Laid(torch.from_numpy(order).to(device), torch.from_numpy(places).to(device), mask)
+    went = np.argsort(order)
+    return Laid(torch.from_numpy(order).to(device), torch.from_numpy(went).to(device), mask)
 
 
 def _by_blocks(seen: Callable[..., Tensor], queries: int, keys: int, device: torch.device) -> BlockMask:
@@ -186,24 +186,29 @@ Sees = Callable[[Tensor, Tensor], Tensor]
 """(number of a query, of a key) -> whether the one sees the other, both image tokens."""
 
 
-def _in_circle(window: Window, rows: Tensor, columns: Tensor) -> Sees:
-    def sees(query: Tensor, key: Tensor) -> Tensor:
-        down, right = rows[query] - rows[key], columns[query] - columns[key]
+def _in_window(window: Window, grid: Grid, along: Sequence[Tensor]) -> Sees:
+    """Of tokens at these places along frames, rows and columns."""
+    frames, rows, columns = (_in_side(*of_side) for of_side in zip(window.sides, along, grid.sides, strict=True))
+
+    def in_circle(query: Tensor, key: Tensor) -> Tensor:
+        down, right = (places[query] - places[key] for places in along[1:])
         return down * down + right * right < window.size**2
+
+    def sees(query: Tensor, key: Tensor) -> Tensor:
+        found = in_circle(query, key) if window.shape == "circle" else rows(query, key) & columns(query, key)
+        return found & frames(query, key) if grid.frames > 1 else found
 
     return sees
 
 
-def _in_square(window: Window, grid: Grid, rows: Tensor, columns: Tensor) -> Sees:
-    firsts = [
-        ((places // window.tile) * window.tile - window.before).clamp(0, max(length - window.extent, 0))
-        for places, length in ((rows, grid.height), (columns, grid.width))
-    ]
-    extent = window.extent
+def _in_side(side: Side, places: Tensor, length: int) -> Sees:
+    """Of tokens at these places along one side."""
+    firsts = (places // side.tile * side.tile - side.before).clamp(0, max(length - side.extent, 0))
+    extent = side.extent
 
     def sees(query: Tensor, key: Tensor) -> Tensor:
-        down, right = rows[key] - firsts[0][query], columns[key] - firsts[1][query]
-        return (down >= 0) & (down < extent) & (right >= 0) & (right < extent)
+        beyond = places[key] - firsts[query]
+        return (beyond >= 0) & (beyond < extent)
 
     return sees
 

@@ -17,13 +17,15 @@ from torch.nn import functional as F
 
 from ditq.numerics.local_attention import Pooling, on
 from ditq.numerics.token_layout import Grid
+from ditq.numerics.window import three
 
 
 @lru_cache(maxsize=64)
-def log_counts(patch: int, height: int, width: int) -> np.ndarray:
-    """log of how many tokens each patch x patch square of a picture has: float32 [P]. At an edge there may be fewer."""
+def log_counts(patch: int, *sides: int) -> np.ndarray:
+    """log of how many tokens each patch x patch square of a frame has: float32 [P]. At an edge there may be fewer."""
+    frames, height, width = three(sides)
     rows, columns = (np.minimum(patch, length - patch * np.arange(-(-length // patch))) for length in (height, width))
-    return np.log(rows[:, None] * columns[None]).astype(np.float32).reshape(-1)
+    return np.tile(np.log(rows[:, None] * columns[None]).astype(np.float32).reshape(-1), frames)
 
 
 def is_even(patch: int, grid: Grid) -> bool:
@@ -50,7 +52,7 @@ def compressed_attention(
     values = torch.cat([text_value, pooling.pooled(image_value, pooling.values, grid).to(value.dtype)], -2)
     mask = None
     if (count or gain is not None) and not is_even(pooling.patch, grid):
-        logs = on(query, log_counts(pooling.patch, grid.height, grid.width)) * float(count)
+        logs = on(query, log_counts(pooling.patch, *grid.sides)) * float(count)
         added = logs[None] if gain is None else logs + gain[:, None]  # [h or 1, P]
         mask = F.pad(added, (grid.text, 0))[:, None].to(query.dtype)
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)

@@ -68,8 +68,8 @@ def softmax_mass(query: Tensor, key: Tensor, value: Tensor, grid: Grid, window: 
         largest = scores.amax(-1, keepdim=True)
         weights = (scores - largest).exp()
         return Mass(weights @ text_value, weights.sum(-1, keepdim=True), largest)
-    made = blocks(window, grid.height, grid.width)
-    queries = image_query[:, :, on(query, made.queries)]  # [B, h, T, t^2, d]
+    made = blocks(window, *grid.sides)
+    queries = image_query[:, :, on(query, made.queries)]  # [B, h, T, Q, d]
     own = queries @ image_key[:, :, on(query, made.keys)].transpose(-1, -2) * scale
     if made.seen is not None:
         own = own.masked_fill(~on(query, made.seen), -torch.inf)
@@ -94,7 +94,7 @@ class LinearForm:
             (LoLCATs, Zhang 2024, arXiv 2410.10254). None where there is no softmax.
         projection: [h, d, d]; given, the linear part is multiplied by it and added to attention to the window and the text,
             instead of sharing a normaliser (SLA, Zhang 2025, arXiv 2509.24006).
-        locality: [h d, 1, 3, 3], a depthwise convolution of the values that is added (EfficientViT, Cai 2022, arXiv
+        locality: [h d, 1, 3, 3], a depthwise convolution of a picture's values that is added (EfficientViT, Cai 2022, arXiv
             2205.14756); None: none.
     """
 

@@ -31,8 +31,8 @@ class Pooling:
     values: Tensor
 
     def pooled(self, tokens: Tensor, weights: Tensor, grid: Grid) -> Tensor:
-        """Image tokens [B, h, HW, d] -> [B, h, P, d]."""
-        found = tokens[:, :, on(tokens, patches(self.patch, grid.height, grid.width))]  # [B, h, P, patch^2, d]
+        """Image tokens [B, h, FHW, d] -> [B, h, P, d]."""
+        found = tokens[:, :, on(tokens, patches(self.patch, *grid.sides))]  # [B, h, P, patch^2, d]
         shares = weights / weights.sum(-1, keepdim=True)
         return (found * shares[:, None, :, None]).sum(3)
 
@@ -71,10 +71,10 @@ def windowed(
     window: Window,
     scale: float,
 ) -> Tensor:
-    """Image queries over the image keys of their window and over keys common to all: [B, h, HW, d] and [B, h, G, d]."""
+    """Image queries over the image keys of their window and over keys common to all: [B, h, FHW, d] and [B, h, G, d]."""
     batch, heads = query.shape[:2]
-    made = blocks(window, grid.height, grid.width)
-    parts = [query[:, :, on(query, made.queries)]]  # [B, h, T, t^2, d]
+    made = blocks(window, *grid.sides)
+    parts = [query[:, :, on(query, made.queries)]]  # [B, h, T, Q, d]
     for image, common in ((key, common_key), (value, common_value)):
         gathered = image[:, :, on(image, made.keys)]  # [B, h, T, K, d]
         everywhere = common[:, :, None].expand(-1, -1, len(made.keys), -1, -1)
@@ -86,7 +86,7 @@ def windowed(
     queries, keys, values = (part.flatten(0, 1) for part in parts)
     y = F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, scale=scale
-    )  # [B h, T, t^2, d], T in the place of heads
+    )  # [B h, T, Q, d], T in the place of heads
     return y.reshape(batch, heads, -1, y.shape[-1])[:, :, on(query, made.places)]
 
 

@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 from ditq.numerics.local_attention import on
 from ditq.numerics.token_layout import Grid
-from ditq.numerics.window import Window, blocks
+from ditq.numerics.window import Window, blocks, number_of_patches
 
 
 @dataclass(frozen=True, eq=False)
 class Tiles:
-    """Of a picture: `tokens` [T, t^2] of each tile; `places` [HW], where each token is found among them; `real` [T, t^2]: not a
-    last row or column that stands again beyond an edge; None where all are.
+    """Of a picture, or of each frame of a video: `tokens` [T, t^2] of each tile; `places` [FHW], where each token is found
+    among them; `real` [T, t^2]: not a last row or column that stands again beyond an edge; None where all are.
     """
 
     tokens: np.ndarray
@@ -32,16 +32,16 @@ class Tiles:
 
 
 @lru_cache(maxsize=64)
-def tiles_of(tile: int, height: int, width: int) -> Tiles:
-    """The tiles of tile x tile tokens of a picture of height x width."""
-    made = blocks(Window("tiles", 1, tile), height, width)
+def tiles_of(tile: int, *sides: int) -> Tiles:
+    """The tiles of tile x tile tokens of a picture or of the frames of a video."""
+    made = blocks(Window("tiles", 1, tile), *sides)
     real = made.places[made.queries] == np.arange(made.queries.size).reshape(made.queries.shape)
     return Tiles(made.queries, made.places, None if real.all() else real)
 
 
-def number_of_tiles(tile: int, height: int, width: int) -> int:
+def number_of_tiles(tile: int, *sides: int) -> int:
     """T."""
-    return -(-height // tile) * -(-width // tile)
+    return number_of_patches(tile, *sides)
 
 
 def tile_scores(query: Tensor, key: Tensor) -> Tensor:
@@ -60,9 +60,9 @@ def tile_probabilities(query: Tensor, key: Tensor, grid: Grid, tile: int, scale:
     """Of softmax over all tokens [B, h, N, d], the probability that a query of each tile gives each tile of keys, in the mean
     [B, h, T, T], and all text [B, h, T].
     """
-    made = tiles_of(tile, grid.height, grid.width)
+    made = tiles_of(tile, *grid.sides)
     tile_of = on(query, made.places) // tile**2
-    members = F.one_hot(tile_of, len(made.tokens)).to(query.dtype)  # [HW, T]
+    members = F.one_hot(tile_of, len(made.tokens)).to(query.dtype)  # [FHW, T]
     queries = grid.parted(query)[0]
     found = query.new_empty(*query.shape[:2], len(made.tokens), len(made.tokens))
     for sample, head in np.ndindex(*query.shape[:2]):  # one matrix of tokens times tokens at a time
@@ -96,7 +96,7 @@ def sparse_attention(
     """
     (image_query, text_query), (image_key, text_key) = grid.parted(query), grid.parted(key)
     image_value, text_value = grid.parted(value)
-    made = tiles_of(tile, grid.height, grid.width)
+    made = tiles_of(tile, *grid.sides)
     tokens = on(query, made.tokens)
     queries, keys, values = (
         image[:, :, tokens] for image in (image_query, image_key, image_value)

@@ -1,9 +1,9 @@
-"""Where the picture lies among the tokens of an attention: which are text, and the rows and columns of the image tokens."""
+"""Where the picture or video lies among the tokens of an attention: which are text; frames, rows and columns of the others."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt
 from typing import Any
 
@@ -14,27 +14,38 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 @dataclass(frozen=True)
 class Grid:
-    """Of one call: `text` tokens beside `height` x `width` image tokens in row-major order; text stands first, or last.
+    """Of one call: `text` tokens beside `height` x `width` image tokens in row-major order, of one frame after the other; text
+    stands first, or last. A picture is one frame.
 
-    While a model is exported the three numbers are int64 tensors [1], for the picture may have any size at run time.
+    While a model is exported the numbers are int64 tensors [1], for the picture may have any size at run time.
     """
 
     text: Any
     height: Any
     width: Any
     text_first: bool = True
+    frames: Any = 1
+
+    def __str__(self) -> str:
+        frames = "" if self.frames == 1 else f"{self.frames} frames of "
+        return f"{frames}{self.height} x {self.width}"
+
+    @property
+    def sides(self) -> tuple[Any, Any, Any]:
+        """Frames, rows and columns."""
+        return self.frames, self.height, self.width
 
     @property
     def image(self) -> Any:
         """Number of image tokens."""
-        return self.height * self.width
+        return self.frames * self.height * self.width
 
     def without_text(self) -> Grid:
         """Of an attention among image tokens alone."""
-        return Grid(0 * self.text, self.height, self.width, self.text_first)
+        return replace(self, text=0 * self.text)
 
     def parted(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """[.., N, d] -> (image tokens [.., HW, d], text tokens [.., N - HW, d])."""
+        """[.., N, d] -> (image tokens [.., FHW, d], text tokens [.., N - FHW, d])."""
         first, last = tokens.split([self.text, self.image] if self.text_first else [self.image, self.text], dim=-2)
         return (last, first) if self.text_first else (first, last)
 
@@ -48,11 +59,13 @@ class TokenLayout:
     """How to read a grid off the arguments of a model's forward, which differ from call to call.
 
     Attributes:
-        latents: the argument that holds the picture, [B, C, H, W], or [B, tokens, C] where there are `positions`.
+        latents: the argument that holds the picture, [B, C, H, W], or [B, tokens, C] where there are `positions`; the video,
+            [B, C, F, H, W].
         patch: rows and columns of latents that one token stands for.
         positions: the argument that holds rows and columns of the image tokens, [tokens, >= 3], in columns 1 and 2.
         text: the argument that holds text tokens, [B, tokens, C], which joint attention sees beside the picture.
         text_first: whether they stand in front of the image tokens.
+        frames: frames of latents that one token stands for; 0: they are pictures.
     """
 
     latents: str = "hidden_states"
@@ -60,12 +73,14 @@ class TokenLayout:
     positions: str | None = None
     text: str | None = None
     text_first: bool = True
+    frames: int = 0
 
     def grid(self, arguments: Mapping[str, Any]) -> Grid:
         """The grid of a call. Where values of positions cannot be read (fake tensors), the squarest of that many tokens."""
         text = 0 if self.text is None else arguments[self.text].shape[1]
+        frames = 1
         if self.positions is None:
-            height, width = (size // self.patch for size in arguments[self.latents].shape[-2:])
+            frames, height, width = self._sides(arguments)
         else:
             places = arguments[self.positions][..., 1:3]
             if isinstance(places, FakeTensor):
@@ -73,7 +88,12 @@ class TokenLayout:
                 width = places.shape[0] // height
             else:
                 height, width = (int(size) for size in sides(places))
-        return Grid(text, height, width, self.text_first)
+        return Grid(text, height, width, self.text_first, frames)
+
+    def _sides(self, arguments: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+        shape = arguments[self.latents].shape
+        frames = shape[-3] // self.frames if self.frames else 1
+        return frames, shape[-2] // self.patch, shape[-1] // self.patch
 
     def cut(self, arguments: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
         """Arguments of a larger picture, with the first rows and columns of it that make one of height x width tokens."""
@@ -94,12 +114,13 @@ class TokenLayout:
             return torch.full((1,), size, dtype=torch.int64, device=device)
 
         text = number(0 if self.text is None else arguments[self.text].shape[1])
+        frames = number(1)
         if self.positions is None:
-            height, width = (number(size // self.patch) for size in arguments[self.latents].shape[-2:])
+            frames, height, width = (number(size) for size in self._sides(arguments))
         else:
             both = sides(arguments[self.positions][..., 1:3])
             height, width = both[:1], both[1:]
-        return Grid(text, height, width, self.text_first)
+        return Grid(text, height, width, self.text_first, frames)
 
 
 def sides(places: Tensor) -> Tensor:

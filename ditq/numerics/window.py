@@ -1,19 +1,35 @@
-"""Windows over a picture: which image tokens each image token attends to, and the blocks in which that is computed.
+"""Windows over a picture or a video: which image tokens each image token attends to, and the blocks in which that is computed.
 
-Tokens of one tile are queries of one block and share its keys, a rectangle of the picture. So a window costs a gather and
-batched products whose number grows with the picture, not with its square.
+Tokens of one tile are queries of one block and share its keys, a rectangle of the picture, or of each of some frames. So a
+window costs a gather and batched products whose number grows with the picture, not with its square.
+
+Sides are rows and columns, or frames, rows and columns: a picture is a video of one frame.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
 
 Shape = Literal["circle", "tiles"]
 SHAPES: tuple[Shape, ...] = ("circle", "tiles")
+ALL = 2**30  # more tokens than any side has
+
+
+@dataclass(frozen=True)
+class Side:
+    """Along one side of the picture or video a block has `tile` queries, and `extent` keys from `before` in front of them on,
+    moved inwards at its ends; no more than there are.
+    """
+
+    tile: int
+    before: int
+    extent: int
 
 
 @dataclass(frozen=True)
@@ -25,48 +41,78 @@ class Window:
     picture is no whole number of tiles it is moved by single tokens, and always lies inside.
 
     `tile`: queries of tile x tile tokens are a block; for a circle that is only how it is computed, not what.
+
+    Of a video both are seen in `frames` tiles of `tile_frames` frames, the query's own in their middle, moved inwards in the
+    same way; 0: in all frames. A block then has the queries of tile_frames frames.
     """
 
     shape: Shape
     size: int
     tile: int
+    frames: int = 0
+    tile_frames: int = 1
 
     def __post_init__(self) -> None:
-        if self.shape not in SHAPES or self.size < 1 or self.tile < 1:
-            raise ValueError("a window is circle or tiles, with a size and a tile of at least 1")
+        least = min(self.size, self.tile, self.tile_frames)
+        if self.shape not in SHAPES or least < 1 or self.frames < 0:
+            raise ValueError(
+                "a window is circle or tiles, with a size and tiles of at least 1, in no less than 0 frames"
+            )
 
     @property
-    def before(self) -> int:
-        """Tokens of a block's keys in front of its queries, along one side."""
-        return self.size - 1 if self.shape == "circle" else self.size // 2 * self.tile
-
-    @property
-    def extent(self) -> int:
-        """Tokens of a block's keys along one side, where the picture has as many."""
-        return self.tile + 2 * (self.size - 1) if self.shape == "circle" else self.size * self.tile
-
-    def covers(self, height: int, width: int) -> bool:
-        """Whether every query sees the whole picture."""
+    def sides(self) -> tuple[Side, Side, Side]:
+        """Along frames, rows and columns."""
+        time = _tiles(self.frames, self.tile_frames) if self.frames else Side(self.tile_frames, 0, ALL)
+        space = _tiles(self.size, self.tile)
         if self.shape == "circle":
-            return (height - 1) ** 2 + (width - 1) ** 2 < self.size**2
-        return self.extent >= max(height, width)
+            space = Side(self.tile, self.size - 1, self.tile + 2 * (self.size - 1))
+        return time, space, space
 
-    def keys_a_query(self, height: int, width: int) -> int:
+    @property
+    def block(self) -> int:
+        """Queries of a block."""
+        return prod(side.tile for side in self.sides)
+
+    def covers(self, *sides: int) -> bool:
+        """Whether every query sees everything."""
+        lengths = frames, height, width = three(sides)
+        if self.shape == "circle":
+            return self.sides[0].extent >= frames and (height - 1) ** 2 + (width - 1) ** 2 < self.size**2
+        return all(side.extent >= length for side, length in zip(self.sides, lengths, strict=True))
+
+    def extents(self, *sides: int) -> tuple[int, int, int]:
+        """Keys that are multiplied with each query, along frames, rows and columns."""
+        time, down, across = (min(side.extent, length) for side, length in zip(self.sides, three(sides), strict=True))
+        return time, down, across
+
+    def keys_a_query(self, *sides: int) -> int:
         """Image tokens that are multiplied with each query."""
-        return min(self.extent, height) * min(self.extent, width)
+        return prod(self.extents(*sides))
 
     def spec(self) -> dict[str, Any]:
         """As JSON."""
-        return {"shape": self.shape, "size": self.size, "tile": self.tile}
+        found = {"shape": self.shape, "size": self.size, "tile": self.tile}
+        in_time = {"frames": self.frames, "tile_frames": self.tile_frames}
+        return found | (in_time if in_time != {"frames": 0, "tile_frames": 1} else {})
+
+
+def _tiles(size: int, tile: int) -> Side:
+    return Side(tile, size // 2 * tile, size * tile)
+
+
+def three(sides: Sequence[int]) -> tuple[int, int, int]:
+    """Frames, rows and columns; of a picture there is one frame."""
+    frames, height, width = (1, *sides)[-3:]
+    return frames, height, width
 
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Indices of image tokens in row-major order: `queries` [T, t^2] and `keys` [T, K] of each of T blocks, and `places`
-    [HW], where each token is found among all queries of the blocks. `seen`: bool [T, t^2, K], None where all is.
+    """Indices of image tokens in row-major order: `queries` [T, Q] and `keys` [T, K] of each of T blocks, and `places`
+    [FHW], where each token is found among all queries of the blocks. `seen`: bool [T, Q, K], None where all is.
 
-    At an edge that is no whole tile a block's queries repeat the last row or column. Arrays, for what is kept between calls
-    must be no tensor of a mode (of fake tensors, of inference) that a call happened to be in.
+    At an edge that is no whole tile a block's queries repeat the last frame, row or column. Arrays, for what is kept between
+    calls must be no tensor of a mode (of fake tensors, of inference) that a call happened to be in.
     """
 
     queries: np.ndarray
@@ -76,39 +122,57 @@ class Blocks:
 
 
 @lru_cache(maxsize=64)
-def blocks(window: Window, height: int, width: int) -> Blocks:
-    """The blocks of a picture of height x width tokens."""
-    tile, extent = window.tile, window.extent
-    sides = []
-    for length in (height, width):
-        count = -(-length // tile)
-        starts = np.clip(np.arange(count) * tile - window.before, 0, max(length - extent, 0))
-        queries = np.minimum(np.arange(count * tile), length - 1).reshape(count, tile)
-        sides.append((queries, starts[:, None] + np.arange(min(extent, length))))
-    (query_rows, key_rows), (query_columns, key_columns) = sides
-    queries = _crossed(query_rows, query_columns, width)
-    keys = _crossed(key_rows, key_columns, width)
-    rows, columns = np.arange(height)[:, None], np.arange(width)[None]
-    block = rows // tile * len(query_columns) + columns // tile
-    places = (block * tile + rows % tile) * tile + columns % tile
+def blocks(window: Window, *sides: int) -> Blocks:
+    """The blocks of a picture of so many rows and columns of tokens, or of a video."""
+    lengths = _, height, width = three(sides)
+    query_places, key_places = [], []
+    for side, length in zip(window.sides, lengths, strict=True):
+        count = -(-length // side.tile)
+        starts = np.clip(np.arange(count) * side.tile - side.before, 0, max(length - side.extent, 0))
+        query_places.append(_from_tiles(side.tile, length))
+        key_places.append(starts[:, None] + np.arange(min(side.extent, length)))
+    queries, keys = _crossed(query_places, lengths), _crossed(key_places, lengths)
+    block = inside = np.zeros(lengths, np.int64)
+    for coordinate, side, length in zip(np.indices(lengths), window.sides, lengths, strict=True):
+        block = block * -(-length // side.tile) + coordinate // side.tile
+        inside = inside * side.tile + coordinate % side.tile
+    places = (block * window.block + inside).reshape(-1)
     seen = None
     if window.shape == "circle":
-        down = (queries // width)[:, :, None] - (keys // width)[:, None, :]
-        right = (queries % width)[:, :, None] - (keys % width)[:, None, :]
+        (query_rows, query_columns), (key_rows, key_columns) = (
+            divmod(tokens % (height * width), width) for tokens in (queries, keys)
+        )
+        down = query_rows[:, :, None] - key_rows[:, None, :]
+        right = query_columns[:, :, None] - key_columns[:, None, :]
         seen = down**2 + right**2 < window.size**2
-    return Blocks(queries, keys, places.reshape(-1), seen)
+    return Blocks(queries, keys, places, seen)
 
 
-def _crossed(rows: np.ndarray, columns: np.ndarray, width: int) -> np.ndarray:
-    """Tokens at every row of a block [R, r] and every column of a block [C, c]: int64 [R C, r c]."""
-    tokens = rows[:, None, :, None] * width + columns[None, :, None, :]
-    return tokens.reshape(len(rows) * len(columns), -1)
+def _from_tiles(tile: int, length: int) -> np.ndarray:
+    """Places of each tile along a side, the last one repeated beyond its end: int64 [C, tile]."""
+    return np.minimum(np.arange(-(-length // tile) * tile), length - 1).reshape(-1, tile)
+
+
+def _crossed(places: Sequence[np.ndarray], lengths: Sequence[int]) -> np.ndarray:
+    """Tokens at every place that each block has along each side, [C, c] of them: int64 [product of C, product of c]."""
+    count = len(places)
+    tokens = np.zeros((1,) * 2 * count, np.int64)
+    for number, (along, length) in enumerate(zip(places, lengths, strict=True)):
+        others = [axis for axis in range(2 * count) if axis % count != number]
+        tokens = tokens * length + np.expand_dims(along, others)
+    return tokens.reshape(prod(len(along) for along in places), -1)
 
 
 @lru_cache(maxsize=64)
-def patches(patch: int, height: int, width: int) -> np.ndarray:
-    """Tokens of each patch x patch square: int64 [P, patch^2]. Beyond an edge the last row or column stands again."""
-    sides = [
-        np.minimum(np.arange(-(-length // patch) * patch), length - 1).reshape(-1, patch) for length in (height, width)
-    ]
-    return _crossed(sides[0], sides[1], width)
+def patches(patch: int, *sides: int) -> np.ndarray:
+    """Tokens of each patch x patch square, of each frame: int64 [P, patch^2]. Beyond an edge the last row or column stands
+    again."""
+    lengths = frames, height, width = three(sides)
+    places = [np.arange(frames)[:, None], _from_tiles(patch, height), _from_tiles(patch, width)]
+    return _crossed(places, lengths)
+
+
+def number_of_patches(patch: int, *sides: int) -> int:
+    """P."""
+    frames, height, width = three(sides)
+    return frames * -(-height // patch) * -(-width // patch)

@@ -328,7 +328,7 @@ class Measured:
     @property
     def picture(self) -> str:
         grid = self.places[0].grid
-        return f"{grid.height} x {grid.width} tokens"
+        return f"{grid} tokens"
 
 
 @dataclass(frozen=True)

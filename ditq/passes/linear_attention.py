@@ -55,10 +55,14 @@ class LinearAttentionPass(FittedConversion):
             raise DitqError("pass 'linear_attention': form added adds to a window; set window")
 
     def part(self, place: Place, records: Sequence[AttentionRecord], usual: int) -> TokenAttention | None:
+        if self.locality and place.layout.frames:
+            raise DitqError(
+                f"pass 'linear_attention': {place.site}: locality is for pictures, not for videos; leave it out"
+            )
         window = None
         if self.window:
             window = Window("circle" if self.shape == "circle" else "tiles", self.window, self.tile)
-            if window.covers(place.grid.height, place.grid.width):
+            if window.covers(*place.grid.sides):
                 return None
         known = usual if self.temperature else 0
         made = LinearAttention(

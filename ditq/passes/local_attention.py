@@ -1,15 +1,16 @@
-"""local_attention: image tokens attend to a window of the picture and to the text, so that cost grows with the picture."""
+"""local_attention: image tokens attend to a window of picture or video and to the text, so that cost grows with its size."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import ClassVar
 
 from ditq.errors import DitqError
 from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.token_attention import TokenAttention
-from ditq.numerics.window import SHAPES, Window
+from ditq.numerics.window import SHAPES, Shape, Window
 from ditq.passes.attention_conversion import FittedConversion, Place
 from ditq.passes.attention_records import AttentionRecord, part_error
 from ditq.passes.base import register, setting
@@ -17,6 +18,7 @@ from ditq.passes.gate import limit_setting
 
 RADII = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 SPANS = (1, 3, 5, 7, 9, 13, 17, 25)
+FRAMES = (0, 1, 3, 5, 7)
 
 
 @register
@@ -25,8 +27,8 @@ class LocalAttentionPass(FittedConversion):
     """Let each image token attend to a window of the picture, to all text and, if wanted, to the picture in small.
 
     `circle` sees the keys with dy^2 + dx^2 < window^2 (CLEAR, Liu 2024, arXiv 2412.16112); `tiles` the window x window tiles
-    around its own (Sliding Tile Attention, Zhang 2025, arXiv 2502.04507), which costs less for as many keys. Text attends to
-    all. Weights of the linears stay as they are.
+    around its own (Sliding Tile Attention, Zhang 2025, arXiv 2502.04507), which costs less for as many keys; of a video in
+    `frames` tiles of frames. Text attends to all. Weights of the linears stay as they are.
 
     Example:
         - local_attention: {shape: tiles, tile: 8, window: search, error: 0.01}
@@ -41,6 +43,12 @@ class LocalAttentionPass(FittedConversion):
         words=("search",),
     )
     tile: int = setting(8, "tokens along a side of a tile; for a circle only the block in which it is computed")
+    frames: int = setting(
+        3,
+        "of a video: tiles of frames that a window reaches over; 0: all frames; `search`: as of `window`",
+        words=("search",),
+    )
+    tile_frames: int = setting(4, "frames of a tile of a video")
     error: float = setting(0.01, "largest relative squared error of an attention's output that `search` allows")
     pool: int = setting(0, "every pool x pool tokens are one key and value more, for all; 0: none")
     temperature: bool = setting(True, "sharpen scores at larger pictures than those calibrated on, by sqrt(log N)")
@@ -49,29 +57,46 @@ class LocalAttentionPass(FittedConversion):
 
     def check(self) -> None:
         super().check()
-        if self.tile < 1 or self.pool < 0 or self.error <= 0 or (self.window != "search" and self.window < 1):
-            raise DitqError("pass 'local_attention': tile, window and error must be above 0, pool must not be negative")
+        least = min(self.tile, self.tile_frames, 1 if self.window == "search" else self.window)
+        if least < 1 or self.error <= 0:
+            raise DitqError("pass 'local_attention': tile, tile_frames, window and error must be above 0")
+        if min(self.pool, 0 if self.frames == "search" else self.frames) < 0:
+            raise DitqError("pass 'local_attention': pool and frames must not be negative")
 
     def part(self, place: Place, records: Sequence[AttentionRecord], usual: int) -> TokenAttention | None:
-        if self.window == "search" and not records:
+        searched = self.window == "search" or (self.frames == "search" and bool(place.layout.frames))
+        if searched and not records:
             return None
         made = self.offers(place, records, usual)
-        if self.window != "search":
+        if not searched:
             return made[0] if made else None
         return next((part for part in made if part_error(part, records) <= self.error), None)
 
     def offers(self, place: Place, records: Sequence[AttentionRecord], usual: int) -> list[TokenAttention]:
-        """All windows that `search` knows and that leave something out; without it the one that is set."""
-        sizes = [self.window] if self.window != "search" else RADII if self.shape == "circle" else SPANS
+        """All windows that `search` knows and that leave something out, from the smallest on; without it the one that is
+        set."""
         known = usual if self.temperature else 0
-        windows = (Window("circle" if self.shape == "circle" else "tiles", size, self.tile) for size in sizes)
         return [
             LocalAttention(**place.arguments, usual=known, window=window, pool=self.pool)
-            for window in windows
-            if not window.covers(place.grid.height, place.grid.width)
+            for window in self._windows(place)
+            if not window.covers(*place.grid.sides)
         ]
+
+    def _windows(self, place: Place) -> list[Window]:
+        """Those that differ there."""
+        shape: Shape = "circle" if self.shape == "circle" else "tiles"
+        sizes = [self.window] if self.window != "search" else RADII if self.shape == "circle" else SPANS
+        frames = [self.frames] if self.frames != "search" else FRAMES
+        sides, found = place.grid.sides, dict[tuple[int, ...], Window]()
+        for size, span in product(sizes, frames if place.layout.frames else [0]):
+            tile_frames = self.tile_frames if place.layout.frames else 1
+            window = Window(shape, size, self.tile, span, tile_frames)
+            same = (size if shape == "circle" else 0, *window.extents(*sides))
+            found.setdefault(same, window)  # all frames, if as many are the same
+        return sorted(found.values(), key=lambda window: window.keys_a_query(*sides))
 
     def described(self, part: TokenAttention) -> str:
         assert isinstance(part, LocalAttention)
-        pooled = f", pooled by {self.pool}" if self.pool else ""
-        return f"{self.shape} {part.window.size}{pooled}"
+        window, pooled = part.window, f", pooled by {self.pool}" if self.pool else ""
+        of_frames = "" if not part.layout.frames else f" in {window.frames or 'all'} of {window.tile_frames} frames"
+        return f"{self.shape} {window.size}{of_frames}{pooled}"

@@ -77,7 +77,11 @@ class SparseAttentionPass(AttentionConversion):
 
     def offers(self, place: Place, records: Sequence[AttentionRecord], usual: int) -> list[TokenAttention]:
         """All numbers of tiles that `search` knows and that leave some out; without it the one that is set, or has `mass`."""
-        tiles = number_of_tiles(self.tile, place.grid.height, place.grid.width)
+        if self.blocks == "calibrated" and place.layout.frames:
+            raise DitqError(
+                f"pass 'sparse_attention': {place.site}: blocks: calibrated is for pictures; set online for videos"
+            )
+        tiles = number_of_tiles(self.tile, *place.grid.sides)
         known = None
         if records and (self.blocks == "calibrated" or self.keep == "mass"):
             known = self._known(place, records)
@@ -120,7 +124,7 @@ class SparseAttentionPass(AttentionConversion):
         return _Known(orders[0], torch.stack(shares).mean(0))
 
     def _scores(self, record: AttentionRecord) -> Tensor:
-        tokens = torch.from_numpy(tiles_of(self.tile, record.grid.height, record.grid.width).tokens)
+        tokens = torch.from_numpy(tiles_of(self.tile, *record.grid.sides).tokens)
         return tile_scores(*(record.grid.parted(each)[0][:, :, tokens] for each in (record.query, record.key)))
 
     def described(self, part: TokenAttention) -> str:

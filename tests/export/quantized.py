@@ -44,14 +44,17 @@ def quantized(
     return QuantLinear(site, code, linear.bias, activation, scale, transform, codebook, branch)
 
 
-def shallow_model(family: str) -> nn.Module:
-    """One block of each kind, which exports in half the time. SD3 keeps two: its last block is not like the others."""
+def shallow_model(family: str, **settings: int) -> nn.Module:
+    """One block of each kind, which exports in half the time. SD3 keeps two: its last block is not like the others.
+
+    settings: numbers of blocks, where there shall be others.
+    """
     model = small_model(family)
     config = {**model.config, "num_layers": 2 if family == "sd3" else 1}  # type: ignore[dict-item]
     if "num_single_layers" in config:
         config["num_single_layers"] = 1
     builder: Any = type(model)
-    shallow = builder.from_config(config)
+    shallow = builder.from_config({**config, **settings})
     weights = model.state_dict()
     shallow.load_state_dict({name: weights[name] for name in shallow.state_dict()})
     return shallow.eval().requires_grad_(False)

@@ -56,7 +56,7 @@ TAKEN_BY_CUDA = {
     "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze",
     "BitwiseOr", "GatherElements",
 }  # fmt: skip
-SIZES = "batch=1:2:3,image_tokens=16:64:128,text_tokens=8:16:32,height=8:16:32,width=8:16:32"
+SIZES = "batch=1:2:3,frames=1:3:5,image_tokens=16:64:128,text_tokens=8:16:32,height=8:16:32,width=8:16:32"
 
 
 def sizes_for(engine: Engine) -> str:

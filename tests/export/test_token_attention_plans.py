@@ -13,6 +13,7 @@ from onnx import TensorProto
 from ditq.errors import DitqError
 from ditq.export import Engine
 from ditq.export.plans.fold import Folded, fold
+from ditq.export.plans.layers import Layer
 from ditq.export.plans.make import make_plans
 from ditq.export.plans.proof import _read
 from ditq.export.plans.run import check_picture
@@ -28,52 +29,61 @@ from ditq.numerics.window import Window
 from tests.export.quantized import engine_of, quantize_blocks, relative, shallow_model
 from tests.export.test_plans import sizes_for
 from tests.families_small import forward, small_inputs
-from tests.nn.test_token_attention import converted, sized
+from tests.nn.test_token_attention import mixed, sized
 
 # Every product that is not quantized rounds its sides to float16's 11 bits; their roundings mostly cancel.
 HALF = 3e-3
 
 
-def with_parts(family: str, kind: type[TokenAttention], **settings: Any) -> Any:
-    model = shallow_model(family)
-    return converted(DiTGraph(model, small_inputs(model)), kind, usual=40, **settings)
+Part = tuple[type[TokenAttention], dict[str, Any]]
 
 
-@pytest.mark.parametrize(("family", "kind", "settings"), [
-    ("flux", LocalAttention, {"window": Window("tiles", 1, 2), "pool": 2}),
-    ("pixart", LocalAttention, {"window": Window("circle", 3, 4)}),
-    ("flux", LinearAttention, {"features": "softmax", "window": Window("tiles", 3, 2)}),
-    ("pixart", LinearAttention, {"features": "relu", "locality": True}),
-    ("flux", CompressedKeys, {"factor": 2}),
-    ("pixart", SparseAttention, {"tile": 2, "keep": 2}),
-], ids=["text, tiles and pool", "circle", "text and linear beside tiles", "linear", "squares", "chosen tiles"])  # fmt: skip
+def with_parts(model: Any, *parts: Part) -> Any:
+    return mixed(DiTGraph(model, small_inputs(model)), list(parts), usual=40)
+
+
+@pytest.mark.parametrize(("family", "blocks", "parts"), [
+    ("flux", {"num_single_layers": 2}, [
+        (LocalAttention, {"window": Window("tiles", 1, 2), "pool": 2}),
+        (LinearAttention, {"features": "softmax", "window": Window("tiles", 3, 2)}),
+        (CompressedKeys, {"factor": 2}),
+    ]),
+    ("pixart", {}, [(LinearAttention, {"features": "relu", "locality": True})]),
+    ("wan", {"num_layers": 2}, [
+        (LocalAttention, {"window": Window("circle", 2, 2, 1, 2)}),
+        (SparseAttention, {"tile": 2, "keep": 2}),
+    ]),
+], ids=["text", "picture", "video"])  # fmt: skip
 def test_a_plan_multiplies_windows_in_half_and_sums_over_tokens_in_float(
-    family: str, kind: type[TokenAttention], settings: dict[str, Any], tmp_path: Path
+    family: str, blocks: dict[str, int], parts: list[Part], tmp_path: Path
 ) -> None:
-    engine = engine_of(
-        quantize_blocks(with_parts(family, kind, **settings)), tmp_path / "engine", target_name="tensorrt"
-    )
+    model = quantize_blocks(with_parts(shallow_model(family, **blocks), *parts))
+    engine = engine_of(model, tmp_path / "engine", target_name="tensorrt")
     sizes = "batch=1:2:3,text_tokens=8:16:32,picture=8x8" if family == "flux" else sizes_for(engine)
     engine, made = make_plans(engine, ("sm89" if family == "flux" else "sm120",), sizes)
     assert all(plan.proof.complete and plan.proof.planned == len(engine.sites) > 5 for plan in made), made
     for plan in engine.plans:
         layers = [layer for layer in _read(engine, plan)["model.onnx"] if layer.multiplies]
-        own = {
-            name: layer for layer in layers for name in layer.nodes if f"/{kind.kind}/" in name and layer.kind != "kgen"
-        }
-        types = {name.rpartition("/")[2]: set(layer.inputs + layer.constants) for name, layer in own.items()}
-        if kind is LinearAttention:
-            assert types["sums"] == types["linear"] == {"Float"}, types
-        else:
-            if kind is SparseAttention:
-                assert types.pop("tile_scores") == {"Float"}  # which a TopK compares
-            assert all(found == {"Half"} for found in types.values()), types
-            whole = [layer for layer in layers if any(f"/{kind.kind}/atten" in name for name in layer.nodes)]
-            assert whole and all(layer.inputs[:2] == ("Half", "Half") for layer in whole)
+        for kind, _ in parts:
+            check_products(kind, layers)
+
+
+def check_products(kind: type[TokenAttention], layers: list[Layer]) -> None:
+    """Of the attentions of that kind."""
+    own = {name: layer for layer in layers for name in layer.nodes if f"/{kind.kind}/" in name and layer.kind != "kgen"}
+    types = {name.rpartition("/")[2]: set(layer.inputs + layer.constants) for name, layer in own.items()}
+    if kind is LinearAttention:
+        assert types["sums"] == types["linear"] == {"Float"}, types
+        return
+    if kind is SparseAttention:
+        assert types.pop("tile_scores") == {"Float"}  # which a TopK compares
+    assert all(found == {"Half"} for found in types.values()), types
+    whole = [layer for layer in layers if any(f"/{kind.kind}/atten" in name for name in layer.nodes)]
+    assert whole and all(layer.inputs[:2] == ("Half", "Half") for layer in whole)
 
 
 def test_where_positions_tell_the_size_a_plan_is_for_one_picture_and_means_the_same_there(tmp_path: Path) -> None:
-    model = with_parts("flux", LocalAttention, window=Window("circle", 3, 2), pool=3)
+    model = with_parts(shallow_model("flux"), (LocalAttention, {"window": Window("circle", 3, 2), "pool": 3}))
     engine = engine_of(model, tmp_path / "engine", target_name="tensorrt", sizes={"image_tokens": (16, 48, 64)})
     picture = picture_of(engine, "batch=2")
     assert picture is not None and (picture.height, picture.width) == (6, 8)
@@ -100,7 +110,7 @@ def whole(folded: Folded) -> onnx.ModelProto:
 
 @pytest.fixture(scope="module")
 def windows(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    model = with_parts("flux", LocalAttention, window=Window("tiles", 1, 2))
+    model = with_parts(shallow_model("flux"), (LocalAttention, {"window": Window("tiles", 1, 2)}))
     sizes = {"batch": (1, 1, 2), "image_tokens": (16, 64, 256), "text_tokens": (1, 16, 32)}
     folder = tmp_path_factory.mktemp("windows") / "engine"
     return engine_of(model, folder, target_name="tensorrt", sizes=sizes, picture=(4, 8))
@@ -128,9 +138,8 @@ def test_several_sizes_of_one_picture_are_refused(windows: Engine, text: str, sa
 
 
 def test_a_plan_for_any_picture_takes_none(tmp_path: Path) -> None:
-    engine = engine_of(
-        with_parts("pixart", LocalAttention, window=Window("tiles", 1, 2)), tmp_path / "e", target_name="tensorrt"
-    )
+    model = with_parts(shallow_model("pixart"), (LocalAttention, {"window": Window("tiles", 1, 2)}))
+    engine = engine_of(model, tmp_path / "e", target_name="tensorrt")
     with pytest.raises(DitqError, match="plans of this engine are not for one picture; leave picture out"):
         sizes_of(engine, f"{sizes_for(engine)},picture=4x4")
 

@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
+from torch import nn
 
 from ditq.errors import DitqError
 from ditq.export import load_engine
@@ -25,10 +26,11 @@ from ditq.nn.structural.token_attention import TokenAttention, token_attentions
 from ditq.numerics.token_layout import Grid, TokenLayout
 from ditq.numerics.window import Window
 from tests.export.quantized import engine_of, relative, shallow_model
-from tests.families_small import forward, small_inputs
-from tests.nn.test_token_attention import converted, sized
+from tests.families_small import forward, small_graph, small_inputs
+from tests.nn.test_token_attention import converted, mixed, sized
 
 HEADS, WIDTH, SCALE = 2, 16, 0.3
+SIZES = ("text", "height", "width", "frames")
 FLOAT, WHOLE = ir.TensorType(ir.DataType.FLOAT), ir.TensorType(ir.DataType.INT64)
 # float32 sums in another order, through at most three products
 CLOSE = 1e-5
@@ -38,10 +40,10 @@ def graph_of(part: TokenAttention, grid: Grid, fixed: bool) -> ir.Model:
     """The part's node alone; the picture's size is constant, or an input."""
     shape = ir.Shape([2, HEADS, "tokens", WIDTH])
     given = [ir.Value(name=name, shape=shape, type=FLOAT) for name in ("query", "key", "value")]
-    sizes = [ir.Value(name=name, shape=ir.Shape([1]), type=WHOLE) for name in ("text", "height", "width")]
-    if fixed:
-        for value, number in zip(sizes, (grid.text, grid.height, grid.width), strict=True):
-            value.const_value = ir.tensor([number])
+    sizes = {name: ir.Value(name=name, shape=ir.Shape([1]), type=WHOLE) for name in SIZES}
+    known = [name for name in SIZES if fixed or (name == "frames" and grid.frames == 1)]
+    for name in known:
+        sizes[name].const_value = ir.tensor([getattr(grid, name)])
     tensors = [ir.Value(name=f"tensor{i}", const_value=ir.tensor(t.numpy())) for i, t in enumerate(part.tensors())]
     for value in tensors:
         assert value.const_value is not None
@@ -53,12 +55,12 @@ def graph_of(part: TokenAttention, grid: Grid, fixed: bool) -> ir.Model:
         "settings": json.dumps({**part.settings(), **common}),
         "scale": SCALE,
     }
-    node = ir.node(TOKEN_ATTENTION, [*given, *sizes, *tensors], attributes, domain=DOMAIN)
+    node = ir.node(TOKEN_ATTENTION, [*given, *sizes.values(), *tensors], attributes, domain=DOMAIN)
     y = node.outputs[0]
     y.name, y.type, y.shape = "y", FLOAT, shape
-    constants = [*tensors, *(sizes if fixed else ())]
+    constants = [*tensors, *(sizes[name] for name in known)]
     graph = ir.Graph(
-        [*given, *(() if fixed else sizes)],
+        [*given, *(value for name, value in sizes.items() if name not in known)],
         [y],
         nodes=[node],
         initializers=constants,
@@ -84,9 +86,8 @@ def check_form(part: TokenAttention, grid: Grid, others: list[Grid]) -> set[str]
             part.grid = found
             expected = part(*given, None, SCALE)
             arrays = dict(zip(("query", "key", "value"), (tensor.numpy() for tensor in given), strict=True))
-            sizes = {"text": found.text, "height": found.height, "width": found.width}
-            if not fixed:
-                arrays |= {name: torch.tensor([size]).numpy() for name, size in sizes.items()}
+            wanted = {value.name for value in model.graph.inputs} & set(SIZES)
+            arrays |= {name: torch.tensor([getattr(found, name)]).numpy() for name in wanted}
             y = torch.from_numpy(session.run(None, arrays)[0])
             assert relative(y, expected) < CLOSE, (fixed, found)
     return kinds
@@ -167,6 +168,23 @@ def test_tiles_chosen_before_compute_what_they_mean_at_their_size(tile: int, kee
         graph_of(part, Grid(6 * text, 9, 4, False), fixed=True)
 
 
+VIDEOS: list[tuple[type[TokenAttention], bool, dict[str, Any]]] = [
+    (LocalAttention, False, {"window": Window("tiles", 3, 2, 3, 2)}),
+    (LocalAttention, True, {"window": Window("circle", 3, 2, 1, 3), "pool": 2}),
+    (LinearAttention, False, {"features": "relu", "window": Window("tiles", 2, 3)}),
+    (CompressedKeys, True, {"factor": 2}),
+    (SparseAttention, False, {"tile": 2, "keep": 5}),
+]
+
+
+@pytest.mark.parametrize(("kind", "text", "settings"), VIDEOS, ids=lambda given: getattr(given, "kind", str(given)))
+def test_videos_are_computed_as_meant_at_every_length_and_size(
+    kind: type[TokenAttention], text: bool, settings: dict[str, Any]
+) -> None:
+    others = [Grid(3 * text, 5, 7, False, 2), Grid(9 * text, 3, 6, False, 7)]
+    check_form(part_of(kind, text, **settings), Grid(6 * text, 6, 5, False, 5), others)
+
+
 def test_text_may_stand_first() -> None:
     kinds: list[tuple[type[TokenAttention], dict[str, Any]]] = [
         (LocalAttention, {"window": Window("tiles", 1, 4)}),
@@ -178,50 +196,37 @@ def test_text_may_stand_first() -> None:
         check_form(part, Grid(6, 8, 8, True), [Grid(2, 5, 9, True)])
 
 
-def graph(family: str) -> DiTGraph:
-    model = shallow_model(family)
-    return DiTGraph(model, small_inputs(model))
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        (LocalAttention, {"window": Window("tiles", 3, 2)}),
-        (CompressedKeys, {"factor": 2}),
-        (SparseAttention, {"tile": 2, "keep": 5}),
-    ],
-    ids=lambda given: getattr(given, "kind", ""),
-)
-def test_an_engine_runs_other_pictures_than_it_was_traced_with(
-    kind: type[TokenAttention], settings: dict[str, Any], tmp_path: Path
-) -> None:
-    model = converted(graph("flux"), kind, **settings)
-    engine = engine_of(model, tmp_path / "engine")
+def check_engine(model: nn.Module, folder: Path, *sides: tuple[int, int]) -> None:
+    engine = engine_of(model, folder)
+    assert not engine.manifest["dropped_axes"]
     loaded, exact = load_engine(engine.folder), load_engine(engine.folder, target="torch")
-    for inputs in (small_inputs(model, 3, seed=7), sized(model, 6, 11)):
+    for inputs in (small_inputs(model, 3, seed=7), *(sized(model, *size) for size in sides)):
         expected = forward(model, inputs)
         assert relative(loaded(**inputs).sample, expected) < CLOSE
         assert relative(exact(**inputs).sample, expected) < CLOSE
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [(LinearAttention, {"features": "relu", "locality": True}), (CompressedKeys, {"factor": 3})],
-    ids=lambda given: getattr(given, "kind", ""),
-)
-def test_an_engine_of_image_tokens_alone_agrees_with_torch(
-    kind: type[TokenAttention], settings: dict[str, Any], tmp_path: Path
-) -> None:
-    model = converted(graph("dit"), kind, **settings)
-    engine = engine_of(model, tmp_path / "engine")
-    loaded, exact = load_engine(engine.folder), load_engine(engine.folder, target="torch")
-    inputs = small_inputs(model, 3, seed=7)
-    expected = forward(model, inputs)
-    assert relative(loaded(**inputs).sample, expected) < CLOSE and relative(exact(**inputs).sample, expected) < CLOSE
+def test_an_engine_runs_other_pictures_than_it_was_traced_with(tmp_path: Path) -> None:
+    parts: list[tuple[type[TokenAttention], dict[str, Any]]] = [
+        (LocalAttention, {"window": Window("tiles", 3, 2)}),
+        (CompressedKeys, {"factor": 2}),
+        (SparseAttention, {"tile": 2, "keep": 5}),
+        (LinearAttention, {"features": "relu"}),
+    ]
+    check_engine(mixed(small_graph("flux"), parts), tmp_path / "engine", (6, 11))
+
+
+def test_an_engine_runs_other_videos_than_it_was_traced_with(tmp_path: Path) -> None:
+    parts: list[tuple[type[TokenAttention], dict[str, Any]]] = [
+        (LocalAttention, {"window": Window("tiles", 3, 2, 1, 2)}),
+        (LinearAttention, {"features": "relu"}),
+    ]
+    check_engine(mixed(small_graph("wan"), parts), tmp_path / "engine", (5, 6))
 
 
 def test_an_engine_for_pictures_of_one_size_refuses_others_in_one_line(tmp_path: Path) -> None:
-    model = converted(graph("flux"), SparseAttention, tile=3, keep=2, picture=(8, 8))
+    shallow = shallow_model("flux")
+    model = converted(DiTGraph(shallow, small_inputs(shallow)), SparseAttention, tile=3, keep=2, picture=(8, 8))
     for part in token_attentions(model).values():
         assert isinstance(part, SparseAttention) and part.seen is not None
         part.seen.copy_(torch.rand(part.heads, 9, 9).argsort(-1)[..., :2])

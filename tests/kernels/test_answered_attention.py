@@ -40,12 +40,17 @@ SDPA = torch.nn.functional.scaled_dot_product_attention
 @pytest.mark.parametrize("text_first", [True, False])
 @pytest.mark.parametrize(
     ("window", "pool"),
-    [(Window("circle", 3, 4), 0), (Window("tiles", 3, 2), 0), (Window("tiles", 2, 3), 3), (Window("circle", 5, 3), 2)],
+    [
+        (Window("circle", 3, 4), 0),
+        (Window("tiles", 3, 2), 0),
+        (Window("tiles", 2, 3, 1, 2), 3),
+        (Window("circle", 5, 3, 3, 1), 2),
+    ],
     ids=str,
 )
 def test_windows_by_blocks_compute_what_they_mean(window: Window, pool: int, text_first: bool) -> None:
     """Softmax in float32 over the same keys in another order; pictures of more than one block, which no square divides."""
-    for found in (Grid(9, 13, 17, text_first), Grid(0, 20, 9, text_first)):
+    for found in (Grid(9, 13, 17, text_first), Grid(0, 20, 9, text_first), Grid(5, 7, 9, text_first, 5)):
         part = part_of(LocalAttention, found.text > 0, window=window, pool=pool)
         generator = torch.Generator().manual_seed(1)
         given = [torch.randn(2, HEADS, found.text + found.image, WIDTH, generator=generator) for _ in range(3)]
@@ -124,6 +129,7 @@ MODELS: list[tuple[str, type[TokenAttention], dict[str, Any]]] = [
     ("flux", LocalAttention, {"window": Window("tiles", 1, 2), "pool": 2}),
     ("pixart", LinearAttention, {"features": "softmax", "window": Window("circle", 2, 2)}),
     ("dit", LinearAttention, {"features": "relu", "locality": True}),
+    ("wan", LocalAttention, {"window": Window("tiles", 1, 2, 3, 1)}),
     ("dit", CompressedKeys, {"factor": 3}),
     ("pixart", SparseAttention, {"tile": 2, "keep": 2, "picture": (3, 8)}),  # bfloat16 would choose others
 ]
@@ -155,7 +161,7 @@ def test_blocks_with_such_attentions_are_traced_once_for_pictures_of_every_form(
     for graph in graphs:
         targets = [node.target for node in graph.graph.nodes]
         assert targets.count(ANSWERED) == 1
-        assert targets.count(SDPA) == (1 if family == "pixart" else 0)  # which has cross attention too
+        assert targets.count(SDPA) == (1 if family in ("pixart", "wan") else 0)  # which has cross attention too
 
 
 def test_blocks_whose_attentions_parts_answer_for_are_not_taken_for_those_without() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -27,21 +28,28 @@ def converted(
     graph: DiTGraph, kind: type[TokenAttention] = LocalAttention, usual: int = 0, **settings: Any
 ) -> nn.Module:
     """The graph's model with such a part in each attention of the picture's tokens with each other."""
+    return mixed(graph, [(kind, settings)], usual)
+
+
+def mixed(graph: DiTGraph, parts: list[tuple[type[TokenAttention], dict[str, Any]]], usual: int = 0) -> nn.Module:
+    """The graph's model with these parts in its attentions of the picture's tokens, one after the other and then again."""
     family = family_of(type(graph.model).__name__)
     assert family is not None
     layout = family.layout(graph.model.config)  # type: ignore[arg-type]
     assert layout is not None
     image = layout.grid(graph.example_inputs).image
-    for found in graph.attentions.values():
-        if found.to_each_other:
-            common = (found.module, layout, found.heads, found.head_width, found.tokens != image, usual)
-            attach(graph.model, kind(*common, **settings))
+    places = [found for found in graph.attentions.values() if found.to_each_other]
+    for found, (kind, settings) in zip(places, cycle(parts), strict=False):
+        common = (found.module, layout, found.heads, found.head_width, found.tokens != image, usual)
+        attach(graph.model, kind(*common, **settings))
     return graph.model
 
 
 def sized(model: nn.Module, height: int, width: int) -> dict[str, Any]:
-    """Inputs of a picture of height x width tokens."""
+    """Inputs of a picture of height x width tokens, or of a video of 5 such frames."""
     inputs = small_inputs(model)
+    if inputs["hidden_states"].dim() == 5:
+        return {**inputs, "hidden_states": torch.randn(2, inputs["hidden_states"].shape[1], 5, 2 * height, 2 * width)}
     if "img_ids" in inputs:
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         places = torch.stack([torch.zeros(height, width), rows, columns], -1).view(-1, 3)
@@ -50,7 +58,10 @@ def sized(model: nn.Module, height: int, width: int) -> dict[str, Any]:
     return {**inputs, "hidden_states": torch.randn(2, inputs["hidden_states"].shape[1], 2 * height, 2 * width)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+WITH_VIDEO = (*FAMILIES, "wan")
+
+
+@pytest.mark.parametrize("family", WITH_VIDEO)
 def test_a_window_over_all_of_the_picture_changes_nothing(family: str) -> None:
     graph = small_graph(family)
     sides = (5, 5) if family == "dit" else (3, 5)  # which takes square pictures only
@@ -62,7 +73,7 @@ def test_a_window_over_all_of_the_picture_changes_nothing(family: str) -> None:
 
 
 PARTS: list[tuple[type[TokenAttention], dict[str, Any]]] = [
-    (LocalAttention, {"window": Window("tiles", 1, 2), "pool": 2}),
+    (LocalAttention, {"window": Window("tiles", 1, 2, 1, 2), "pool": 2}),
     (CompressedKeys, {"factor": 2}),
     (SparseAttention, {"tile": 2, "keep": 1}),
 ]
@@ -73,7 +84,7 @@ def name_of(given: object) -> str:
 
 
 @pytest.mark.parametrize(("kind", "settings"), PARTS, ids=name_of)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_VIDEO)
 def test_a_rebuilt_model_and_a_copy_give_the_same_bits(
     family: str, kind: type[TokenAttention], settings: dict[str, Any]
 ) -> None:
@@ -104,7 +115,7 @@ def test_a_rebuilt_model_sees_the_tiles_that_were_found_before() -> None:
 
 
 @pytest.mark.parametrize(("kind", "settings"), PARTS, ids=name_of)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_VIDEO)
 def test_the_graph_still_sees_attention_and_what_it_costs_now(
     family: str, kind: type[TokenAttention], settings: dict[str, Any]
 ) -> None:

@@ -21,25 +21,35 @@ WINDOWS = [
     Window("tiles", 3, 2),
 ]
 SIDES = [(8, 8), (7, 10), (3, 9)]  # whole tiles, broken ones, fewer rows than a window has
+VIDEOS = [
+    (Window("tiles", 3, 2, 3, 2), (7, 9, 7)),
+    (Window("tiles", 2, 3, 1, 4), (6, 8, 4)),
+    (Window("tiles", 1, 4, 5, 1), (3, 9, 5)),  # fewer frames than a window has
+    (Window("tiles", 1, 3, 0, 2), (5, 7, 4)),  # all frames
+    (Window("circle", 3, 4, 3, 1), (5, 6, 7)),
+]
 
 
-def sees(window: Window, query: tuple[int, int], key: tuple[int, int], sides: tuple[int, int]) -> bool:
-    """By the definition, for one query and key at (row, column)."""
+def in_tiles(place: int, other: int, length: int, size: int, tile: int) -> bool:
+    """Whether `other` is in the `size` tiles around that of `place`, moved inwards, along a side of that length."""
+    first = max(0, min((place // tile - size // 2) * tile, length - size * tile))
+    return first <= other < first + size * tile
+
+
+def sees(window: Window, query: tuple[int, int, int], key: tuple[int, int, int], sides: tuple[int, int, int]) -> bool:
+    """By the definition, for one query and key at (frame, row, column)."""
+    if window.frames and not in_tiles(query[0], key[0], sides[0], window.frames, window.tile_frames):
+        return False
     if window.shape == "circle":
-        return (query[0] - key[0]) ** 2 + (query[1] - key[1]) ** 2 < window.size**2
-    for place, other, length in zip(query, key, sides, strict=True):
-        first = (place // window.tile - window.size // 2) * window.tile
-        first = max(0, min(first, length - window.size * window.tile))
-        if not first <= other < first + window.size * window.tile:
-            return False
-    return True
+        return (query[1] - key[1]) ** 2 + (query[2] - key[2]) ** 2 < window.size**2
+    return all(in_tiles(query[i], key[i], sides[i], window.size, window.tile) for i in (1, 2))
 
 
 def keep(window: Window, grid: Grid) -> Tensor:
     """Which keys [N] each query [N] sees: bool [N, N]."""
-    sides = (grid.height, grid.width)
-    places = [divmod(number, grid.width) for number in range(grid.image)]
-    image = torch.tensor([[sees(window, query, key, sides) for key in places] for query in places])
+    places = [(frame, row, column) for frame in range(grid.frames) for row in range(grid.height)
+              for column in range(grid.width)]  # fmt: skip
+    image = torch.tensor([[sees(window, query, key, grid.sides) for key in places] for query in places])
     start = grid.text if grid.text_first else 0
     found = torch.ones(grid.text + grid.image, grid.text + grid.image, dtype=torch.bool)
     found[start : start + grid.image, start : start + grid.image] = image
@@ -65,6 +75,31 @@ def test_attention_in_blocks_is_softmax_over_the_window_and_the_text(window: Win
         found = local_attention(query, key, value, grid, window, 0.25)
         # float32 sums of at most 85 products of 16 channels: a few units of 2^-24 of values of order 1.
         assert (found - softmax(query, key, value, keep(window, grid), 0.25)).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize(("window", "sides"), VIDEOS, ids=str)
+def test_windows_over_videos_are_softmax_over_tiles_of_frames_rows_and_columns(
+    window: Window, sides: tuple[int, int, int]
+) -> None:
+    grid = Grid(3, *sides[1:], frames=sides[0])
+    query, key, value = (tensor.double() for tensor in tensors(grid))
+    found, seen = local_attention(query, key, value, grid, window, 0.25), keep(window, grid)
+    assert (found - softmax(query, key, value, seen, 0.25)).abs().max() < 1e-13
+    most = seen[grid.text :, grid.text :].sum(1)
+    if window.shape == "tiles":
+        assert set(most.tolist()) == {window.keys_a_query(*sides)}  # which is what costs are counted by
+    assert not window.covers(*sides) and most.max() <= window.keys_a_query(*sides) < grid.image
+
+
+def test_a_window_over_all_of_a_video_is_attention_to_all() -> None:
+    grid = Grid(0, 7, 5, frames=5)
+    query, key, value = (tensor.double() for tensor in tensors(grid))
+    for window in (Window("tiles", 4, 2, 3, 2), Window("tiles", 3, 3, 0, 3), Window("circle", 8, 4, 5)):
+        assert window.covers(*grid.sides)
+        expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.25)
+        assert (local_attention(query, key, value, grid, window, 0.25) - expected).abs().max() < 1e-13
+    # One frame, row or column less, and something is hidden.
+    assert not Window("tiles", 4, 2, 2, 2).covers(5, 7, 5) and not Window("circle", 8, 4, 4).covers(5, 7, 5)
 
 
 @pytest.mark.parametrize("sides", SIDES, ids=str)
@@ -101,7 +136,7 @@ def test_pooled_keys_are_seen_beside_the_window_and_count_as_one_key_each(sides:
 def test_work_grows_with_the_picture_and_not_with_its_square(window: Window) -> None:
     small, large = (blocks(window, side, side) for side in (24, 48))
     assert large.queries.size == 4 * small.queries.size and large.keys.size == 4 * small.keys.size
-    assert large.keys.shape[1] == window.keys_a_query(48, 48) == window.extent**2
+    assert large.keys.shape[1] == window.keys_a_query(48, 48) == window.sides[1].extent ** 2
 
 
 def test_scores_are_sharpened_only_above_the_usual_number_of_tokens() -> None:

@@ -17,12 +17,17 @@ from ditq.nn.structural.token_attention import token_attentions
 from ditq.passes import Context, PassReport, attention_conversion
 from ditq.passes.attention_conversion import AttentionConversion
 from ditq.passes.attention_records import answers, difference
+from ditq.passes.compress_keys import CompressKeys
+from ditq.passes.linear_attention import LinearAttentionPass
 from ditq.passes.local_attention import LocalAttentionPass
 from ditq.passes.quantize_attention import QuantizeAttention
 from ditq.passes.rotate import Rotate
 from ditq.passes.smooth import Smooth
+from ditq.passes.sparse_attention import SparseAttentionPass
 from ditq.recipe import Recipe
 from tests.families_small import FAMILIES, forward, small_graph, small_inputs, statistics_of
+
+WITH_VIDEO = (*FAMILIES, "wan")
 
 
 class Recorded(Context):
@@ -47,13 +52,13 @@ def recipe(*passes: Any) -> Recipe:
     return Recipe.from_dict({"passes": list(passes)}, "recipe.yaml")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_VIDEO)
 def test_attentions_of_the_picture_are_converted_and_those_to_the_text_left(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = small_graph(family)
     expected = {found.module for found in graph.attentions.values() if found.to_each_other}
-    report = run(LocalAttentionPass(window=1, tile=2), graph, monkeypatch)
+    report = run(LocalAttentionPass(window=1, tile=2, frames=1, tile_frames=2), graph, monkeypatch)
     assert set(token_attentions(graph.model)) == expected == {row["attention"] for row in report.rows}
     assert expected == {name for name in graph.attentions if not name.endswith("attn2") or family == "sd3"}
     assert report.summary["attentions"] == report.summary["of"] == len(expected)
@@ -61,10 +66,10 @@ def test_attentions_of_the_picture_are_converted_and_those_to_the_text_left(
     assert all(row["output error"] > 0 for row in report.rows)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_VIDEO)
 def test_smoothing_and_rotation_pass_through_windows_exactly(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = small_graph(family)
-    run(LocalAttentionPass(window=1, tile=2, pool=2, fit=3), graph, monkeypatch)
+    run(LocalAttentionPass(window=1, tile=2, frames=1, tile_frames=2, pool=2, fit=3), graph, monkeypatch)
     statistics = statistics_of(graph)
     graph.model.double()
     inputs = {
@@ -77,8 +82,8 @@ def test_smoothing_and_rotation_pass_through_windows_exactly(family: str, monkey
     Smooth(centre=True).run(graph, context)
     Rotate(mode="hadamard", online=False).run(graph, context)
     found = forward(graph.model, inputs)
-    # As in test_folds.py: PixArt keeps a factor in float32.
-    assert float((found - reference).norm() / reference.norm()) < (1e-6 if family == "pixart" else 1e-12)
+    # As in test_folds.py: PixArt keeps a factor in float32; Wan's norms are computed in it.
+    assert float((found - reference).norm() / reference.norm()) < (1e-6 if family in ("pixart", "wan") else 1e-12)
     values = {site for attention in graph.attentions.values() if attention.foldable for site in attention.values}
     assert values
     for site in values:
@@ -103,6 +108,24 @@ def test_search_takes_the_least_window_within_the_error(monkeypatch: pytest.Monk
     assert set(found.values()) - {6}
 
 
+def test_search_takes_the_least_frames_rows_and_columns_of_a_video(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wan(**settings: Any) -> dict[str, tuple[LocalAttention, dict[str, Any]]]:
+        graph = small_graph("wan")  # 3 frames of 4 x 4 tokens
+        report = run(LocalAttentionPass(**{"tile": 1, "tile_frames": 1, "fit": 0, **settings}), graph, monkeypatch)
+        parts = token_attentions(graph.model)
+        return {row["attention"]: (parts.get(row["attention"]), row) for row in report.rows}  # type: ignore[misc]
+
+    fixed = {(size, span): wan(window=size, frames=span) for size in (1, 3) for span in (0, 1)}
+    errors = sorted(row["output error"] for found in fixed.values() for _, row in found.values())
+    for limit in (errors[2], errors[-3]):
+        for site, (part, row) in wan(window="search", frames="search", error=limit).items():
+            within = [(key, found[site][1]) for key, found in fixed.items() if found[site][1]["output error"] <= limit]
+            least = min((tried["multiply-adds"] for _, tried in within), default=row["multiply-adds before"])
+            assert (row["multiply-adds before"] if part is None else row["multiply-adds"]) == least
+    of_all = wan(window=3, frames=0)
+    assert {row["attention is"] for _, row in of_all.values()} == {"tiles 3 in all of 1 frames"}
+
+
 def test_a_fraction_takes_those_that_alone_cost_least(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = {}
     for name in small_graph("flux").attentions:
@@ -124,9 +147,9 @@ def test_a_window_over_the_whole_picture_leaves_the_attention(monkeypatch: pytes
     assert {row["attention is"] for row in report.rows} == {"left, nothing to gain"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_VIDEO)
 def test_costs_are_known_before_anything_is_measured(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph, step = small_graph(family), LocalAttentionPass(window=1, tile=2)
+    graph, step = small_graph(family), LocalAttentionPass(window=1, tile=2, frames=1, tile_frames=2)
     known = {name: work.macs for name, work in step.costs(graph).items()}
     run(step, graph, monkeypatch)
     assert known == {name: found.macs for name, found in graph.attentions.items() if found.to_each_other}
@@ -139,7 +162,9 @@ def test_costs_are_known_before_anything_is_measured(family: str, monkeypatch: p
         ({"window": "all"}, "must be a whole number or search"),
         ({"fraction": 1.5}, "fraction is 1.5, must be from 0 to 1"),
         ({"shape": "square"}, "shape"),
-        ({"pool": -1}, "pool must not be negative"),
+        ({"pool": -1}, "pool and frames must not be negative"),
+        ({"frames": "all"}, "must be a whole number or search"),
+        ({"tile_frames": 0}, "tile, tile_frames, window and error must be above 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
@@ -164,6 +189,27 @@ def test_what_cannot_be_converted_or_rounded_is_refused(monkeypatch: pytest.Monk
     QuantizeAttention(select=["*.attn2"]).run(graph, Context())
     with pytest.raises(DitqError, match="matches no attention that can be converted; there are none"):
         LocalAttentionPass().preview(graph)
+
+
+def test_other_conversions_take_videos_too_or_say_what_they_do_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (
+        CompressKeys(factor=2, fit=0),
+        SparseAttentionPass(tile=2, keep=2),
+        LinearAttentionPass(window=1, tile=2, fit=0),
+    ):
+        graph = small_graph("wan")
+        known = {name: work.macs for name, work in step.costs(graph).items()}
+        report = run(step, graph, monkeypatch)
+        assert report.summary["attentions"] == len(known) == 2
+        assert known == {name: found.macs for name, found in graph.attentions.items() if found.to_each_other}
+    refused: list[tuple[AttentionConversion, str]] = [
+        (LinearAttentionPass(locality=True), "locality is for pictures, not for videos; leave it out"),
+        (SparseAttentionPass(blocks="calibrated"), "blocks: calibrated is for pictures; set online for videos"),
+    ]
+    for refusing, message in refused:
+        with pytest.raises(DitqError, match=f"attn1: {message}") as caught:
+            refusing.costs(small_graph("wan"))
+        assert "\n" not in str(caught.value)
 
 
 def test_a_model_of_no_family_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from ditq.nn.structural.token_attention import TokenAttention
 from ditq.numerics.compressed_keys import compressed_attention
 from ditq.numerics.local_attention import Pooling
 from ditq.numerics.token_layout import Grid, TokenLayout
+from ditq.numerics.window import number_of_patches
 
 
 @register
@@ -49,7 +50,7 @@ class CompressedKeys(TokenAttention):
         return compressed_attention(query, key, value, grid, scale, pooling, self.count, self.gain)
 
     def macs(self, grid: Grid) -> int:
-        tokens, squares = grid.text + grid.image, -(-grid.height // self.factor) * -(-grid.width // self.factor)
+        tokens, squares = grid.text + grid.image, number_of_patches(self.factor, *grid.sides)
         return 2 * self.heads * self.width * (tokens * (grid.text + squares) + grid.image)
 
     def settings(self) -> dict[str, Any]:

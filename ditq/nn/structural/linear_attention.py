@@ -77,7 +77,7 @@ class LinearAttention(TokenAttention):
         channels, image, text = self.heads * self.width, grid.image, grid.text
         number = 2 * self.width if self.features == "softmax" else self.width
         maps, sums = 2 * image * channels * self.width, 2 * image * channels * number
-        window = 0 if self.window is None else self.window.keys_a_query(grid.height, grid.width)
+        window = 0 if self.window is None else self.window.keys_a_query(*grid.sides)
         exact = 2 * channels * (image * (text + window) + text * (text + image))
         return maps + sums + exact + (image * channels * (self.width * self.added + 9 * (self.locality is not None)))
 

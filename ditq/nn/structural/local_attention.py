@@ -12,7 +12,7 @@ from ditq.nn.structural import register
 from ditq.nn.structural.token_attention import TokenAttention
 from ditq.numerics.local_attention import Pooling, local_attention
 from ditq.numerics.token_layout import Grid, TokenLayout
-from ditq.numerics.window import Window
+from ditq.numerics.window import Window, number_of_patches
 
 
 @register
@@ -48,8 +48,8 @@ class LocalAttention(TokenAttention):
         return local_attention(query, key, value, grid, self.window, scale, pooling)
 
     def macs(self, grid: Grid) -> int:
-        pooled = -(-grid.height // self.pool) * -(-grid.width // self.pool) if self.pool else 0
-        pairs = grid.image * (self.window.keys_a_query(grid.height, grid.width) + grid.text + pooled)
+        pooled = number_of_patches(self.pool, *grid.sides) if self.pool else 0
+        pairs = grid.image * (self.window.keys_a_query(*grid.sides) + grid.text + pooled)
         return 2 * self.heads * self.width * (pairs + grid.text * (grid.text + grid.image))
 
     def settings(self) -> dict[str, Any]:

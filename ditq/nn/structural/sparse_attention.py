@@ -53,7 +53,7 @@ class SparseAttention(TokenAttention):
         return sparse_attention(query, key, value, grid, scale, self.tile, self.keep, self.seen)
 
     def macs(self, grid: Grid) -> int:
-        tiles, channels = number_of_tiles(self.tile, grid.height, grid.width), self.heads * self.width
+        tiles, channels = number_of_tiles(self.tile, *grid.sides), self.heads * self.width
         pairs = grid.image * (min(self.keep, tiles) * self.tile**2 + grid.text) + grid.text * (grid.text + grid.image)
         choice = tiles**2 if self.picture is None else 0
         return channels * (2 * pairs + choice)

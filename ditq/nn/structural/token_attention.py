@@ -1,7 +1,7 @@
 """TokenAttention: an attention that knows where the picture lies among its tokens, as a part of the attention's module.
 
 It answers for scaled_dot_product_attention (nn/answered_attention.py). Before each call of the model a hook reads off its
-arguments how many tokens are text and how many rows and columns the picture has.
+arguments how many tokens are text and how many frames, rows and columns the picture or video has.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class TokenAttention(AnswersAttention, StructuralPart):
             raise ValueError(f"{self.site}: {self.what} is for tokens that attend to each other without a mask")
         scale = self.width**-0.5 if scale is None else scale
         if self.exporting:
-            where = [grid.text, grid.height, grid.width]
+            where = [grid.text, grid.height, grid.width, grid.frames]
             common = {"heads": self.heads, "width": self.width, "text": self.text, "usual": self.usual}
             settings = json.dumps({**self.settings(), **common, "text_first": grid.text_first})
             return torch.ops.ditq.token_attention(
@@ -91,8 +91,8 @@ class TokenAttention(AnswersAttention, StructuralPart):
             )
         if grid.text + grid.image != query.shape[2]:
             raise ValueError(
-                f"{self.site}: {query.shape[2]} tokens are not {grid.text} of text and {grid.height} x {grid.width} of a "
-                f"picture; {self.what} runs for other inputs than it was made for"
+                f"{self.site}: {query.shape[2]} tokens are not {grid.text} of text and {grid} of a picture; {self.what} "
+                "runs for other inputs than it was made for"
             )
         if self.usual:
             scale *= temperature(query.shape[2], self.usual)

@@ -56,9 +56,8 @@ def _added(tokens: Tokens) -> ir.Value | None:
     """What is added to keys of squares, [h or 1, P, d + MORE], 0 in their own channels; None where that changes nothing."""
     writer, sizes, settings = tokens.writer, tokens.sizes, tokens.settings
     count, factor, gains = settings["count"], settings["factor"], tokens.tensors[2:]
-    height, width = tokens.height, tokens.width_of_picture
-    known = isinstance(height, int) and isinstance(width, int)
-    if not gains and (not count or (known and is_even(factor, Grid(0, height, width)))):
+    known = tokens.known_sides
+    if not gains and (not count or (known is not None and is_even(factor, Grid(0, *known[1:])))):
         return None
     logs = logarithms(tokens, factor)
     if not count:

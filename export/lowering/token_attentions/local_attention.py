@@ -35,9 +35,9 @@ def local_attention(tokens: Tokens) -> ir.Value:
 
 @dataclass(frozen=True, eq=False)
 class WindowScores:
-    """Scores of image queries in the order of blocks, [B, h, T t^2, K + G], over the K keys of their window and G common ones.
+    """Scores of image queries in the order of blocks, [B, h, T Q, K + G], over the K keys of their window and G common ones.
 
-    `values` [B, h, T, K, d] and `common` [B, h, G, d] are what they weigh, `places` [HW] where each token is found.
+    `values` [B, h, T, K, d] and `common` [B, h, G, d] are what they weigh, `places` [FHW] where each token is found.
     """
 
     tokens: Tokens
@@ -50,11 +50,11 @@ class WindowScores:
     block: int
 
     def attended(self) -> ir.Value:
-        """softmax times values, in the order of blocks: [B, h, T t^2, d]."""
+        """softmax times values, in the order of blocks: [B, h, T Q, d]."""
         return self.weighed(self.tokens.writer.op("Softmax", self.scores, name="weights", axis=-1))
 
     def weighed(self, weights: ir.Value) -> ir.Value:
-        """Values summed with weights [B, h, T t^2, K + G]."""
+        """Values summed with weights [B, h, T Q, K + G]."""
         tokens, writer, sizes = self.tokens, self.tokens.writer, self.tokens.sizes
         own = weights if self.common is None else tokens.cut(weights, 0, self.size, axis=3)
         own = writer.op("Reshape", own, sizes.shape(0, 0, -1, self.block, self.size), name="blocks")
@@ -66,7 +66,7 @@ class WindowScores:
         return writer.op("Add", y, writer.op("MatMul", rest, self.common, name="common"), name="both")
 
     def placed(self, y: ir.Value) -> ir.Value:
-        """From the order of blocks to that of tokens: [B, h, HW, d]."""
+        """From the order of blocks to that of tokens: [B, h, FHW, d]."""
         return self.tokens.writer.op("Gather", y, self.places, name="placed", axis=2)
 
 
@@ -84,7 +84,7 @@ def window_scores(
         writer.op("Gather", found, indices, name="blocks", axis=2)
         for found, indices in ((query, made.queries), (key, made.keys), (value, made.keys))
     )
-    return joined_scores(tokens, queries, keys, values, common, made.places, (made.size, window.tile**2), made.hidden)
+    return joined_scores(tokens, queries, keys, values, common, made.places, (made.size, window.block), made.hidden)
 
 
 def joined_scores(
@@ -97,8 +97,8 @@ def joined_scores(
     of_block: tuple[Size, int],
     hidden: ir.Value | None,
 ) -> WindowScores:
-    """Of scaled queries of blocks [B, h, T, t^2, d] over their own keys [B, h, T, K, d] and over common ones; `of_block` is K
-    and t^2, and `hidden` is added to scores of own keys."""
+    """Of scaled queries of blocks [B, h, T, Q, d] over their own keys [B, h, T, K, d] and over common ones; `of_block` is K
+    and Q, and `hidden` is added to scores of own keys."""
     writer, sizes, (size, block) = tokens.writer, tokens.sizes, of_block
     scores = writer.op("MatMul", queries, tokens.turned(keys, 5), name="scores")
     if hidden is not None:

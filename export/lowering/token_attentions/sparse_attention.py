@@ -33,7 +33,8 @@ def sparse_attention(tokens: Tokens) -> ir.Value:
         writer.op("Gather", image, indices.queries, name="tiles", axis=2)
         for image in (image_query, image_key, image_value)
     )
-    count = sizes.times(sizes.divided_up(tokens.height, tile), sizes.divided_up(tokens.width_of_picture, tile))
+    rows, columns = (sizes.divided_up(length, tile) for length in (tokens.height, tokens.width_of_picture))
+    count = sizes.times(tokens.frames, sizes.times(rows, columns))
     seen = _Given(tokens, tokens.tensors[0]) if tokens.tensors else _chosen(tokens, queries, keys, count)
     size = sizes.times(seen.number, tile**2)
     hidden = _hidden(tokens, indices.queries, indices.places)
@@ -64,10 +65,10 @@ def _fix_picture(tokens: Tokens) -> None:
 def _hidden(tokens: Tokens, members: ir.Value, places: ir.Value) -> ir.Value | None:
     """float32 [T, t^2], the lowest number where a token stands again beyond an edge, else 0; None where none does."""
     writer, sizes, tile = tokens.writer, tokens.sizes, tokens.settings["tile"]
-    height, width = tokens.height, tokens.width_of_picture
+    known = tokens.known_sides
     lowest, zero = (writer.constant(number, np.float32, name="number") for number in (LOWEST, 0))
-    if isinstance(height, int) and isinstance(width, int):
-        real = tiles_of(tile, height, width).real
+    if known is not None:
+        real = tiles_of(tile, *known).real
         return None if real is None else writer.constant(np.where(real, np.float32(0), LOWEST), name="hidden")
 
     def make() -> ir.Value:

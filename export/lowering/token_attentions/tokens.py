@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import reduce
 
 import numpy as np
 import onnx_ir as ir
@@ -34,6 +35,8 @@ class Sizes:
         return self.writer.op("Concat", *(self.value(size) for size in sizes), name="shape", axis=0)
 
     def times(self, a: Size, b: Size) -> Size:
+        if 1 in (a, b):
+            return b if a == 1 else a
         return self._made("Mul", a, b, lambda x, y: x * y)
 
     def plus(self, a: Size, b: Size) -> Size:
@@ -75,10 +78,10 @@ class Tokens:
         writer.move(node, f"{self.site}/{node.attributes['kind'].as_string()}")
         given = [value for value in node.inputs if value is not None]
         self.query, self.key, self.value = given[:3]
-        text, height, width = (_size(value) for value in given[3:6])
+        text, height, width, self.frames = (_size(value) for value in given[3:7])
         self.text: Size = text if self.settings["text"] else 0
         self.height, self.width_of_picture = self._told(ROWS, height), self._told(COLUMNS, width)
-        self.tensors = given[6:]
+        self.tensors = given[7:]
         self.plain: set[ir.Value] = set()  # products of softmax attention, which bear half precision
 
     def _told(self, name: str, size: Size) -> Size:
@@ -95,7 +98,20 @@ class Tokens:
     @property
     def image(self) -> Size:
         """Number of image tokens."""
-        return self.sizes.times(self.height, self.width_of_picture)
+        return reduce(self.sizes.times, self.sides)
+
+    @property
+    def sides(self) -> tuple[Size, Size, Size]:
+        """Frames, rows and columns; of a picture there is one frame."""
+        return self.frames, self.height, self.width_of_picture
+
+    @property
+    def known_sides(self) -> tuple[int, int, int] | None:
+        """The same where all of them are known now."""
+        frames, height, width = self.sides
+        if isinstance(frames, int) and isinstance(height, int) and isinstance(width, int):
+            return frames, height, width
+        return None
 
     @property
     def has_text(self) -> bool:
@@ -109,9 +125,9 @@ class Tokens:
         return self.shared[place]
 
     @property
-    def picture(self) -> tuple[object, object]:
+    def picture(self) -> tuple[object, ...]:
         """What tells pictures of different sizes apart."""
-        return _told(self.height), _told(self.width_of_picture)
+        return tuple(map(_told, self.sides))
 
     def parted(self, tokens: ir.Value) -> tuple[ir.Value, ir.Value | None]:
         """[B, h, N, d] -> image tokens, text tokens or None."""
