@@ -31,6 +31,7 @@ from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.nn.structural.token_attention import TokenAttention, detach_all, tell
+from ditq.numerics.head_windows import by_heads
 from ditq.numerics.linear_attention import linear_attention
 from ditq.numerics.local_attention import Pooling
 from ditq.numerics.token_layout import Grid
@@ -254,14 +255,26 @@ Attention = Callable[[Tensor, Tensor, Tensor, Grid, float], Tensor]
 def _local(part: TokenAttention) -> Attention:
     assert isinstance(part, LocalAttention)
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
+    def of_heads(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grid: Grid,
+        window: Window | None,
+        scale: float,
+        pooling: Pooling | None,
+    ) -> Tensor:
+        if window is None:
+            return F.scaled_dot_product_attention(query, key, value, scale=scale)
         extra = []
-        if part.pool:
-            pooling = Pooling(part.pool, part.pool_keys, part.pool_values)
-            for tokens, weights in ((key, part.pool_keys), (value, part.pool_values)):
+        if pooling is not None:
+            for tokens, weights in ((key, pooling.keys), (value, pooling.values)):
                 extra.append(pooling.pooled(grid.parted(tokens)[0], weights, grid))
-        laid = laid_out(part.window, part.pool, grid, query.device)
+        laid = laid_out(window, part.pool, grid, query.device)
         return windowed(query, key, value, laid, scale, extra)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
+        return by_heads(of_heads, query, key, value, grid, part.groups, part.order, scale, part.pooling)
 
     return attention
 

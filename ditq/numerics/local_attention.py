@@ -46,9 +46,17 @@ def temperature(tokens: int, usual: int) -> float:
 
 
 def local_attention(
-    query: Tensor, key: Tensor, value: Tensor, grid: Grid, window: Window, scale: float, pooling: Pooling | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: Grid,
+    window: Window | None,
+    scale: float,
+    pooling: Pooling | None = None,
 ) -> Tensor:
-    """softmax over what each query sees: query, key, value [B, h, N, d] -> [B, h, N, d]."""
+    """softmax over what each query sees: query, key, value [B, h, N, d] -> [B, h, N, d]. Without a window that is all."""
+    if window is None:
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
     (image_query, text_query), (image_key, text_key) = grid.parted(query), grid.parted(key)
     image_value, text_value = grid.parted(value)
     seen_by_all = (text_key, text_value)

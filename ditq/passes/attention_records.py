@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -89,6 +90,14 @@ def part_error(part: TokenAttention, records: Sequence[AttentionRecord]) -> floa
     """How far the part's outputs are from those of the attention that it answers for."""
     found = [part.attention(r.query, r.key, r.value, r.grid, r.scale) for r in records]
     return difference([record.output for record in records], found)
+
+
+@torch.no_grad()
+def head_part_errors(part: TokenAttention, records: Sequence[AttentionRecord]) -> np.ndarray:
+    """The squared error of each head's outputs, summed over all records: float64 [h]."""
+    found = (part.attention(r.query, r.key, r.value, r.grid, r.scale).double() for r in records)
+    lost = [(r.output.double() - y).square().sum((0, 2, 3)) for r, y in zip(records, found, strict=True)]
+    return np.asarray(torch.stack(lost).sum(0))
 
 
 def fit_part(part: TokenAttention, records: Sequence[AttentionRecord], steps: int, seed: int) -> None:

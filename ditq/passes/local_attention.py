@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import ClassVar
 
+import numpy as np
+
 from ditq.errors import DitqError
-from ditq.nn.structural.local_attention import LocalAttention
+from ditq.nn.structural.local_attention import LocalAttention, told
 from ditq.nn.structural.token_attention import TokenAttention
+from ditq.numerics.knapsack import solve
 from ditq.numerics.window import SHAPES, Shape, Window
 from ditq.passes.attention_conversion import FittedConversion, Place
-from ditq.passes.attention_records import AttentionRecord, part_error
+from ditq.passes.attention_records import AttentionRecord, head_part_errors, part_error
 from ditq.passes.base import register, setting
 from ditq.passes.gate import limit_setting
 
 RADII = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 SPANS = (1, 3, 5, 7, 9, 13, 17, 25)
+OWN = (1, 2, 3, 4, 5, 6, 7, 9, 13, 17, 25)  # of heads by themselves, which have the more to choose among
 FRAMES = (0, 1, 3, 5, 7)
+HEADS = ("alike", "own")
 
 
 @register
@@ -49,6 +54,11 @@ class LocalAttentionPass(FittedConversion):
         words=("search",),
     )
     tile_frames: int = setting(4, "frames of a tile of a video")
+    heads: str = setting(
+        "alike",
+        "one window for all heads of an attention, or for each its own, at the least error for as many multiply-adds",
+        HEADS,
+    )
     error: float = setting(0.01, "largest relative squared error of an attention's output that `search` allows")
     pool: int = setting(0, "every pool x pool tokens are one key and value more, for all; 0: none")
     temperature: bool = setting(True, "sharpen scores at larger pictures than those calibrated on, by sqrt(log N)")
@@ -73,30 +83,46 @@ class LocalAttentionPass(FittedConversion):
         return next((part for part in made if part_error(part, records) <= self.error), None)
 
     def offers(self, place: Place, records: Sequence[AttentionRecord], usual: int) -> list[TokenAttention]:
-        """All windows that `search` knows and that leave something out, from the smallest on; without it the one that is
-        set."""
-        known = usual if self.temperature else 0
-        return [
-            LocalAttention(**place.arguments, usual=known, window=window, pool=self.pool)
-            for window in self._windows(place)
-            if not window.covers(*place.grid.sides)
-        ]
+        """All windows that `search` knows and that leave something out, from the smallest on; without it the one that is set.
+        Where heads have their own, those that need no more than it."""
+        known = RADII if self.shape == "circle" else SPANS
+        sizes = [self.window] if self.window != "search" else known
+        made = [self._made(place, window, usual) for window in self._windows(place, sizes)]
+        if self.heads == "alike" or not records:
+            return [*made]
+        limits = [part.macs(place.grid) for part in made]
+        own = [self._made(place, windows, usual) for windows in self._of_heads(place, records, limits)]
+        return [*{part.windows: part for part in own}.values()]
 
-    def _windows(self, place: Place) -> list[Window]:
-        """Those that differ there."""
+    def _made(self, place: Place, window: Window | Sequence[Window | None] | None, usual: int) -> LocalAttention:
+        known = usual if self.temperature else 0
+        return LocalAttention(**place.arguments, usual=known, window=window, pool=self.pool)
+
+    def _of_heads(
+        self, place: Place, records: Sequence[AttentionRecord], limits: Sequence[int]
+    ) -> Iterator[list[Window | None]]:
+        """A window for each head, or none, at the least error within each limit of multiply-adds."""
+        windows = [*self._windows(place, RADII if self.shape == "circle" else OWN), None]
+        parts = [self._made(place, window, 0) for window in windows]
+        errors = np.stack([head_part_errors(part, records) for part in parts], 1)
+        macs = [part.macs_a_head(window, place.grid) for part, window in zip(parts, windows, strict=True)]
+        sizes = np.tile(np.array(macs, dtype=np.int64), (len(errors), 1))
+        return ([windows[number] for number in solve(errors, sizes, limit)] for limit in limits)
+
+    def _windows(self, place: Place, sizes: Sequence[int]) -> list[Window]:
+        """Those of these sizes that differ there and leave something out."""
         shape: Shape = "circle" if self.shape == "circle" else "tiles"
-        sizes = [self.window] if self.window != "search" else RADII if self.shape == "circle" else SPANS
         frames = [self.frames] if self.frames != "search" else FRAMES
         sides, found = place.grid.sides, dict[tuple[int, ...], Window]()
         for size, span in product(sizes, frames if place.layout.frames else [0]):
             tile_frames = self.tile_frames if place.layout.frames else 1
-            window = Window(shape, size, self.tile, span, tile_frames)
-            same = (size if shape == "circle" else 0, *window.extents(*sides))
-            found.setdefault(same, window)  # all frames, if as many are the same
-        return sorted(found.values(), key=lambda window: window.keys_a_query(*sides))
+            made = Window(shape, size, self.tile, span, tile_frames)
+            same = (size if shape == "circle" else 0, *made.extents(*sides))
+            if not made.covers(*sides):
+                found.setdefault(same, made)  # all frames, if as many are the same
+        return sorted(found.values(), key=lambda made: made.keys_a_query(*sides))
 
     def described(self, part: TokenAttention) -> str:
         assert isinstance(part, LocalAttention)
-        window, pooled = part.window, f", pooled by {self.pool}" if self.pool else ""
-        of_frames = "" if not part.layout.frames else f" in {window.frames or 'all'} of {window.tile_frames} frames"
-        return f"{self.shape} {window.size}{of_frames}{pooled}"
+        pooled = f", pooled by {self.pool}" if self.pool else ""
+        return f"{told(part.windows)}{pooled}"

@@ -63,7 +63,7 @@ def test_the_pass_chooses_windows_and_says_what_they_lose_together(monkeypatch: 
     assert isinstance(report, PlacementReport)
     assert report.summary[KEPT] <= 0.7
     parts = token_attentions(graph.model)
-    sizes = {site: part.window.size for site, part in parts.items() if isinstance(part, LocalAttention)}
+    sizes = {site: part.windows[0].size for site, part in parts.items() if isinstance(part, LocalAttention)}
     assert 0 < len(sizes) == report.summary["attentions"] <= 4
     assert {row["attention"]: row["attention is"] for row in report.rows} == {
         row["attention"]: f"circle {sizes[row['attention']]}" if row["attention"] in sizes else "softmax"

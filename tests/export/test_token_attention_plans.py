@@ -44,7 +44,7 @@ def with_parts(model: Any, *parts: Part) -> Any:
 
 @pytest.mark.parametrize(("family", "blocks", "parts"), [
     ("flux", {"num_single_layers": 2}, [
-        (LocalAttention, {"window": Window("tiles", 1, 2), "pool": 2}),
+        (LocalAttention, {"window": [None, Window("tiles", 1, 2)], "pool": 2}),
         (LinearAttention, {"features": "softmax", "window": Window("tiles", 3, 2)}),
         (CompressedKeys, {"factor": 2}),
     ]),

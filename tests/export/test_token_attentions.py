@@ -116,11 +116,14 @@ def grids(text: bool) -> tuple[Grid, list[Grid]]:
         (Window("circle", 3, 4), 0),
         (Window("tiles", 3, 2), 0),
         (Window("tiles", 2, 3), 3),
-        (Window("circle", 2, 3), 2),
+        ([Window("circle", 2, 3), Window("tiles", 3, 2)], 2),
+        ([None, Window("tiles", 1, 3)], 2),
     ],
     ids=str,
 )
-def test_windows_compute_what_they_mean_at_every_size(window: Window, pool: int, text: bool) -> None:
+def test_windows_compute_what_they_mean_at_every_size(
+    window: Window | list[Window | None], pool: int, text: bool
+) -> None:
     kinds = check_form(part_of(LocalAttention, text, window=window, pool=pool), *grids(text))
     assert not kinds & {"NonZero", "ScatterND", "ScatterElements", "Loop", "Attention"}
 
@@ -208,7 +211,7 @@ def check_engine(model: nn.Module, folder: Path, *sides: tuple[int, int]) -> Non
 
 def test_an_engine_runs_other_pictures_than_it_was_traced_with(tmp_path: Path) -> None:
     parts: list[tuple[type[TokenAttention], dict[str, Any]]] = [
-        (LocalAttention, {"window": Window("tiles", 3, 2)}),
+        (LocalAttention, {"window": [None, Window("tiles", 3, 2)]}),
         (CompressedKeys, {"factor": 2}),
         (SparseAttention, {"tile": 2, "keep": 5}),
         (LinearAttention, {"features": "relu"}),

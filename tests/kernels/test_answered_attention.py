@@ -42,13 +42,15 @@ SDPA = torch.nn.functional.scaled_dot_product_attention
     ("window", "pool"),
     [
         (Window("circle", 3, 4), 0),
-        (Window("tiles", 3, 2), 0),
+        ([Window("tiles", 3, 2), None], 0),
         (Window("tiles", 2, 3, 1, 2), 3),
         (Window("circle", 5, 3, 3, 1), 2),
     ],
     ids=str,
 )
-def test_windows_by_blocks_compute_what_they_mean(window: Window, pool: int, text_first: bool) -> None:
+def test_windows_by_blocks_compute_what_they_mean(
+    window: Window | list[Window | None], pool: int, text_first: bool
+) -> None:
     """Softmax in float32 over the same keys in another order; pictures of more than one block, which no square divides."""
     for found in (Grid(9, 13, 17, text_first), Grid(0, 20, 9, text_first), Grid(5, 7, 9, text_first, 5)):
         part = part_of(LocalAttention, found.text > 0, window=window, pool=pool)

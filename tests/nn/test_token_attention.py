@@ -73,7 +73,7 @@ def test_a_window_over_all_of_the_picture_changes_nothing(family: str) -> None:
 
 
 PARTS: list[tuple[type[TokenAttention], dict[str, Any]]] = [
-    (LocalAttention, {"window": Window("tiles", 1, 2, 1, 2), "pool": 2}),
+    (LocalAttention, {"window": [None, Window("tiles", 1, 2, 1, 2)], "pool": 2}),
     (CompressedKeys, {"factor": 2}),
     (SparseAttention, {"tile": 2, "keep": 1}),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.token_attention import token_attentions
+from ditq.numerics.window import Window
 from ditq.passes import Context, PassReport, attention_conversion
 from ditq.passes.attention_conversion import AttentionConversion
-from ditq.passes.attention_records import answers, difference
+from ditq.passes.attention_records import answers, difference, part_error, records_of
 from ditq.passes.compress_keys import CompressKeys
 from ditq.passes.linear_attention import LinearAttentionPass
 from ditq.passes.local_attention import LocalAttentionPass
@@ -102,7 +104,7 @@ def test_search_takes_the_least_window_within_the_error(monkeypatch: pytest.Monk
     found = {}
     for name, part in token_attentions(graph.model).items():
         assert isinstance(part, LocalAttention)
-        found[name] = part.window.size
+        found[name] = part.windows[0].size
     for name in errors[2]:
         assert found.get(name) in [size for size in errors if errors[size][name] <= limit][:1] or name not in found
     assert set(found.values()) - {6}
@@ -123,7 +125,33 @@ def test_search_takes_the_least_frames_rows_and_columns_of_a_video(monkeypatch: 
             least = min((tried["multiply-adds"] for _, tried in within), default=row["multiply-adds before"])
             assert (row["multiply-adds before"] if part is None else row["multiply-adds"]) == least
     of_all = wan(window=3, frames=0)
-    assert {row["attention is"] for _, row in of_all.values()} == {"tiles 3 in all of 1 frames"}
+    assert {row["attention is"] for _, row in of_all.values()} == {"tiles 3"}
+
+
+def test_heads_have_the_windows_of_least_error_that_together_need_no_more_than_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    site = "transformer_blocks.0.attn1"
+    common: dict[str, Any] = {"layers": [site], "window": 3, "tile": 1}
+
+    def uneven() -> DiTGraph:
+        found = small_graph("dit")  # 4 x 4 tokens
+        value = found.model.get_submodule(site).to_v
+        value.weight[:32], value.bias[:32] = 0.3 * value.weight[:32], 0  # of one head less is lost
+        return found
+
+    (alike,) = run(LocalAttentionPass(**common), uneven(), monkeypatch).rows
+    graph, step = uneven(), LocalAttentionPass(**common, heads="own")
+    assert {work.macs for work in step.costs(graph).values()} == {alike["multiply-adds"]}
+    (found,) = run(step, graph, monkeypatch).rows
+    assert graph.layout is not None
+    records = records_of(uneven().model, site, batches_of(graph), graph.layout, text=False)
+    windows = [None, *(Window("tiles", size, 1) for size in (1, 2, 3))]
+    tried = [LocalAttention(site, graph.layout, 2, 32, False, 0, window=both) for both in product(windows, repeat=2)]
+    possible = [one for one in tried if one.macs(records[0].grid) <= alike["multiply-adds"]]
+    assert found["output error"] == pytest.approx(min(part_error(one, records) for one in possible))
+    assert found["multiply-adds"] <= alike["multiply-adds"] and found["output error"] < alike["output error"]
+    assert found["attention is"] == "tiles 1 for 1, all for 1"
 
 
 def test_a_fraction_takes_those_that_alone_cost_least(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +192,7 @@ def test_costs_are_known_before_anything_is_measured(family: str, monkeypatch: p
         ({"shape": "square"}, "shape"),
         ({"pool": -1}, "pool and frames must not be negative"),
         ({"frames": "all"}, "must be a whole number or search"),
+        ({"heads": "each"}, "heads"),
         ({"tile_frames": 0}, "tile, tile_frames, window and error must be above 0"),
     ],
 )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from ditq.export.lowering.token_attentions import lowers
 from ditq.export.lowering.token_attentions.blocks import block_indices
 from ditq.export.lowering.token_attentions.pooling import pooled
 from ditq.export.lowering.token_attentions.tokens import END, Size, Tokens
+from ditq.nn.structural.local_attention import windows_of
+from ditq.numerics.head_windows import Heads, grouped, order_of
 from ditq.numerics.window import Window
 
 
@@ -26,11 +29,44 @@ def local_attention(tokens: Tokens) -> ir.Value:
             for values, weights in zip((image_key, image_value), tokens.tensors, strict=True)
         ]
         common.append((small[0], small[1]))
-    window = Window(**tokens.settings["window"])
-    scores = window_scores(tokens, image_query, image_key, image_value, common, window)
-    image = scores.placed(scores.attended())
+    given = (image_query, image_key, image_value)
+    groups = grouped(windows_of(tokens.settings["window"], tokens.heads))
+    parts = []
+    for group in groups:
+        query_of, key_of, value_of, *seen = (
+            _of_heads(tokens, values, group) for values in (*given, *(values for pair in common for values in pair))
+        )
+        pairs = list(zip(seen[::2], seen[1::2], strict=True))
+        if group.window is None:  # of all, in which squares are not seen beside
+            pairs = [(key_of, value_of), *pairs[: int(tokens.has_text)]]
+            parts.append(tokens.attended(query_of, *joined_pairs(tokens, pairs)))
+        else:
+            scores = window_scores(tokens, query_of, key_of, value_of, pairs, group.window)
+            parts.append(scores.placed(scores.attended()))
+    image = parts[0]
+    if len(groups) > 1:
+        order = tokens.writer.constant(order_of(groups), np.int64, name="order")
+        image = tokens.writer.op("Concat", *parts, name="heads", axis=1)
+        image = tokens.writer.op("Gather", image, order, name="heads_in_order", axis=1)
     text = None if text_query is None else tokens.attended(text_query, tokens.key, tokens.value)
     return tokens.joined(image, text)
+
+
+def _of_heads(tokens: Tokens, values: ir.Value, group: Heads) -> ir.Value:
+    """Of [B, h, .., d] those of a group."""
+    if len(group.numbers) == tokens.heads:
+        return values
+    numbers = tokens.writer.constant(group.numbers, np.int64, name="numbers")
+    return tokens.writer.op("Gather", values, numbers, name="heads", axis=1)
+
+
+def joined_pairs(tokens: Tokens, pairs: list[tuple[ir.Value, ir.Value]]) -> tuple[ir.Value, ir.Value]:
+    """Pairs of keys and values [B, h, G, d], one behind the other."""
+    keys, values = (
+        parts[0] if len(parts) == 1 else tokens.writer.op("Concat", *parts, name="common", axis=2)
+        for parts in zip(*pairs, strict=True)
+    )
+    return keys, values
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,10 +143,7 @@ def joined_scores(
     flat = writer.op("Reshape", queries, sizes.shape(0, 0, -1, tokens.width), name="flat")
     everywhere = None
     if common:
-        common_key, everywhere = (
-            parts[0] if len(parts) == 1 else writer.op("Concat", *parts, name="common", axis=2)
-            for parts in zip(*common, strict=True)
-        )
+        common_key, everywhere = joined_pairs(tokens, common)
         of_common = writer.op("MatMul", flat, tokens.turned(common_key), name="common_scores")
         scores = writer.op("Concat", scores, of_common, name="all_scores", axis=-1)
     return WindowScores(tokens, scores, flat, values, everywhere, places, size, block)
