@@ -4,7 +4,7 @@
 
 Image tokens alone, random inputs, float32, one thread, forms as in engines. Each case runs in a process of its own, which
 tells its memory. Time is what the processor spent on that process, which on a machine of its own is the time that passes;
-the least of several runs counts, since a busy machine slows by its caches still.
+the least of several runs counts, since a busy machine slows by its caches still. With --frames tokens are those of videos.
 """
 
 from __future__ import annotations
@@ -43,16 +43,23 @@ from ditq.numerics.window import Window
 from ditq.report.plots import STYLE
 from tools.measure_recipes import table
 
-Form = Callable[[int, int, int], TokenAttention | None]  # of heads, of their channels, of tokens along a side
+Form = Callable[[int, int, Grid], TokenAttention | None]  # of heads, of their channels, of the picture or video
 DENSE = "softmax"
 FORMS: dict[str, Form] = {
-    DENSE: lambda heads, width, side: None,
-    "circle r=8": lambda heads, width, side: _local(heads, width, Window("circle", 8, 8)),
-    "3 x 3 tiles of 8 x 8": lambda heads, width, side: _local(heads, width, Window("tiles", 3, 8)),
-    "linear, relu": lambda heads, width, side: LinearAttention("bench", TokenLayout(), heads, width, False, 0, "relu"),
-    "keys of 2 x 2": lambda heads, width, side: CompressedKeys("bench", TokenLayout(), heads, width, False, 0, 2),
-    "9 tiles of 8 x 8, online": lambda heads, width, side: _sparse(heads, width, None),
-    "9 tiles of 8 x 8, calibrated": lambda heads, width, side: _sparse(heads, width, (side, side)),
+    DENSE: lambda heads, width, grid: None,
+    "circle r=8": lambda heads, width, grid: _local(heads, width, Window("circle", 8, 8)),
+    "3 x 3 tiles of 8 x 8": lambda heads, width, grid: _local(heads, width, Window("tiles", 3, 8)),
+    "linear, relu": lambda heads, width, grid: LinearAttention("bench", TokenLayout(), heads, width, False, 0, "relu"),
+    "keys of 2 x 2": lambda heads, width, grid: CompressedKeys("bench", TokenLayout(), heads, width, False, 0, 2),
+    "9 tiles of 8 x 8, online": lambda heads, width, grid: _sparse(heads, width, None),
+    "9 tiles of 8 x 8, calibrated": lambda heads, width, grid: _sparse(heads, width, (grid.height, grid.width)),
+}
+VIDEO_FORMS: dict[str, Form] = {
+    DENSE: FORMS[DENSE],
+    "3 x 3 tiles of 4 x 8 x 8, all frames": lambda heads, width, grid: _local(
+        heads, width, Window("tiles", 3, 8, 0, 4)
+    ),
+    "3 x 3 x 3 tiles of 4 x 8 x 8": lambda heads, width, grid: _local(heads, width, Window("tiles", 3, 8, 3, 4)),
 }
 ENGINES = ("torch", "onnxruntime")
 FITTED_FROM = 1024  # tokens; with fewer, what is paid once for a call counts
@@ -73,7 +80,7 @@ def _sparse(heads: int, width: int, picture: tuple[int, int] | None) -> TokenAtt
     return part
 
 
-def onnx_model(part: TokenAttention | None, shape: list[int], side: int) -> ir.Model:
+def onnx_model(part: TokenAttention | None, shape: list[int], grid: Grid) -> ir.Model:
     """Queries, keys, values -> the attention, lowered for the CPU; None is softmax over all tokens."""
     floats = ir.TensorType(ir.DataType.FLOAT)
     given = [ir.Value(name=name, shape=ir.Shape(shape), type=floats) for name in ("query", "key", "value")]
@@ -81,7 +88,7 @@ def onnx_model(part: TokenAttention | None, shape: list[int], side: int) -> ir.M
     if part is None:
         node = ir.node("Attention", given)
     else:
-        sizes = [ir.tensor([number]) for number in (0, side, side, 1)]
+        sizes = [ir.tensor([number]) for number in (0, grid.height, grid.width, grid.frames)]
         tensors = [*sizes, *(ir.tensor(tensor.numpy()) for tensor in part.tensors())]
         for number, tensor in enumerate(tensors):
             kind = ir.TensorType(tensor.dtype)
@@ -106,31 +113,31 @@ def onnx_model(part: TokenAttention | None, shape: list[int], side: int) -> ir.M
     return model
 
 
-def caller(engine: str, part: TokenAttention | None, inputs: list[Tensor], side: int) -> Callable[[], object]:
+def caller(engine: str, part: TokenAttention | None, inputs: list[Tensor], grid: Grid) -> Callable[[], object]:
     """One call of the attention."""
     if engine == "torch":
         if part is None:
             query, key, value = inputs
             return lambda: F.scaled_dot_product_attention(query, key, value)
-        part.grid = Grid(0, side, side)
+        part.grid = grid
         return lambda: part(*inputs, None, None)
-    model = onnx_model(part, list(inputs[0].shape), side)
+    model = onnx_model(part, list(inputs[0].shape), grid)
     session = open_session(ir.to_proto(model).SerializeToString(), session_options(1))
     arrays = {name: tensor.numpy() for name, tensor in zip(("query", "key", "value"), inputs, strict=True)}
     return lambda: session.run(None, arrays)
 
 
-def measured(engine: str, form: str, tokens: int, heads: int, width: int, runs: int) -> tuple[float, float]:
+def measured(engine: str, form: Form, grid: Grid, heads: int, width: int, runs: int) -> tuple[float, float]:
     """(milliseconds of the processor, megabytes beyond the inputs) of one call, the latter with what the session keeps."""
     receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
 
     def work() -> None:
         torch.set_num_threads(1)
         generator = torch.Generator().manual_seed(0)
-        inputs = [torch.randn(1, heads, tokens, width, generator=generator) for _ in range(3)]
+        inputs = [torch.randn(1, heads, grid.image, width, generator=generator) for _ in range(3)]
         before = _resident()
         with torch.no_grad():
-            call = caller(engine, FORMS[form](heads, width, isqrt(tokens)), inputs, isqrt(tokens))
+            call = caller(engine, form(heads, width, grid), inputs, grid)
             times = []
             for _ in range(runs + 1):  # the first one warms up
                 began = time.process_time()
@@ -180,32 +187,47 @@ def draw(found: Mapping[tuple[str, int, str], Mapping[int, float]], path: Path) 
 @click.command()
 @click.option("--heads", default=1, show_default=True)
 @click.option("--widths", default="64,72", show_default=True, help="Channels of a head.")
-@click.option("--tokens", default="256,1024,4096,16384,65536", show_default=True, help="Squares of whole numbers.")
+@click.option(
+    "--tokens", default="256,1024,4096,16384,65536", show_default=True, help="Each frame's a square of a whole number."
+)
+@click.option(
+    "--frames", default=1, show_default=True, help="Above 1, of windows in videos, whose tokens are counted so."
+)
 @click.option("--dense-up-to", default=16384, show_default=True, help="Tokens beyond which softmax is left out.")
 @click.option("--runs", default=5, show_default=True)
 @click.option("--only", multiple=True, type=click.Choice(list(FORMS)), help="Not all attentions, but these.")
 @click.option("--plot", type=click.Path(path_type=Path), help="An SVG file to be written.")
 def main(
-    heads: int, widths: str, tokens: str, dense_up_to: int, runs: int, only: tuple[str, ...], plot: Path | None
+    heads: int,
+    widths: str,
+    tokens: str,
+    frames: int,
+    dense_up_to: int,
+    runs: int,
+    only: tuple[str, ...],
+    plot: Path | None,
 ) -> None:
     """Print one row for each engine, width and form."""
     sizes = [int(size) for size in tokens.split(",")]
+    sides = {size: isqrt(size // frames) for size in sizes}
+    forms, compared = (FORMS if frames == 1 else VIDEO_FORMS), COMPARED_AT if COMPARED_AT in sizes else sizes[-1]
     found: dict[tuple[str, int, str], dict[int, float]] = {}
     rows = []
     for engine in ENGINES:
         for width in (int(size) for size in widths.split(",")):
-            for form in only or FORMS:
+            for form in only or forms:
                 cells, times = [], found.setdefault((engine, width, form), {})
                 for size in sizes:
                     if form == DENSE and size > dense_up_to:
                         cells.append("-")
                         continue
-                    times[size], megabytes = measured(engine, form, size, heads, width, runs)
+                    grid = Grid(0, sides[size], sides[size], frames=frames)
+                    times[size], megabytes = measured(engine, forms[form], grid, heads, width, runs)
                     cells.append(f"{times[size]:.2f} ms, {megabytes:.0f} MB")
                 dense = found.get(("onnxruntime", width, DENSE), {}) if engine == "onnxruntime" else {}
-                ratio = f"{dense[COMPARED_AT] / times[COMPARED_AT]:.1f}x" if COMPARED_AT in dense else "-"
+                ratio = f"{dense[compared] / times[compared]:.1f}x" if compared in dense else "-"
                 rows.append([engine, str(width), form, *cells, f"{exponent(times):.2f}", ratio])
-    last = [f"exponent from {FITTED_FROM}", f"speed at {COMPARED_AT}"]
+    last = [f"exponent from {FITTED_FROM}", f"speed at {compared}"]
     table(["engine", "width", f"attention, heads: {heads}", *(f"{size} tokens" for size in sizes), *last], rows)
     if plot is not None:
         draw(found, plot)

@@ -19,6 +19,7 @@ from ditq.passes.base import register, setting
 from ditq.passes.gate import limit_setting
 
 FORMS = ("joined", "added")
+FRAMES_OF_A_BLOCK = 4  # of a video: queries of so many frames share the keys of their window, which is in all frames
 
 
 @register
@@ -61,7 +62,8 @@ class LinearAttentionPass(FittedConversion):
             )
         window = None
         if self.window:
-            window = Window("circle" if self.shape == "circle" else "tiles", self.window, self.tile)
+            tile_frames = FRAMES_OF_A_BLOCK if place.layout.frames else 1
+            window = Window("circle" if self.shape == "circle" else "tiles", self.window, self.tile, 0, tile_frames)
             if window.covers(*place.grid.sides):
                 return None
         known = usual if self.temperature else 0
