@@ -22,6 +22,8 @@ from ditq.numerics.carrier import E4M3
 from ditq.numerics.rounding import ColumnLevels
 from ditq.numerics.weight_code import SMALLEST_SCALE, Fit, WeightCode, check_fit, row_chunks
 
+_GROUP_TURNS = 2  # before the first sweeps; each costs as much as a sweep, and those after them gain less than one
+_AT_ONCE = 1 << 24  # weights whose rows are settled together: each column is a turn of its own, whatever it holds
 _RIDGE = 1e-6  # of the normal equations' mean diagonal: a group whose codes all stand for almost nothing stays solvable
 
 
@@ -52,7 +54,7 @@ def refine(
     diagonal += max(damping, 1e-6) * diagonal[diagonal > 0].mean()
     codes, scale = code.codes.clone(), code.scale.clone()
     multiplier = None if code.multiplier is None else code.multiplier.clone()
-    for rows in row_chunks(*weight.shape):
+    for rows in row_chunks(*weight.shape, _AT_ONCE):
         part = _rows_of(fit, code, rows)
         found = _descend(weight[rows].float(), damped, part, codes[rows].clone(), sweeps, block)
         codes[rows], scale[rows] = found.codes, found.fit.scale
@@ -79,8 +81,8 @@ class _State:
         return cls(fit, codes, values, (weight - values) @ hessian)
 
     def errors(self, weight: Tensor) -> Tensor:
-        """E of each row, float64 [R]."""
-        return (self.pull.double() * (weight - self.values)).sum(1)
+        """E of each row [R]."""
+        return (self.pull * (weight - self.values)).sum(1)
 
     def where(self, better: Tensor, other: _State) -> _State:
         """This state, with the rows marked in `better` [R] taken from the other."""
@@ -104,52 +106,57 @@ def _rows_of(fit: Fit, code: WeightCode, rows: slice) -> Fit:
 def _descend(weight: Tensor, hessian: Tensor, fit: Fit, codes: Tensor, sweeps: int, block: int) -> _State:
     wanted = weight @ hessian
     first = state = _State.of(weight, hessian, fit, codes)
-    for _ in range(sweeps):
-        state = _rescaled(weight, hessian, wanted, state)
-        codes = _swept(hessian, state, block)
+    for turn in range(sweeps + 1):
+        if fit.groups > 1 and turn < _GROUP_TURNS:
+            state = _with_group_scales(weight, hessian, state)
+        state = _with_row_scales(wanted, state)
+        if turn == sweeps:
+            break
+        codes = state.codes
+        state = _swept(hessian, state, block)
         if torch.equal(codes, state.codes):
             break
-        state = _State.of(weight, hessian, state.fit, codes)
-    else:
-        state = _rescaled(weight, hessian, wanted, state)
-    # Both steps can only gain in exact arithmetic; in float32 a row that was settled may lose its last digits.
+    state = _State.of(weight, hessian, state.fit, state.codes)
+    # Each step can only gain in exact arithmetic; in float32 a row that was settled may lose its last digits.
     return first.where(state.errors(weight) < first.errors(weight), state)
 
 
-def _swept(hessian: Tensor, state: _State, block: int) -> Tensor:
-    """The codes after every column has had its turn: uint8 [R, I]."""
+def _swept(hessian: Tensor, state: _State, block: int) -> _State:
+    """The state after every column has had its turn."""
     values = state.values.T.contiguous()  # [I, R]: a column of the weight is a row here
-    gradient = state.pull.T.contiguous()
+    pull = state.pull.T.contiguous()
     codes, levels = torch.empty(values.shape, dtype=torch.uint8, device=values.device), ColumnLevels(state.fit)
     for start in range(0, len(values), block):
         part = slice(start, min(start + block, len(values)))
-        local, moved = gradient[part].clone(), torch.empty_like(values[part])
+        local, moved = pull[part].clone(), torch.empty_like(values[part])
         for column in range(part.start, part.stop):
             i = column - start
             codes[column], level = levels.nearest(column, values[column] + local[i] / hessian[column, column])
             torch.sub(level, values[column], out=moved[i])
             local[i + 1 :].addr_(hessian[column, column + 1 : part.stop], moved[i], alpha=-1)
-        gradient[part.stop :] -= hessian[part.stop :, part] @ moved
-    return codes.T.contiguous()
+        values[part] += moved
+        pull.addmm_(hessian[:, part], moved, alpha=-1)
+    return _State(state.fit, codes.T.contiguous(), values.T.contiguous(), pull.T.contiguous())
 
 
-def _rescaled(weight: Tensor, hessian: Tensor, wanted: Tensor, state: _State) -> _State:
-    """The state with the scales, and multipliers, that suit its codes best; wanted = W H. Each row keeps what is best."""
-    if state.fit.groups > 1:
-        normal, right = _normal_equations(hessian, state)
-        ridge = _RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(SMALLEST_SCALE)
-        normal.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-        factor = 1 + torch.linalg.solve_ex(normal, right)[0].float()  # the ridge draws towards 1
-        factor = torch.where(factor.isfinite() & (factor > 0), factor, torch.ones_like(factor))
-        # Multipliers are rounded, so what they give is measured.
-        other = _State.of(weight, hessian, _scaled_groups(state.fit, factor), state.codes)
-        state = state.where(other.errors(weight) < state.errors(weight), other)
+def _with_group_scales(weight: Tensor, hessian: Tensor, state: _State) -> _State:
+    """The state with the scales of groups that suit its codes best, in the rows that gain by them."""
+    normal, right = _normal_equations(hessian, state)
+    ridge = _RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1).clamp_min(SMALLEST_SCALE)
+    normal.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    factor = 1 + torch.linalg.solve_ex(normal, right)[0].float()  # the ridge draws towards 1
+    factor = torch.where(factor.isfinite() & (factor > 0), factor, torch.ones_like(factor))
+    # Multipliers are rounded, so what they give is measured.
+    other = _State.of(weight, hessian, _scaled_groups(state.fit, factor), state.codes)
+    return state.where(other.errors(weight) < state.errors(weight), other)
+
+
+def _with_row_scales(wanted: Tensor, state: _State) -> _State:
+    """The state with the scale of each row that suits its codes best; wanted = W H."""
     fit, values, reached = state.fit, state.values, wanted - state.pull  # Q H
-    own = (reached.double() * values).sum(1)
-    more = (state.pull.double() * values).sum(1) / own.clamp_min(
-        torch.finfo(torch.float64).tiny
-    )  # of each scale: f - 1
-    more = torch.where((own > 0) & (more > -1), more, torch.zeros_like(more)).float()[:, None]
+    own = (reached * values).sum(1)
+    more = (state.pull * values).sum(1) / own.clamp_min(torch.finfo(torch.float32).tiny)  # of a scale: f - 1
+    more = torch.where((own > 0) & (more > -1), more, torch.zeros_like(more))[:, None]
     scale = fit.scale * (1 + (more[:, 0] if fit.scale.dim() == 1 else more))
     fit = replace(fit, scale=scale.clamp_min(SMALLEST_SCALE))
     return _State(fit, state.codes, values * (1 + more), state.pull - more * reached)
@@ -163,9 +170,9 @@ def _normal_equations(hessian: Tensor, state: _State) -> tuple[Tensor, Tensor]:
     for group in range(groups):
         start = group * size
         product = values[:, start : start + size] @ hessian[start : start + size, start:]
-        row = (product.double() * values[:, start:]).unflatten(1, (groups - group, size)).sum(2)
+        row = product.mul_(values[:, start:]).unflatten(1, (groups - group, size)).sum(2)
         normal[:, group, group:] = normal[:, group:, group] = row
-    return normal, (state.pull.double() * values).unflatten(1, (groups, size)).sum(2)
+    return normal, (state.pull * values).unflatten(1, (groups, size)).sum(2).double()
 
 
 def _scaled_groups(fit: Fit, factor: Tensor) -> Fit:

@@ -23,9 +23,9 @@ _AT_ONCE = 1 << 21  # elements of a weight that are widened at a time
 SMALLEST_SCALE = 1e-30  # an all-zero row: positive, since kernels may divide by it, yet no weight that anyone can see
 
 
-def row_chunks(rows: int, width: int) -> Iterator[slice]:
-    """Slices of rows of at most `_AT_ONCE` elements, so that extra memory stays bounded for every size of weight."""
-    step = max(1, _AT_ONCE // max(width, 1))
+def row_chunks(rows: int, width: int, at_once: int = _AT_ONCE) -> Iterator[slice]:
+    """Slices of rows of at most `at_once` elements, so that extra memory stays bounded for every size of weight."""
+    step = max(1, at_once // max(width, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
