@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_BAND = 128
+
 
 def packed(matrices: Tensor) -> Tensor:
     """Symmetric [M, C, C] -> their upper triangles row after row [M, C (C + 1) / 2]."""
@@ -18,5 +20,11 @@ def unpacked(triangles: Tensor, width: int) -> Tensor:
     for matrix, triangle in zip(matrices, triangles, strict=True):
         for place, part in enumerate(triangle.split(sizes)):
             matrix[place, place:] = part
-        matrix.add_(matrix.triu(1).mT)
+        for start in range(0, width, _BAND):  # below the diagonal, in pieces that a processor's cache holds
+            for left in range(start, width, _BAND):
+                above = matrix[start : start + _BAND, left : left + _BAND]
+                if left == start:
+                    above += above.triu(1).mT
+                else:
+                    matrix[left : left + _BAND, start : start + _BAND] = above.mT
     return matrices

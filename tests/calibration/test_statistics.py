@@ -249,10 +249,12 @@ def test_what_statistics_will_take_on_disk_is_told_before(
 
 
 def test_a_triangle_holds_the_whole_symmetric_matrix() -> None:
-    rows = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
-    matrices = rows.mT @ rows
-    matrices = (matrices + matrices.mT) / 2
-    assert packed(matrices).shape == (3, 15) and torch.equal(unpacked(packed(matrices), 5), matrices)
+    for width in (5, 300):  # one piece, and several with an odd one
+        rows = torch.randn(3, 7, width, generator=torch.Generator().manual_seed(0))
+        matrices = rows.mT @ rows
+        matrices = (matrices + matrices.mT) / 2
+        assert packed(matrices).shape == (3, width * (width + 1) // 2)
+        assert torch.equal(unpacked(packed(matrices), width), matrices)
 
 
 def test_statistics_of_the_first_version_are_read(saved: Path, statistics: Statistics, tmp_path: Path) -> None:
