@@ -80,8 +80,8 @@ class DiTGraph:
         return self.model.get_submodule(name)
 
     def replace(self, name: str, module: nn.Module) -> None:
-        """Put `module` in the place of what stands at `name`."""
-        self.model.set_submodule(name, module)
+        """Put `module` in the place of what stands at `name`, in the same mode (training or evaluation)."""
+        self.model.set_submodule(name, module.train(self.model.get_submodule(name).training))
 
     def text_sites(self, changing: Collection[str]) -> list[str]:
         """Linears that compute the same at every step of a trajectory, where keys and values of attention are among them.

@@ -54,7 +54,7 @@ def refine(
     diagonal += max(damping, 1e-6) * diagonal[diagonal > 0].mean()
     codes, scale = code.codes.clone(), code.scale.clone()
     multiplier = None if code.multiplier is None else code.multiplier.clone()
-    for rows in row_chunks(*weight.shape, _AT_ONCE):
+    for rows in row_chunks(len(weight), weight.shape[1], _AT_ONCE):
         part = _rows_of(fit, code, rows)
         found = _descend(weight[rows].float(), damped, part, codes[rows].clone(), sweeps, block)
         codes[rows], scale[rows] = found.codes, found.fit.scale

@@ -55,6 +55,7 @@ def test_every_feed_forward_becomes_a_mixture_of_its_own_channels(checkpoint, st
     report = run(graph, statistics, {"moe": EXPERTS})[0]
     mixtures = [part for part in graph.model.modules() if isinstance(part, MixtureOfExperts)]
     assert len(mixtures) == count == len(report.rows)
+    assert not any(part.training for part in graph.model.modules())  # in training they would keep gradients
     for row in report.rows:
         assert 0 <= row["error"] < 1 and sum(row["load"]) == pytest.approx(2 * (1 - row["dropped"]), abs=1e-3)
     # nothing new but routers: what is left of the parameters of linears is what was there

@@ -62,6 +62,10 @@ class SeparateFeedForward(StructuralPart):
         out = nn.Linear(joint.in_features - split, joint.out_features, device="meta")
         out.weight = nn.Parameter(joint.weight[:, split:].detach().clone(), requires_grad=False)
         out.bias = nn.Parameter(torch.zeros_like(joint.weight[:, 0]), requires_grad=False)
-        model.set_submodule(place, cls(other, spec["linear_in"], spec["activation"]))
-        model.set_submodule(spec["linear_in"], FeedForwardOfBlock(linear_in, activation, out))
-        model.set_submodule(spec["activation"], nn.Identity())
+        made: dict[str, nn.Module] = {
+            place: cls(other, spec["linear_in"], spec["activation"]),
+            spec["linear_in"]: FeedForwardOfBlock(linear_in, activation, out),
+            spec["activation"]: nn.Identity(),
+        }
+        for name, module in made.items():
+            model.set_submodule(name, module.train(joint.training))
