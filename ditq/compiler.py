@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import copy
 import resource
-import shutil
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,13 +26,13 @@ from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.devices import AUTO, device_of
-from ditq.errors import DitqError, Interrupted
+from ditq.errors import DitqError
 from ditq.export.engine import Engine, check_replaceable, write_engine
 from ditq.export.plans.make import MadePlan, check_numbers, kinds_of_gpu, make_plans
 from ditq.export.plans.sizes import parse_sizes
 from ditq.export.targets import Target, target
 from ditq.export.weights_file import WEIGHTS
-from ditq.folders import check_output, remove, without_new_parents
+from ditq.folders import check_output, remove, work_folder
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.nn import QuantLinear
@@ -129,7 +127,7 @@ def compile(
     if budget is not None and budget.kind == "psnr":
         pipeline_class(checkpoint)
     clock = _Clock()
-    with _work_folder(out, options.resume) as work:
+    with work_folder(out, options.resume) as work:
         checkpoint.check()
         inputs = example_inputs(checkpoint)
         # What passes would leave is seen without weights, so that while it is calibrated the model is in memory once.
@@ -231,34 +229,6 @@ def _kinds_of_gpu(wanted: Target, options: CompileOptions) -> list[str]:
         return []
     parse_sizes(options.sizes or "")
     return kinds_of_gpu(options.gpus)
-
-
-@contextmanager
-def _work_folder(out: Path, resume: bool) -> Iterator[Path]:
-    """Where finished parts are kept while an engine is made: `.NAME.work` beside it, made when something is put there.
-
-    An interruption keeps it for `--resume`. Success and errors remove it, except that an error in a resumed compile
-    leaves what the interrupted one had, so that a mistyped option does not cost the work of hours.
-    """
-    work = out.absolute().parent / f".{out.name}.work"
-    if work.exists() and not resume:
-        remove(work)
-    resumed = work.exists()
-    with without_new_parents(out):
-        try:
-            yield work
-        except KeyboardInterrupt as error:
-            if not any(work.rglob("*.safetensors")):  # nothing finished yet
-                shutil.rmtree(work, ignore_errors=True)
-                raise
-            raise Interrupted(
-                f"interrupted; run again with --resume to go on (finished parts are in {work})"
-            ) from error
-        except BaseException:
-            if not resumed:
-                shutil.rmtree(work, ignore_errors=True)
-            raise
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def run_passes(

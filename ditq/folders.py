@@ -1,4 +1,4 @@
-"""Check where output goes before any work is done, and leave no empty folders behind where the work then fails."""
+"""Where output goes: checked before any work is done, made beside its place, and nothing left behind where the work fails."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ditq.errors import DitqError
+from ditq.errors import DitqError, Interrupted
 
 
 def check_output(path: Path, force: bool) -> None:
@@ -39,3 +39,31 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def work_folder(out: Path, resume: bool) -> Iterator[Path]:
+    """Where finished parts are kept while an engine is made: `.NAME.work` beside it, made when something is put there.
+
+    An interruption keeps it for `--resume`. Success and errors remove it, except that an error in a resumed compile
+    leaves what the interrupted one had, so that a mistyped option does not cost the work of hours.
+    """
+    work = out.absolute().parent / f".{out.name}.work"
+    if work.exists() and not resume:
+        remove(work)
+    resumed = work.exists()
+    with without_new_parents(out):
+        try:
+            yield work
+        except KeyboardInterrupt as error:
+            if not any(work.rglob("*.safetensors")):  # nothing finished yet
+                shutil.rmtree(work, ignore_errors=True)
+                raise
+            raise Interrupted(
+                f"interrupted; run again with --resume to go on (finished parts are in {work})"
+            ) from error
+        except BaseException:
+            if not resumed:
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
