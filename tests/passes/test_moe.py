@@ -219,13 +219,15 @@ def test_later_passes_are_checked_on_a_sketch_of_the_experts():
     assert "transformer_blocks.0.ff.router" not in plan
 
 
-@pytest.mark.parametrize("choice", ["token", "expert"])
-def test_an_engine_of_experts_runs_low_bit_and_agrees(checkpoint, statistics, tmp_path, choice):
+EXPORTED = {"token": "transformer_blocks.0.ff.net.2", "expert": "single_transformer_blocks.0.proj_out"}
+
+
+def test_an_engine_of_experts_runs_low_bit_and_agrees(checkpoint, statistics, tmp_path):
     recipe = Recipe.from_dict(
         {
             "passes": [
-                {"moe": {"experts": 4, "choice": choice, "samples": 24, "rows": 512,
-                         "select": ["transformer_blocks.0.ff.net.2", "single_transformer_blocks.0.proj_out"]}},
+                *({"moe": {"experts": 4, "choice": choice, "samples": 24, "rows": 512, "select": [site]}}
+                  for choice, site in EXPORTED.items()),
                 {"smooth": {"alpha": 0.5}},
                 {"rotate": {"mode": "hadamard"}},
                 {"quantize": {"format": "w4a8"}},
