@@ -240,7 +240,8 @@ def test_an_engine_of_experts_runs_low_bit_and_agrees(checkpoint, statistics, tm
     )
     experts = [entry for entry in result.engine.planned if ".experts." in entry.site]
     assert len(experts) == 16 and {entry.kind for entry in experts} == {"integer"}
-    assert result.engine.manifest["structure"]["structural"]
+    parts = result.engine.manifest["structure"]["structural"]
+    assert {part["spec"]["choice"] for part in parts if part["kind"] == MixtureOfExperts.kind} == set(EXPORTED)
     assert not prove_fusion(result.engine).not_fused
     inputs = example_inputs(checkpoint)
     torch_form = load_engine(tmp_path / "engine", target="torch")(**inputs, return_dict=False)[0]
