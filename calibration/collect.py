@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +16,11 @@ from ditq.calibration.statistics import INDEX, InputStatistics, Statistics, read
 from ditq.calibration.storage import ditq_version
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
+from ditq.memory import free_memory
 from ditq.parts import InputGroup
 from ditq.progress import ProgressBar, ProgressSetting, progress_bar
 from ditq.suggest import unknown_key
 
-LEAST_MEMORY = 2 << 30
 MOST_BY_BIN = 2 << 30  # bytes of second moments beyond which they are summed over all bins
 ROWS = 1 << 18  # of the input with most; calls beyond that are left out, evenly
 ROWS_A_CHANNEL = 8  # at least, of the widest input
@@ -148,13 +147,6 @@ def _origin(trajectories: Trajectories) -> dict[str, Any]:
         "timesteps": trajectories.timesteps,
         "timestep_arguments": trajectories.timestep_arguments,
     }
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be had there now; of the CPU's at least 4 GiB are taken to be free."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return max(int(psutil.virtual_memory().available), 2 * LEAST_MEMORY)
 
 
 def _enough_calls(graph: DiTGraph, trajectories: Trajectories, groups: list[InputGroup], bins: int) -> list[int]:

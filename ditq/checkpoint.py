@@ -20,6 +20,7 @@ from torch import nn
 
 from ditq.errors import DitqError
 from ditq.families import CHANGING, Family, family_of
+from ditq.memory import on_disk
 from ditq.quiet import quiet_libraries
 from ditq.safetensors_files import TensorFile, TensorInfo, open_tensor_files
 
@@ -168,16 +169,22 @@ class Checkpoint:
             )
         return found
 
-    def load_model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The transformer in memory, in `dtype`, for evaluation only (no gradients).
+    def load_model(self, dtype: torch.dtype = torch.float32, offload: Path | None = None) -> nn.Module:
+        """The transformer in `dtype`, for evaluation only (no gradients): in memory, or with its large tensors in the folder
+        `offload` (memory.py); those of a single file in its authors' naming are in memory at first.
 
         Raises:
             DitqError: a missing tensor, a wrong shape, NaN or infinity in the weights.
+            OSError: `offload` is full, or cannot be written.
         """
         model = self._empty_model()
         expected = model.state_dict()
         if self._in_original_names(expected):
-            return self._load_original_names(dtype)
+            model = self._load_original_names(dtype)
+            if offload is not None:
+                for parameter in model.parameters():
+                    parameter.data = on_disk(parameter.data, offload, dtype)
+            return model
         self._check_against(expected)
         unexpected = sorted(set(self._places) - set(expected))
         if unexpected:
@@ -186,7 +193,8 @@ class Checkpoint:
 
         for name in expected:
             tensor = self._finite(name, self.read(name))
-            value = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            kept_as = dtype if tensor.is_floating_point() else tensor.dtype
+            value = tensor.to(kept_as) if offload is None else on_disk(tensor, offload, kept_as)
             set_module_tensor_to_device(model, name, "cpu", value=value, dtype=value.dtype)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):

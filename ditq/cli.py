@@ -83,12 +83,14 @@ def cli() -> None:
 @click.option("--config", type=click.Path(path_type=Path), help="config.json of a single .safetensors file.")
 @click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option("--device", default="auto", show_default=True, help=_DEVICE_HELP)
+@click.option("--offload", default="auto", show_default=True, type=click.Choice(["auto", "disk", "none"]),
+              help="Where float32 weights stand while passes work on them; auto: on disk if over half of free memory.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on where an interrupted compile to the same folder stopped.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 def compile_command(checkpoint: str, out: Path, recipe: str, budget: str | None, candidates: str | None, target: str,
                     gpus: tuple[str, ...], sizes: str | None, prompts: Path | None, limit: int | None,
                     steps: int | None, stats: Path | None, evaluated: int, cache_text: bool, config: Path | None,
-                    seed: int, device: str, resume: bool, force: bool) -> None:  # fmt: skip
+                    seed: int, device: str, offload: str, resume: bool, force: bool) -> None:  # fmt: skip
     """Compile CHECKPOINT (a folder, a .safetensors file, or `mini`) into an engine folder with a report.
 
     \b
@@ -111,7 +113,7 @@ def compile_command(checkpoint: str, out: Path, recipe: str, budget: str | None,
     asked = None if budget is None else Budget.parse(budget, candidates)
     options = CompileOptions(target=target, conditions=prompts, limit=limit, steps=steps, statistics=stats,
                              budget=asked, seed=seed, resume=resume, force=force, cache_text=cache_text, gpus=gpus,
-                             sizes=sizes, device=device)  # fmt: skip
+                             sizes=sizes, device=device, offload=offload)  # fmt: skip
     opened = Checkpoint.open(checkpoint, config)
     if not processes.is_first():
         take_part(opened, recipe, replace(options, progress=False))
@@ -133,6 +135,10 @@ def compile_command(checkpoint: str, out: Path, recipe: str, budget: str | None,
     if not result.plans and export_target(target).plans:
         click.echo(f"{'plan':10s} none: no TensorRT is installed; later: ditq plan {out}")
     laps = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in result.seconds.items())
+    if result.offloaded:
+        click.echo(
+            f"{'weights':10s} stood on disk; what of them was in memory because there was room counts in the peak"
+        )
     click.echo(f"{'time':10s} {laps}; peak memory {result.peak_memory / 2**30:.1f} GiB")
     if evaluated and opened.pipeline_root is not None:
         _print_evaluation(report_on(out, opened, limit=evaluated, device=device, speed=False))

@@ -6,7 +6,7 @@ This file is the whole path at a glance; each step lives in its own module.
 from __future__ import annotations
 
 import copy
-import resource
+import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +24,7 @@ from ditq.calibration.calibrate import TRAJECTORIES, calibrate, pipeline_class
 from ditq.calibration.collect import collect_statistics
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
+from ditq.calibration.storage import make_folder
 from ditq.checkpoint import Checkpoint
 from ditq.devices import AUTO, device_of
 from ditq.errors import DitqError
@@ -35,17 +36,21 @@ from ditq.export.weights_file import WEIGHTS
 from ditq.folders import check_output, remove, work_folder
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
+from ditq.memory import free_memory, peak_memory
 from ditq.nn import QuantLinear
 from ditq.nn.structural.scheduled_block import edges_of
 from ditq.nn.structural.token_attention import token_attentions
 from ditq.passes import Context, PassReport
+from ditq.passes.base import CPU
 from ditq.passes.block_records import tensors_of
 from ditq.passes.distill import Distill
 from ditq.passes.quantize import Quantize
 from ditq.progress import ProgressSetting
 from ditq.recipe import DEFAULT, Recipe, load_recipe
 from ditq.site_cache import FolderSiteCache
+from ditq.suggest import unknown_key
 
+OFFLOAD = (AUTO, "disk", "none")
 UNCHANGED = 1e-2  # of the answer: what float32 loses is 1e-6 to 1e-4, what a wrong fold does 1e-1 and more
 
 
@@ -62,6 +67,8 @@ class CompileOptions:
         budget: formats of single linears are chosen so that this holds: `size=4.2MB`, `bits=3.5`, `psnr>=24`; or attentions:
             `attention_macs=0.3`, at most that share of the multiply-adds of softmax. Over a recipe's.
         device: where the model runs while it is calibrated, and where weights are rounded: `auto`, `cpu`, `cuda` (devices.py).
+        offload: whether the float32 weights stand on disk while passes work on them: `disk`, `none`, or `auto`, which is where
+            they would take more than half of the memory that is free. The files lie beside the output and have no names.
         seed: seed of every random choice.
         resume: go on where an interrupted compile of the same output stopped.
         force: replace the output folder if it exists.
@@ -79,6 +86,7 @@ class CompileOptions:
     statistics: str | Path | None = None
     budget: Budget | str | None = None
     device: str = AUTO
+    offload: str = AUTO
     seed: int = 0
     resume: bool = False
     force: bool = False
@@ -91,7 +99,7 @@ class CompileOptions:
 @dataclass(frozen=True)
 class CompileResult:
     """What `compile` made. `seconds` by stage; `peak_memory` in bytes, of this process so far; `text_sites` are the linears
-    that run once for a prompt; `plans` were built for kinds of GPU.
+    that run once for a prompt; `plans` were built for kinds of GPU; `offloaded`: whether the weights stood on disk.
     """
 
     engine: Engine
@@ -101,6 +109,7 @@ class CompileResult:
     peak_memory: int = 0
     text_sites: tuple[str, ...] = ()
     plans: Sequence[MadePlan] = ()
+    offloaded: bool = False
 
 
 def compile(
@@ -118,6 +127,8 @@ def compile(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     _check_processes(options)
     device_of(options.device)
+    if options.offload not in OFFLOAD:
+        raise DitqError(unknown_key("offload", options.offload, list(OFFLOAD)))
     check_output(out, options.force)
     check_replaceable(out)
     wanted = target(options.target)
@@ -139,14 +150,15 @@ def compile(
         if budget is not None or any(step.requires_statistics for step in recipe.passes):
             statistics = _statistics(checkpoint, work, options)
         clock.lap("calibrate")
-        model = checkpoint.load_model()
+        weights = _weights_folder(checkpoint, work, options.offload)
+        model = checkpoint.load_model(offload=weights)
         graph = DiTGraph(model, inputs)
         if statistics is not None:
             statistics.check(graph)
         clock.lap("load")
         if budget is not None and statistics is not None:
             fitted = _fit(checkpoint, graph, recipe, budget, statistics, work, options)
-            recipe, model = fitted.recipe, checkpoint.load_model()
+            recipe, model = fitted.recipe, checkpoint.load_model(offload=weights)
             graph = DiTGraph(model, inputs)
             clock.lap("budget")
         reports = run_passes(graph, recipe, statistics, checkpoint, work, options, fitted)
@@ -177,7 +189,8 @@ def compile(
         if gpus:
             engine, plans = make_plans(engine, options.gpus, options.sizes, options.progress)
             clock.lap("plans")
-    return CompileResult(engine, recipe, reports, clock.seconds, peak_memory(), text_sites, plans)
+    offloaded = weights is not None
+    return CompileResult(engine, recipe, reports, clock.seconds, peak_memory(), text_sites, plans, offloaded)
 
 
 def take_part(
@@ -210,6 +223,15 @@ def _asked(recipe: Recipe, options: CompileOptions) -> tuple[Recipe, Budget | No
         if changed := next((step.name for step in recipe.passes if step.structural), None):
             raise DitqError(f"{recipe.name}: a budget chooses formats for the model as it came, not behind {changed!r}")
     return recipe, budget
+
+
+def _weights_folder(checkpoint: Checkpoint, work: Path, offload: str) -> Path | None:
+    """Where the weights stand while passes work on them; None for memory."""
+    size = sum(4 * math.prod(info.shape) for info in checkpoint.tensors().values())
+    if offload == "none" or (offload == AUTO and size <= free_memory(CPU) // 2):
+        return None
+    make_folder(folder := work / "weights")
+    return folder
 
 
 def _check_processes(options: CompileOptions) -> None:
@@ -374,11 +396,6 @@ def _check_size(engine: Engine, budget: Budget) -> None:
     if found > budget.value:
         remove(engine.folder)
         raise DitqError(f"budget {budget}: {WEIGHTS} has {found:,d} bytes, more than expected; ask for a little less")
-
-
-def peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class _Clock:

@@ -89,7 +89,8 @@ def _needed(values: Mapping[str, Any]) -> str:
     """What a compile takes, as far as the structure tells."""
     return (
         f"calibration keeps about {values['statistics_bytes'] / 1e9:.2g} GB of statistics on disk beside the recorded calls; "
-        f"compiling holds the weights in float32, {4 * values['parameters'] / 1e9:.2g} GB of memory"
+        f"compiling holds the weights in float32, {4 * values['parameters'] / 1e9:.2g} GB "
+        "of memory, or of disk where that is more than half of what is free"
     )
 
 

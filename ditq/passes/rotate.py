@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
+from ditq.nn.structural import StructuralPart
 from ditq.nn.transformed_linear import TransformedLinear
 from ditq.numerics.learned_rotation import refine
 from ditq.numerics.rotation import Rotation, head_rotation
@@ -39,6 +41,8 @@ class Rotate(Pass):
       where that helps on held-out rows; it costs at run time what that kind costs;
     - `literal`: the rule of LRQ-DiT (eq. 11-12): RMS below `threshold` -> Hadamard, else the two-step outlier-aware rotation;
     - `quantile`: the `quantile` of the inputs with the largest RMS get the outlier-aware rotation, the others Hadamard.
+
+    What the experts of a mixture give to their output linears gets one matrix, chosen by the errors of all of them.
 
     Source: QuaRot (Ashkboos 2024); SpinQuant (Liu 2024); LRQ-DiT (2025); DuQuant (Lin 2024) for the outlier-aware form. Every
     width is built from Paley and Sylvester matrices with random signs, or regular ones without.
@@ -148,10 +152,10 @@ class Rotate(Pass):
         selected = set(graph.select(self.select))
         self._rotate_values(graph, context, selected, report.rows)
         if self.online:
-            groups = [group for group in graph.groups.values() if set(group.sites) <= selected]
-            flagged = self._flagged(groups, context)
-            for group in context.track(self.name, groups):
-                report.rows.extend(self._rotate_group(graph, context, group, group.name in flagged))
+            together = _together(graph, [group for group in graph.groups.values() if set(group.sites) <= selected])
+            flagged = self._flagged(together, context)
+            for groups in context.track(self.name, together):
+                report.rows.extend(self._rotate_groups(graph, context, groups, groups[0].name in flagged))
         kinds = [row["kind"] for row in report.rows]
         report.summary = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
         products = sum(site.macs for site in graph.sites.values())
@@ -173,56 +177,93 @@ class Rotate(Pass):
                 kind = "offline learned" if measured else "offline"
                 rows.append({"input": group, "channels": f"{output.start}:{output.stop}", "kind": kind, **measured})
 
-    def _flagged(self, groups: list[InputGroup], context: Context) -> set[str]:
-        """Inputs that the RMS rule gives the outlier-aware rotation."""
+    def _flagged(self, together: list[list[InputGroup]], context: Context) -> set[str]:
+        """Inputs that the RMS rule gives the outlier-aware rotation, by the first of those that are rotated alike."""
         if self.mode not in ("literal", "quantile"):
             return set()
-        rms = {group.name: float(context.statistics(group.name).rms()) for group in groups}
+        rms = {
+            groups[0].name: max(float(context.statistics(group.name).rms()) for group in groups) for groups in together
+        }
         if self.mode == "literal":
             return {name for name, value in rms.items() if value >= self.threshold}
         ordered = sorted(rms, key=lambda name: rms[name], reverse=True)
         return set(ordered[: round(self.quantile * len(ordered))])
 
-    def _rotate_group(
-        self, graph: DiTGraph, context: Context, group: InputGroup, flagged: bool
+    def _rotate_groups(
+        self, graph: DiTGraph, context: Context, groups: list[InputGroup], flagged: bool
     ) -> list[dict[str, Any]]:
+        """Rotate inputs of one width alike."""
         rows = []
-        change = context.change(group.name)
-        for start, stop in _free_ranges(group.width, [part[:2] for part in change.rotations]):
-            statistics = context.statistics(group.name)
-            if self.mode in ("search", "learned"):
-                weights = [plain_linear(graph, site).weight for site in group.sites]
-                trial = Trial.of(statistics, weights, slice(start, stop))
-                kind, rotation, errors = self._search(trial, context.seed)
-            else:
-                kind = ("outlier" if flagged else "hadamard") if self.mode in ("literal", "quantile") else self.mode
-                sample = torch.empty(0, stop - start) if kind in DATA_FREE else statistics.sample[:, start:stop]
-                rotation, errors = KINDS[kind](sample, self._making(context.seed)), {}
-            row = {"input": group.name, "channels": f"{start}:{stop}", "kind": kind, "rms": float(statistics.rms())}
-            rows.append({**row, **{f"error {name}": value for name, value in errors.items()}})
-            if rotation is None:
-                continue
-            rotate_consumers(graph, group.sites, start, stop, rotation)
-            change.rotations.append((start, stop, rotation))
-            change.online.append((start, stop, rotation))
-        if change.online:
-            for site in group.sites:
-                graph.replace(site, TransformedLinear(plain_linear(graph, site), change.transform()))
+        changes = [context.change(group.name) for group in groups]
+        for start, stop in _free_ranges(groups[0].width, [part[:2] for part in changes[0].rotations]):
+            kind, rotation, errors = self._chosen(graph, context, groups, slice(start, stop), flagged)
+            for group, change in zip(groups, changes, strict=True):
+                rms = float(context.statistics(group.name).rms())
+                row = {"input": group.name, "channels": f"{start}:{stop}", "kind": kind, "rms": rms}
+                rows.append({**row, **{f"error {name}": value for name, value in errors.items()}})
+                if rotation is not None:
+                    rotate_consumers(graph, group.sites, start, stop, rotation)
+                    change.rotations.append((start, stop, rotation))
+                    change.online.append((start, stop, rotation))
+        for group, change in zip(groups, changes, strict=True):
+            if change.online:
+                for site in group.sites:
+                    graph.replace(site, TransformedLinear(plain_linear(graph, site), change.transform()))
         return rows
 
-    def _search(self, trial: Trial, seed: int) -> Choice:
-        """The kind to take, by error on rows that no kind was made from."""
-        fitted, held_out = trial.halves()
-        judge, reference = self._judge(), held_out.output()
-        made = {kind: KINDS[kind](fitted.rows, self._making(seed)) for kind in self._possible(trial.rows.shape[1])}
-        errors = {kind: judge.errors(held_out.rotated(rotation), reference) for kind, rotation in made.items()}
+    def _chosen(
+        self, graph: DiTGraph, context: Context, groups: list[InputGroup], channels: slice, flagged: bool
+    ) -> Choice:
+        if self.mode in ("search", "learned"):
+            trials = []
+            for group in groups:
+                weights = [plain_linear(graph, site).weight for site in group.sites]
+                trials.append(Trial.of(context.statistics(group.name), weights, channels))
+            return self._search(trials, context.seed)
+        kind = ("outlier" if flagged else "hadamard") if self.mode in ("literal", "quantile") else self.mode
+        if kind in DATA_FREE:
+            sample = torch.empty(0, channels.stop - channels.start)
+        else:
+            sample = torch.cat([context.statistics(group.name).sample[:, channels] for group in groups])
+        return kind, KINDS[kind](sample, self._making(context.seed)), {}
+
+    def _search(self, trials: list[Trial], seed: int) -> Choice:
+        """The kind to take for inputs that are rotated alike, by error on rows that no kind was made from."""
+        halves = [trial.halves() for trial in trials]
+        judge, references = self._judge(), [held_out.output() for _, held_out in halves]
+
+        def errors_of(rotation: Rotation | None) -> Tensor:
+            pairs = zip(halves, references, strict=True)
+            return torch.cat(
+                [judge.errors(held_out.rotated(rotation), reference) for (_, held_out), reference in pairs]
+            )
+
+        rows = torch.cat([fitted.rows for fitted, _ in halves])
+        made = {kind: KINDS[kind](rows, self._making(seed)) for kind in self._possible(rows.shape[1])}
+        errors = {kind: errors_of(rotation) for kind, rotation in made.items()}
         kind = choose(errors, self.tolerance)
         if self.mode == "learned" and (start := made[kind]) is not None:
-            learned, _, _ = refine(start, FakeQuantLoss(judge, fitted), self.steps)
+            losses = [FakeQuantLoss(judge, fitted) for fitted, _ in halves]
+            learned, _, _ = refine(
+                start, lambda rotation: torch.stack([loss(rotation) for loss in losses]).sum(), self.steps
+            )
             made["learned"] = learned
-            errors["learned"] = judge.errors(held_out.rotated(learned), reference)
+            errors["learned"] = errors_of(learned)
             kind = choose({kind: errors[kind], "learned": errors["learned"]}, 0.0)
         return kind, made[kind], {name: float(found.mean()) for name, found in errors.items()}
+
+
+def _together(graph: DiTGraph, groups: list[InputGroup]) -> list[list[InputGroup]]:
+    """The groups in their order, those that a structural part wants transformed alike as one."""
+    first: dict[str, str] = {}
+    for place, part in graph.model.named_modules():
+        if isinstance(part, StructuralPart):
+            for names in part.alike():
+                first |= {f"{place}.{name}": f"{place}.{names[0]}" for name in names}
+    found: dict[str, list[InputGroup]] = {}
+    for group in groups:
+        found.setdefault(first.get(group.name, group.name), []).append(group)
+    return list(found.values())
 
 
 def _free_ranges(width: int, taken: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 
 from ditq.calibration.calibrate import calibrate
 from ditq.calibration.statistics import Statistics
@@ -136,6 +137,25 @@ def test_scales_shifts_and_rotations_pass_through_experts_exactly(checkpoint, st
     run(again, statistics, {"moe": EXPERTS}, {"smooth": {"alpha": 0.5}}, {"rotate": {"mode": "hadamard"}})
     difference = (forward(again.model, inputs) - expected).norm() / expected.norm()
     assert float(difference) < 1e-4  # the same experts for every token, and float32
+
+
+@pytest.mark.parametrize("settings", [{"mode": "search", "format": "w4a4", "kinds": ["block_hadamard", "identity"]},
+                                      {"mode": "quantile", "quantile": 1.0}])  # fmt: skip
+def test_all_experts_of_a_feed_forward_get_one_rotation(checkpoint, statistics, settings):
+    """Chosen by all of them, so that one kernel rounds what goes into their output linears."""
+    graph = graph_of(checkpoint)
+    moe, rotate = run(graph, statistics, {"moe": EXPERTS}, {"rotate": {**settings, "tolerance": 0.0}})
+    kinds = {row["input"]: row["kind"] for row in rotate.rows}
+    for place, part in graph.model.named_modules():
+        if isinstance(part, MixtureOfExperts):
+            outputs = [f"{place}.{name}" for name in part.alike()[0]]
+            layers = [graph.linear(name) for name in outputs]
+            assert len({kinds[name] for name in outputs}) == 1 and len(layers) == EXPERTS["experts"]
+            if kinds[outputs[0]] == "identity":
+                continue
+            matrices = [layer.transform.rotations[0][2].matrix() for layer in layers]
+            assert all(torch.equal(matrix, matrices[0]) for matrix in matrices)
+    assert moe.rows and set(kinds.values()) - {"identity"}
 
 
 def test_pruned_feed_forwards_are_fitted_to_the_dense_ones(checkpoint, statistics):

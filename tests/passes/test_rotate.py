@@ -80,7 +80,7 @@ def test_search_rotates_where_a_channel_sticks_out_and_only_there() -> None:
         w[:, 3] /= peak
         moment = x.T.double() @ x.double() / len(x)
         trial = Trial(x, w, moment, x.double().mean(0), torch.zeros(48))
-        kind, rotation, errors = search._search(trial, 0)
+        kind, rotation, errors = search._search([trial], 0)
         assert (kind, rotation is None) == (wanted, wanted == "identity"), errors
 
 

@@ -39,6 +39,12 @@ class StructuralPart(nn.Module, ABC):
     def install(cls, model: nn.Module, place: str, spec: Mapping[str, Any]) -> None:
         """Put a part of this spec into `model` at the module path `place`; its weights are loaded afterwards."""
 
+    def alike(self) -> list[list[str]]:
+        """Linears in it, by their names from it on, whose inputs are to be transformed alike, so that one kernel can make them
+        all: those at one place in all experts.
+        """
+        return []
+
     def auxiliary_loss(self) -> Tensor | None:
         """What its last forward in training mode asks for besides the model's answer, such as a balanced load: a scalar with
         a gradient, 0 where all is well, given once. None where it asks for nothing.

@@ -125,6 +125,9 @@ class MixtureOfExperts(StructuralPart):
         loss, self._balance_loss = self._balance_loss, None
         return loss
 
+    def alike(self) -> list[list[str]]:
+        return [[f"experts.{number}.{self.form.output}" for number in range(len(self.experts))]]
+
     def spec(self) -> dict[str, Any]:
         return {
             "form": self.form.spec(),
