@@ -84,7 +84,7 @@ def cli() -> None:
 @click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option("--device", default="auto", show_default=True, help=_DEVICE_HELP)
 @click.option("--offload", default="auto", show_default=True, type=click.Choice(["auto", "disk", "none"]),
-              help="Where float32 weights stand while passes work on them; auto: on disk if over half of free memory.")  # fmt: skip
+              help="Where float32 weights stand during the passes; auto: on disk if over half of free memory.")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on where an interrupted compile to the same folder stopped.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 def compile_command(checkpoint: str, out: Path, recipe: str, budget: str | None, candidates: str | None, target: str,
