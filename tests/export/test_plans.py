@@ -181,8 +181,8 @@ def test_products_of_fp8_numbers_are_planned_proven_and_agree(tmp_path: Path) ->
         make_plans(engine, ["sm80"])
 
 
-@pytest.mark.parametrize("family", ["flux", "sd3", "pixart", "dit"])
-def test_products_of_fp4_numbers_are_planned_proven_and_agree_for_every_family(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["pixart", "dit"])
+def test_products_of_fp4_numbers_are_planned_proven_and_agree(family: str, tmp_path: Path) -> None:
     model = shallow_model(family)
     form = ActivationFormat(4, "tensor", "float4_e2m1", group_size=16)
     for name, linear in list(model.named_modules()):
