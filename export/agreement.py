@@ -147,7 +147,7 @@ def site_agreement(engine: Engine, inputs: Mapping[str, Any]) -> dict[str, float
     """
     graphs = _graphs(engine, inputs)
     linears = [entry for entry in engine.planned if entry.numbers is None and entry.graph in graphs]
-    names = [(entry.graph, name) for entry in linears for name in (entry.input, entry.output)]
+    names = [(entry.graph, name) for entry in linears for name in (entry.input, entry.output, entry.rows) if name]
     values = _values(engine, list(dict.fromkeys(names)), inputs)
     stored = load_file(engine.folder / WEIGHTS)
     errors = {}
@@ -157,7 +157,10 @@ def site_agreement(engine: Engine, inputs: Mapping[str, Any]) -> dict[str, float
         layer = QuantLinear.from_spec(engine.sites[entry.site], state)
         layer.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()})
         layer.timestep = inputs.get(ARGUMENT)
-        expected = layer(values[entry.graph, entry.input])
+        x = values[entry.graph, entry.input]
+        if entry.rows is not None:
+            x = x.flatten(0, -2)[values[entry.graph, entry.rows]]
+        expected = layer(x)
         errors[entry.site] = relative_difference(values[entry.graph, entry.output], expected)
     return errors
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common as cleanups
 
 from ditq.export.lowering.transforms import apply_transform, fingerprint
 from ditq.export.lowering.writer import Writer
@@ -87,14 +88,16 @@ def lower_layers(
         if key not in transformed:
             transformed[key] = apply_transform(writer, read, rank, layer.in_features, layer.transform)
         made = make(transformed[key], rank, layer, None if rows is None else rows.numbers)
-        planned.append(_placed(writer, node, layer, made))
+        planned.append(_placed(writer, node, layer, made, rows))
+    # What layers read whose rows are now chosen later: no runtime would leave it out by itself.
+    cleanups.RemoveUnusedNodesPass()(writer.model)
     writer.model.graph.opset_imports.pop(DOMAIN, None)
     return planned
 
 
-def _placed(writer: Writer, node: ir.Node, layer: QuantLinear, made: Made) -> PlannedMatMul:
+def _placed(writer: Writer, node: ir.Node, layer: QuantLinear, made: Made, rows: Rows | None) -> PlannedMatMul:
     """Take the node out of the graph in favour of what was made."""
-    x, y, result = node.inputs[0], made.output, node.outputs[0]
+    x, y, result = node.inputs[0] if rows is None else rows.source, made.output, node.outputs[0]
     y.shape, y.type = result.shape, result.type
     result.replace_all_uses_with(y, replace_graph_outputs=True)
     if y.is_graph_output():
@@ -103,4 +106,5 @@ def _placed(writer: Writer, node: ir.Node, layer: QuantLinear, made: Made) -> Pl
     inner = None if made.inner is None else made.inner.name
     assert x is not None and x.name is not None and made.product.name is not None and y.name is not None
     groups = tuple(product.name or "" for product in made.groups)
-    return PlannedMatMul(layer.site, made.kind, x.name, made.product.name, y.name, inner, groups=groups)
+    numbers = None if rows is None else rows.numbers.name
+    return PlannedMatMul(layer.site, made.kind, x.name, made.product.name, y.name, inner, groups=groups, rows=numbers)

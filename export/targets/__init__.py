@@ -31,7 +31,8 @@ Kind = Literal["integer", "float8", "float4", "weight-only kernel", "dequantized
 class PlannedMatMul:
     """What a target means a quantized linear to run as, and where it stands in the graph (names of values).
 
-    input: what the layer reads; product: what its matmul makes; output: what the layer makes, bias included; inner: what
+    input: what the layer reads, or with rows: the numbers of the rows of it that the layer reads; product: what its matmul
+    makes; output: what the layer makes, bias included; inner: what
     the second integer matmul makes of a layer that has one for its low-rank branch; graph: the engine's file it stands in;
     groups: what the matmul of each group of channels makes, in their order, where there is one for each; product is then
     the sum;
@@ -48,6 +49,7 @@ class PlannedMatMul:
     graph: str = "model.onnx"
     groups: tuple[str, ...] = ()
     numbers: Mapping[str, str] | None = None
+    rows: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups))  # a list, where it comes from JSON

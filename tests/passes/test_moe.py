@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import onnx
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.compiler import CompileOptions, compile, run_passes
 from ditq.errors import DitqError
-from ditq.export import load_engine, model_agreement
+from ditq.export import load_engine, model_agreement, site_agreement
 from ditq.export.fusion import prove_fusion
 from ditq.export.targets.torch import rebuild
 from ditq.graph import DiTGraph
@@ -270,5 +271,10 @@ def test_an_engine_of_experts_runs_low_bit_and_agrees(checkpoint, statistics, tm
     assert float((torch_form - onnx_form).norm() / torch_form.norm()) < 3e-2
     agreement = model_agreement(result.engine, inputs)
     assert agreement.holds, str(agreement)
+    assert max(site_agreement(result.engine, inputs).values()) < 1e-5
+    graph = onnx.load(str(tmp_path / "engine" / "model.onnx"), load_external_data=False).graph
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    assert all(read & set(node.output) for node in graph.node)  # tokens are not chosen before they are rounded as well
+    assert sum(entry.rows is not None for entry in experts) == 8
     found = per_layer_sqnr(checkpoint.load_model(), rebuild(result.engine), [inputs])
     assert found and not any(".experts." in site.site for site in found)  # which the original does not have
