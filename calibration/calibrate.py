@@ -26,7 +26,7 @@ from ditq.calibration.statistics import TRAJECTORIES, Statistics
 from ditq.calibration.step_weights import StepWeights
 from ditq.calibration.storage import PARTIAL, make_folder, remove_folder, rename
 from ditq.checkpoint import BUILT_IN, Checkpoint, read_json
-from ditq.devices import AUTO, device_of, dtype_on
+from ditq.devices import AUTO, device_of, dtype_on, place_pipeline
 from ditq.errors import DitqError, Interrupted
 from ditq.folders import without_new_parents
 from ditq.graph import DiTGraph
@@ -97,7 +97,8 @@ def calibrate(
     chosen = choose_conditions(checkpoint, conditions, prompts_limit)
     out = Path(out)
     with _working_folder(out, force=force, resume=resume) as folder:
-        pipeline = checkpoint.load_pipeline(dtype=dtype).to(place)
+        pipeline = checkpoint.load_pipeline(dtype=dtype)
+        place_pipeline(pipeline, place)
         trajectories = record_trajectories(
             checkpoint,
             chosen,
@@ -108,7 +109,8 @@ def calibrate(
             pipeline=pipeline,
             dtype=dtype,
         )
-        graph = DiTGraph(pipeline.transformer, moved(_example_inputs(checkpoint, trajectories), place, dtype))
+        graph = DiTGraph(checkpoint.skeleton(), moved(_example_inputs(checkpoint, trajectories), "cpu", torch.float32))
+        graph.model = pipeline.transformer  # looked at without weights, since these may come block by block
         if step_weights and StepWeights.read(folder) is None:
             linears = {name: graph.linear(name) for name, site in graph.sites.items() if site.role == "token"}
             measure_step_weights(pipeline, linears, chosen, settings, trajectories.steps, progress).write(folder)
@@ -122,6 +124,7 @@ def calibrate(
             moments=moments,
             memory_limit=memory_limit,
             folder=folder,
+            device=place,
             progress=progress,
         )
     return Statistics.open(out, checkpoint.fingerprint())

@@ -39,14 +39,15 @@ def collect_statistics(
     moments: str = "auto",
     memory_limit: int | None = None,
     folder: str | Path | None = None,
+    device: torch.device | None = None,
 ) -> Statistics:
     """Run the graph's model through the recorded calls and gather the statistics of its linear inputs.
 
     `groups` names the input groups wanted (default: all that the model uses). They are gathered in as many runs over
     the trajectories as it takes for the statistics of one run to fit in `memory_limit` bytes, at least one group a run;
-    None is half of what is free where the model is. With `folder`, each run's statistics are written there and let go, and
-    runs that are there already are not repeated; without, all stay in memory. The result does not depend on how the groups
-    were divided.
+    None is half of what is free where the model runs (`device`; None: where it is). With `folder`, each run's statistics are
+    written there and let go, and runs that are there already are not repeated; without, all stay in memory. The result does
+    not depend on how the groups were divided.
 
     `moments`: second moments for each bin of timesteps (`bins`), over all (`all`), or by bin where they take no more than 2
     GiB (`auto`). Where a call has thousands of tokens fewer calls tell enough: they are taken evenly from all steps until an
@@ -63,10 +64,10 @@ def collect_statistics(
     if moments not in MOMENTS:
         raise DitqError(unknown_key("moments", moments, list(MOMENTS)))
     wanted = _wanted(graph, groups)
-    device = next(graph.model.parameters()).device
+    device = next(graph.model.parameters()).device if device is None else device
     by_bin = is_by_bin(wanted, bins, moments)
     matrices = bins if by_bin else 1
-    chosen = _enough_calls(graph, trajectories, wanted, bins)
+    chosen = _enough_calls(graph, trajectories, wanted, bins, device)
     settings = {"bins": bins, "rows_per_bin": rows_per_bin, "seed": seed}
     metadata = {**_origin(trajectories), **settings}
     if not by_bin:
@@ -86,7 +87,7 @@ def collect_statistics(
                 inputs = {
                     g.name: InputAccumulator(g.name, g.width, bins, rows_per_bin, seed, by_bin, device) for g in run
                 }
-                found = _replay(graph, trajectories, chosen, inputs, bar)
+                found = _replay(graph, trajectories, chosen, inputs, bar, device)
                 if path is None:
                     gathered.update(found)
                 else:
@@ -149,10 +150,12 @@ def _origin(trajectories: Trajectories) -> dict[str, Any]:
     }
 
 
-def _enough_calls(graph: DiTGraph, trajectories: Trajectories, groups: list[InputGroup], bins: int) -> list[int]:
+def _enough_calls(
+    graph: DiTGraph, trajectories: Trajectories, groups: list[InputGroup], bins: int, device: torch.device
+) -> list[int]:
     """Numbers of the calls to read: all, or of large calls as many as tell enough, evenly from all steps."""
     steps = trajectories.steps_of_calls()
-    rows = _rows_of_a_call(graph, trajectories, groups)
+    rows = _rows_of_a_call(graph, trajectories, groups, device)
     enough = max(ROWS, ROWS_A_CHANNEL * max((group.width for group in groups), default=0))
     count = min(len(steps), max(2 * bins, -(-enough // max(rows, 1))))
     by_step = sorted(range(len(steps)), key=steps.__getitem__)
@@ -160,7 +163,7 @@ def _enough_calls(graph: DiTGraph, trajectories: Trajectories, groups: list[Inpu
 
 
 @torch.no_grad()
-def _rows_of_a_call(graph: DiTGraph, trajectories: Trajectories, groups: list[InputGroup]) -> int:
+def _rows_of_a_call(graph: DiTGraph, trajectories: Trajectories, groups: list[InputGroup], device: torch.device) -> int:
     """How many rows the input with most of them gets in the first recorded call."""
     call, seen = next(trajectories.calls()), [0]
     with ExitStack() as hooks:
@@ -168,7 +171,7 @@ def _rows_of_a_call(graph: DiTGraph, trajectories: Trajectories, groups: list[In
             site = graph.linear(group.sites[0])
             handle = site.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:-1].numel()))
             hooks.callback(handle.remove)
-        graph.model(**moved(call.arguments, next(graph.model.parameters()).device))
+        graph.model(**moved(call.arguments, device))
     return max(seen)
 
 
@@ -200,9 +203,9 @@ def _replay(
     chosen: Sequence[int],
     inputs: dict[str, InputAccumulator],
     bar: ProgressBar,
+    device: torch.device,
 ) -> dict[str, InputStatistics]:
     """One run over the chosen calls for some of the input groups."""
-    device = next(graph.model.parameters()).device
     with ExitStack() as hooks:
         watchers = [_Watcher(graph, name, found, trajectories) for name, found in inputs.items()]
         for watcher in watchers:

@@ -35,7 +35,7 @@ from ditq.calibration.sampling import (
     sample_one,
 )
 from ditq.checkpoint import BUILT_IN, Checkpoint
-from ditq.devices import AUTO, device_of, dtype_on
+from ditq.devices import AUTO, device_of, dtype_on, place_pipeline
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
@@ -99,7 +99,8 @@ def evaluate(
     else:
         chosen = choose_conditions(checkpoint, conditions, limit)
     place = device_of(device)
-    pipeline = checkpoint.load_pipeline(dtype=dtype_on(place)).to(place)
+    pipeline = checkpoint.load_pipeline(dtype=dtype_on(place))
+    by_blocks = place_pipeline(pipeline, place)
     original = pipeline.transformer
     changed = {} if steps is None else {"num_inference_steps": steps}
     settings = SamplingSettings({**checkpoint.sampling, **changed}, seed)
@@ -138,7 +139,7 @@ def evaluate(
         evaluation.notes.append(f"lite0-FD {feature_distance.NOT_INSTALLED}")
     if layers:
         calls = [moved(call, "cpu", torch.float32) for call in kept_calls]
-        original = original.to("cpu", torch.float32)
+        original = checkpoint.load_model() if by_blocks else original.to("cpu", torch.float32)
         _measure_layers(evaluation, checkpoint, original, quantized or engine, calls=calls, progress=progress)
     return evaluation
 

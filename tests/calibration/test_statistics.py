@@ -232,11 +232,15 @@ def test_of_large_calls_as_many_as_tell_enough_are_read_evenly_from_all_steps(
     found = collect_statistics(graph, trajectories, 1, 16, groups=[TOKENS])
     assert trajectories.count() > 2 and found.metadata["calls"] == 2 and "calls" not in statistics.metadata
     assert int(found.groups[TOKENS].count.sum()) == 2 * rows
-    chosen = collect._enough_calls(graph, trajectories, [graph.groups[TOKENS]], 1)
+    asked = graph, trajectories, [graph.groups[TOKENS]], 1, torch.device("cpu")
+    chosen = collect._enough_calls(*asked)
     read = [trajectories.steps_of_calls()[number] for number in chosen]
     assert sorted(read) == [0, trajectories.steps // 2]
     monkeypatch.setattr(collect, "ROWS_A_CHANNEL", 10**6)  # the widest input asks for more
-    assert len(collect._enough_calls(graph, trajectories, [graph.groups[TOKENS]], 1)) == trajectories.count()
+    assert (
+        len(collect._enough_calls(graph, trajectories, [graph.groups[TOKENS]], 1, torch.device("cpu")))
+        == trajectories.count()
+    )
 
 
 def test_what_statistics_will_take_on_disk_is_told_before(
