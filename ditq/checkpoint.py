@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from torch import nn
 
 from ditq.errors import DitqError
 from ditq.families import CHANGING, Family, family_of
-from ditq.memory import on_disk
+from ditq.memory import free_memory, on_disk
 from ditq.quiet import quiet_libraries
 from ditq.safetensors_files import TensorFile, TensorInfo, open_tensor_files
 
@@ -137,6 +138,12 @@ class Checkpoint:
     def tensors(self) -> dict[str, TensorInfo]:
         """Shape and dtype of every tensor, from the headers alone."""
         return {name: file.tensors[name] for name, file in self._places.items()}
+
+    @property
+    def larger_than_memory(self) -> bool:
+        """Would its weights in float32 take more than half of the memory that is free?"""
+        size = sum(4 * math.prod(info.shape) for info in self.tensors().values())
+        return size > free_memory(torch.device("cpu")) // 2
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, read now, in the dtype it is stored in."""

@@ -6,7 +6,6 @@ This file is the whole path at a glance; each step lives in its own module.
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,12 +35,11 @@ from ditq.export.weights_file import WEIGHTS
 from ditq.folders import check_output, remove, work_folder
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
-from ditq.memory import free_memory, peak_memory
+from ditq.memory import peak_memory
 from ditq.nn import QuantLinear
 from ditq.nn.structural.scheduled_block import edges_of
 from ditq.nn.structural.token_attention import token_attentions
 from ditq.passes import Context, PassReport
-from ditq.passes.base import CPU
 from ditq.passes.block_records import tensors_of
 from ditq.passes.distill import Distill
 from ditq.passes.quantize import Quantize
@@ -227,8 +225,7 @@ def _asked(recipe: Recipe, options: CompileOptions) -> tuple[Recipe, Budget | No
 
 def _weights_folder(checkpoint: Checkpoint, work: Path, offload: str) -> Path | None:
     """Where the weights stand while passes work on them; None for memory."""
-    size = sum(4 * math.prod(info.shape) for info in checkpoint.tensors().values())
-    if offload == "none" or (offload == AUTO and size <= free_memory(CPU) // 2):
+    if offload == "none" or (offload == AUTO and not checkpoint.larger_than_memory):
         return None
     make_folder(folder := work / "weights")
     return folder

@@ -106,13 +106,14 @@ def test_a_compile_interrupted_twice_resumes_to_the_same_bytes(
         )
         assert_refused(capsys, "interrupted; run again with --resume", *again)
     assert files_below(tmp_path)[0] == ".engine.work" and not (tmp_path / "engine").exists()
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched:  # to the end, now with the weights on disk
+        patched.setattr("ditq.memory.SMALL", 1)
         rounded: list[int] = []
         gptq = quantize.round_gptq
         patched.setattr(quantize, "round_gptq", lambda *a, **k: rounded.append(1) or gptq(*a, **k))
         patched.setattr("ditq.calibration.record.sample_one", lambda *_, **__: pytest.fail("calibrated already"))
-        ran = run(capsys, *again)
-    assert ran.code == 0, ran.err
+        ran = run(capsys, *again, "--offload", "disk")
+    assert ran.code == 0 and "stood on disk" in ran.out, ran.err
     assert _digests(tmp_path / "engine") == _digests(uninterrupted)
     assert files_below(tmp_path) == files_below(uninterrupted.parent)  # the work folder is gone
     sites = json.loads((uninterrupted / "engine.json").read_text())["structure"]["quantized"]

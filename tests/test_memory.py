@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ditq.calibration.calibrate import calibrate
 from ditq.checkpoint import Checkpoint
 from ditq.memory import LEAST_FREE, SMALL, free_memory, on_disk
+from tests.command_line import assert_refused
 from tests.small_checkpoint import write_pipeline
 
 CPU = torch.device("cpu")
@@ -55,6 +58,16 @@ def test_a_tensor_on_disk_can_be_changed_and_leaves_nothing(tmp_path: Path) -> N
     assert not mapped(tmp_path)
 
 
+def test_a_model_is_larger_than_memory_where_it_takes_over_half_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(write_pipeline(tmp_path / "pipeline"))
+    size = 4 * sum(parameter.numel() for parameter in checkpoint.load_model().parameters())
+    for free, larger in ((2 * size, False), (2 * size - 2, True)):
+        monkeypatch.setattr("ditq.checkpoint.free_memory", lambda _, free=free: free)
+        assert checkpoint.larger_than_memory == larger
+
+
 def test_a_model_on_disk_is_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ditq.memory.SMALL", 1)
     checkpoint = Checkpoint.open(write_pipeline(tmp_path / "pipeline"))
@@ -84,3 +97,18 @@ def test_more_than_memory_fits_on_disk(tmp_path: Path, where: str) -> None:
         [sys.executable, "-c", _WITHIN, str(tmp_path), where], capture_output=True, text=True, check=False
     )
     assert (done.returncode == 0) == (where == "disk"), done.stderr
+
+
+def test_a_full_disk_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    pipeline = write_pipeline(tmp_path / "pipeline")
+    calibrate(pipeline, tmp_path / "stats", ["red apple"], 1, progress=False)
+    monkeypatch.setattr("ditq.memory.SMALL", 1)
+    monkeypatch.setattr("os.posix_fallocate", full)
+    command = ("compile", pipeline, "-o", tmp_path / "engine", "--stats", tmp_path / "stats", "--offload", "disk")
+    assert_refused(capsys, "No space left.*free some space", *command)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pipeline", "stats"]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -139,9 +140,15 @@ def evaluate(
         evaluation.notes.append(f"lite0-FD {feature_distance.NOT_INSTALLED}")
     if layers:
         calls = [moved(call, "cpu", torch.float32) for call in kept_calls]
-        original = checkpoint.load_model() if by_blocks else original.to("cpu", torch.float32)
+        original = _loaded(checkpoint) if by_blocks else original.to("cpu", torch.float32)
         _measure_layers(evaluation, checkpoint, original, quantized or engine, calls=calls, progress=progress)
     return evaluation
+
+
+def _loaded(checkpoint: Checkpoint) -> nn.Module:
+    """The original in float32, on disk where memory is small for it; the files need no folder once they are there."""
+    with TemporaryDirectory(prefix="ditq-weights-") as folder:
+        return checkpoint.load_model(offload=Path(folder) if checkpoint.larger_than_memory else None)
 
 
 def heldout_conditions(checkpoint: Checkpoint, limit: int) -> Sequence[str | int]:
