@@ -42,6 +42,7 @@ from ditq.suggest import unknown_key
 ROUNDINGS = ("nearest", "gptq")
 BRANCHES = ("integer", "float")
 STEP_WEIGHTS = ("none", "effect", "share", "softened")
+REPORTED = 1024  # rows of a weight that its output error is told of, evenly; each row has a scale of its own
 
 
 @dataclass(frozen=True)
@@ -290,7 +291,8 @@ class Quantize(Pass):
             row["rank"] = settings.rank
         row |= chosen.row()
         if statistics is not None:
-            row["output error"] = float(output_error(weight, decoded, statistics.hessian(weights)))
+            every = -(-len(weight) // REPORTED)
+            row["output error"] = output_error(weight[::every], decoded[::every], statistics.hessian(weights))
         if noise is not None and statistics is not None:
             row["activation noise"] = float(noise.sum() / statistics.channel_rms.double().square().sum())
         return layer, row
