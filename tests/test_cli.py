@@ -12,7 +12,8 @@ import click
 import pytest
 
 import ditq
-from ditq.cli import _arguments, cli
+from ditq.cli import cli
+from ditq.commands import arguments_of
 from ditq.errors import DitqError
 from ditq.export.targets import targets
 from ditq.families import families
@@ -63,11 +64,11 @@ def test_a_mistyped_command_or_option_is_one_line(tmp_path: Path, capsys: pytest
 
 def test_set_takes_json_where_it_is_json_and_text_elsewhere() -> None:
     given = ("guidance_scale=4.5", "use=true", "negative_prompt=a blurry=cat", "sizes=[1, 2]", "empty=")
-    assert _arguments(given) == {
+    assert arguments_of(given) == {
         "guidance_scale": 4.5, "use": True, "negative_prompt": "a blurry=cat", "sizes": [1, 2], "empty": ""
     }  # fmt: skip
     with pytest.raises(DitqError, match="write NAME=VALUE"):
-        _arguments(("=3",))
+        arguments_of(("=3",))
 
 
 def test_a_mistyped_metric_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

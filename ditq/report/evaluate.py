@@ -42,6 +42,7 @@ from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.parts import LinearModulation
 from ditq.progress import ProgressSetting, progress_bar
+from ditq.quiet import quiet_libraries
 from ditq.report import feature_distance, metrics
 from ditq.report.alignment import Alignment, LinearBlocks, ScaledChannels
 from ditq.report.evaluation import Evaluation, PromptResult, StepResult
@@ -140,7 +141,8 @@ def evaluate(
         evaluation.notes.append(f"lite0-FD {feature_distance.NOT_INSTALLED}")
     if layers:
         calls = [moved(call, "cpu", torch.float32) for call in kept_calls]
-        original = _loaded(checkpoint) if by_blocks else original.to("cpu", torch.float32)
+        with quiet_libraries():  # which remark on float32 itself
+            original = _loaded(checkpoint) if by_blocks else original.to("cpu", torch.float32)
         _measure_layers(evaluation, checkpoint, original, quantized or engine, calls=calls, progress=progress)
     return evaluation
 
