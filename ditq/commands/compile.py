@@ -64,7 +64,7 @@ def compile_command(checkpoint: str, out: Path, recipe: str, budget: str | None,
     from ditq.checkpoint import Checkpoint
     from ditq.compiler import CompileOptions, compile, take_part
     from ditq.export.targets import target as export_target
-    from ditq.report.budget_files import write_budget
+    from ditq.report.budget_files import front_table, write_budget
     from ditq.report.engine_report import report_on
 
     if candidates is not None and budget is None:
