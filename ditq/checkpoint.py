@@ -140,10 +140,14 @@ class Checkpoint:
         return {name: file.tensors[name] for name, file in self._places.items()}
 
     @property
+    def parameters(self) -> int:
+        """How many there are."""
+        return sum(math.prod(info.shape) for info in self.tensors().values())
+
+    @property
     def larger_than_memory(self) -> bool:
         """Would its weights in float32 take more than half of the memory that is free?"""
-        size = sum(4 * math.prod(info.shape) for info in self.tensors().values())
-        return size > free_memory(torch.device("cpu")) // 2
+        return 4 * self.parameters > free_memory(torch.device("cpu")) // 2
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, read now, in the dtype it is stored in."""

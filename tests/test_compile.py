@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from safetensors import SafetensorError
 
 import ditq
+from ditq.checkpoint import Checkpoint
 from ditq.compiler import CompileOptions
 from ditq.errors import DitqError, Interrupted
 from ditq.passes import quantize
-from ditq.report import engine_report
+from ditq.report import engine_report, speed
 from tests.command_line import assert_refused, run
 from tests.small_checkpoint import files_below, write_pipeline
 
@@ -284,11 +286,34 @@ def test_an_engine_draws_beside_its_original(
     assert files_below(tmp_path) == ["both.png"]
 
 
+def test_the_engine_is_timed_beside_its_original(
+    uninterrupted: Path, pipeline: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = run(capsys, "bench", uninterrupted, "--against", pipeline, "--rounds", 1, "--json")
+    assert ran.code == 0, ran.err
+    rows = json.loads(ran.out)
+    assert [row["name"] for row in rows] == [speed.TORCH, speed.ONNX_FLOAT, speed.ENGINE]
+    assert rows[0]["times_as_fast"] == 1 and all(row["median_ms"] > 0 for row in rows)
+    assert rows[-1]["target"] == "onnxruntime-cpu" and sum(rows[-1]["shares"].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("free", "names"), [(10**9, [speed.HALF, speed.ENGINE]), (1000, [speed.ENGINE])])
+def test_on_a_gpu_the_original_is_timed_in_bfloat16_where_it_has_room(
+    free: int, names: list[str], uninterrupted: Path, pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the CPU in the GPU's place, and without torch.compile, which takes a minute."""
+    monkeypatch.setattr(speed, "free_memory", lambda _: free)
+    engine, checkpoint = ditq.load_engine(uninterrupted), Checkpoint.open(pipeline)
+    inputs = speed.real_call(checkpoint, engine)
+    found, reference = speed.on_gpu(engine, checkpoint, inputs, 1, torch.device("cpu"), compiled=False)
+    assert list(found.timings) == names and reference == names[0]
+
+
 def test_a_report_of_a_checkpoint_that_is_not_built_in(
     uninterrupted: Path, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(engine_report, "compare_speed", lambda *_, **__: None)
+    monkeypatch.setattr(engine_report, "compare_speed", lambda *_, **__: (None, ""))
     monkeypatch.setattr(engine_report, "peak_memory", lambda place, *arguments: measured.append((place, arguments)))
     monkeypatch.setattr(engine_report, "write_report", lambda *_: None)
     found = engine_report.report_on(uninterrupted, str(pipeline), conditions=PROMPTS[:1], steps=1, where=tmp_path)

@@ -30,7 +30,7 @@ from ditq.graph import DiTGraph
 from ditq.nn import ActivationFormat, QuantLinear
 from ditq.numerics.codebooks import CODEBOOKS
 from ditq.numerics.weight_code import encode
-from ditq.report.engine_report import real_call
+from ditq.report.speed import real_call
 
 TEXT_TOKENS = 300
 SIGMA = {

@@ -16,8 +16,8 @@ from ditq.commands import table
 @click.option("--threads", type=click.IntRange(min=1), help="Processor threads; default: all.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def bench(engine: str, against: str | None, rounds: int, threads: int | None, as_json: bool) -> None:
-    """Time one denoiser call of ENGINE against the original in torch and in ONNX Runtime float32, in turns; and say where
-    the engine's time goes, by kinds of work.
+    """Time one denoiser call of ENGINE against the original, in turns: in torch and ONNX Runtime float32 on the CPU, or on the
+    GPU that the engine runs on in torch bfloat16, compiled and not; and say where the engine's time goes.
     """
     from ditq.report.engine_report import benchmark
 
@@ -25,7 +25,7 @@ def bench(engine: str, against: str | None, rounds: int, threads: int | None, as
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
-    table(["", "median ms", "fastest", "slowest", "times as fast as torch"],
+    table(["", "median ms", "fastest", "slowest", f"times as fast as {rows[0]['name']}"],
            [[r["name"], *(f"{r[k]:.1f}" for k in ("median_ms", "fastest_ms", "slowest_ms")),
              f"{r['times_as_fast']:.2f}"] for r in rows])  # fmt: skip
     own = rows[-1]

@@ -10,6 +10,7 @@ import click
 from ditq.commands import SEED, arguments_of
 from ditq.errors import DitqError
 
+DEVICE_HELP = "Where the original and the rest of the pipeline run, as in `ditq evaluate`; auto: a GPU if there is one."
 PICTURES = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -23,9 +24,10 @@ PICTURES = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": 
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="An argument of the pipeline's call.")
 @click.option("--seed", default=0, show_default=True, type=SEED)
+@click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
 @click.option("--force", is_flag=True, help="Replace the picture if it exists.")
 def sample(engine: str, prompt: str, out: Path, against: str | None, checkpoint: str | None, target: str,
-           steps: int | None, settings: tuple[str, ...], seed: int, force: bool) -> None:  # fmt: skip
+           steps: int | None, settings: tuple[str, ...], seed: int, device: str, force: bool) -> None:  # fmt: skip
     """Draw PROMPT (or a class label) with ENGINE.
 
     \b
@@ -37,7 +39,7 @@ def sample(engine: str, prompt: str, out: Path, against: str | None, checkpoint:
     check_output(out, force)
     _check_picture(out)
     picture = draw(engine, prompt, checkpoint=checkpoint, against=against, target=target, steps=steps,
-                   arguments=arguments_of(settings), seed=seed)  # fmt: skip
+                   arguments=arguments_of(settings), seed=seed, device=device)  # fmt: skip
     _save_picture(picture, out)
     click.echo(f"picture in {out}")
 

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from ditq.calibration.sampling import DenoiserCall, SamplingSettings, sample
+from ditq.calibration.sampling import SamplingSettings, sample
 from ditq.checkpoint import BUILT_IN, Checkpoint
-from ditq.devices import AUTO
+from ditq.devices import AUTO, device_of, dtype_on, place_pipeline
 from ditq.errors import DitqError
-from ditq.export import time_shares
-from ditq.export.arguments import flatten
-from ditq.export.baseline import float_onnx
 from ditq.export.engine import Engine
-from ditq.export.loader import engine_inputs, load_engine, only_picture
-from ditq.export.session import open_session, session_options
-from ditq.export.targets import target
+from ditq.export.loader import load_engine, only_picture
+from ditq.export.targets import target as target_named
 from ditq.export.targets.torch import rebuild
 from ditq.inspection import example_inputs
 from ditq.progress import ProgressSetting
-from ditq.report.evaluate import Conditions, evaluate, heldout_conditions
+from ditq.report.evaluate import Conditions, evaluate
 from ditq.report.evaluation import Evaluation
 from ditq.report.html import write_report
-from ditq.report.measure import Speed, file_sizes, measure_speed, peak_memory, table
+from ditq.report.measure import file_sizes, peak_memory
 from ditq.report.pictures import image_grid
-
-_NUMPY = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(bool)": "bool"}
-TORCH, ONNX_FLOAT, ENGINE = "torch float32", "ONNX Runtime float32", "engine"
+from ditq.report.speed import ENGINE, TORCH, called, compare_speed
+from ditq.report.speed import benchmark as speed_of
 
 
 def original_of(engine: Engine, against: Checkpoint | str | None) -> Checkpoint:
@@ -96,11 +89,13 @@ def report_on(
         "sizes": sizes,
     }
     if speed:
-        info["speed"], info["speed_reference"] = compare_speed(engine, checkpoint), TORCH
-        info["memory"] = {
-            ENGINE: peak_memory("ditq.report.engine_report:run_engine_once", str(engine.folder), str(checkpoint.root)),
-            TORCH: peak_memory("ditq.report.engine_report:run_original_once", str(checkpoint.root)),
-        }
+        info["speed"], info["speed_reference"] = compare_speed(transformer, checkpoint)
+        if target_named(transformer.target).device == "cpu":
+            run = "ditq.report.engine_report:run"
+            info["memory"] = {
+                ENGINE: peak_memory(f"{run}_engine_once", str(engine.folder), str(checkpoint.root)),
+                TORCH: peak_memory(f"{run}_original_once", str(checkpoint.root)),
+            }
     write_report(
         where or engine.folder, evaluation, info, engine.manifest.get("reports", []), engine.manifest["recipe"]
     )
@@ -115,85 +110,10 @@ def report_on(
     return evaluation
 
 
-def compare_speed(engine: Engine, checkpoint: Checkpoint, rounds: int = 15, threads: int | None = None) -> Speed:
-    """Time one real denoiser call of the original in torch and ONNX Runtime float32 and of the engine, in turns."""
-    original = checkpoint.load_model()
-    inputs = real_call(checkpoint, original)
-    return _timed(checkpoint, original, load_engine(engine.folder, threads=threads), inputs, rounds, threads)
-
-
-def _timed(
-    checkpoint: Checkpoint,
-    original: nn.Module,
-    transformer: nn.Module,
-    inputs: Mapping[str, Any],
-    rounds: int,
-    threads: int | None,
-) -> Speed:
-    if threads is not None:
-        torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory(prefix="ditq-baseline-") as folder:
-        axes = checkpoint.family.axes if checkpoint.family else {}
-        graph = float_onnx(original, example_inputs(checkpoint), axes, Path(folder) / "float.onnx")
-        session = open_session(graph, session_options(threads))
-        known = {item.name: item.type for item in session.get_inputs()}
-        tensors = {name: tensor for name, tensor in flatten(inputs)[0].items() if name in known}
-        feeds = {name: tensor.numpy().astype(_NUMPY[known[name]]) for name, tensor in tensors.items()}
-        callables = {
-            TORCH: _call(original, inputs),
-            ONNX_FLOAT: lambda: session.run(None, feeds),
-            ENGINE: _call(transformer, inputs),
-        }
-        return measure_speed(callables, rounds=rounds)
-
-
-def real_call(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
-    """The arguments of one real denoiser call, as the pipeline makes it; made-up ones for a transformer alone."""
-    if checkpoint.pipeline_root is None:
-        return example_inputs(checkpoint)
-    calls: list[DenoiserCall] = []
-    pipeline = checkpoint.load_pipeline(model)
-    settings = SamplingSettings(dict(checkpoint.sampling) | {"num_inference_steps": 1})
-    sample(
-        pipeline,
-        heldout_conditions(checkpoint, 1),
-        settings,
-        on_denoiser_call=calls.append,
-        decode=False,
-        progress=False,
-    )
-    return {name: value for name, value in calls[0].arguments.items() if name != "return_dict"}
-
-
 def benchmark(engine_folder: str, against: str | None, rounds: int, threads: int | None) -> list[dict[str, Any]]:
-    """Rows of `compare_speed`: name, median_ms, fastest_ms, slowest_ms, times_as_fast (as torch float32).
-
-    The engine's own row also has `target` and, where its target can tell, `shares` of the time of a call by kinds of work
-    (export/time_shares.py); on a GPU `gpu_bytes`, what the engine and its calls take of its memory.
-    """
+    """What speed.benchmark tells of an engine folder and its original."""
     engine = Engine.open(engine_folder)
-    checkpoint = original_of(engine, against)
-    original = checkpoint.load_model()
-    inputs = real_call(checkpoint, original)
-    free = _free_gpu_bytes()
-    transformer = load_engine(engine.folder, threads=threads)
-    rows = list(table(_timed(checkpoint, original, transformer, inputs, rounds, threads), TORCH))
-    own, chosen = rows[-1], target(transformer.target)
-    own["target"] = transformer.target
-    if chosen.device == "cuda":
-        own["gpu_bytes"] = free - _free_gpu_bytes()
-        own["shares"] = time_shares.of_kernels(_call(transformer, inputs))
-    elif chosen.shares is not None:
-        own["shares"] = dict(chosen.shares(engine, engine_inputs(engine, inputs), threads))
-    return rows
-
-
-def _free_gpu_bytes() -> int:
-    """Of the GPU's memory, by its driver: what any library has taken is gone from it."""
-    if not torch.cuda.is_available():
-        return 0
-    torch.cuda.synchronize()
-    return int(torch.cuda.mem_get_info()[0])
+    return speed_of(engine, original_of(engine, against), rounds, threads)
 
 
 def draw(
@@ -206,43 +126,43 @@ def draw(
     steps: int | None = None,
     arguments: Mapping[str, Any] | None = None,
     seed: int = 0,
+    device: str = AUTO,
 ) -> Any:
-    """Draw one picture with the engine in its pipeline; with `against`, the original beside it. A PIL image."""
+    """Draw one picture with the engine in its pipeline; with `against`, the original beside it. A PIL image.
+
+    device: where the original and the rest of the pipeline run (devices.py); the engine runs where its target does.
+    """
+    place = device_of(device)
     engine = Engine.open(engine_folder)
     source = original_of(engine, checkpoint or against)
     settings = dict(source.sampling) | ({} if steps is None else {"num_inference_steps": steps}) | dict(arguments or {})
-    pipeline = source.load_pipeline(load_engine(engine.folder, target))
     condition: str | int = prompt
     if source.family and source.family.condition == "class":
         if not prompt.isdecimal():
             raise DitqError(f"{prompt!r} is not a class label; {source.name} is asked by a whole number, e.g. 207")
         condition = int(prompt)
-    drawn = sample(pipeline, [condition], SamplingSettings(settings, seed))[0].image
+
+    def drawn_by(transformer: nn.Module | None) -> Any:
+        pipeline = source.load_pipeline(transformer, dtype_on(place))
+        place_pipeline(pipeline, place)
+        return sample(pipeline, [condition], SamplingSettings(settings, seed))[0].image
+
+    drawn = drawn_by(load_engine(engine.folder, target))
     if against is None:
         return drawn
-    pipeline = source.load_pipeline()
-    original = sample(pipeline, [condition], SamplingSettings(settings, seed))[0].image
-    return image_grid([[original, drawn]], ["original", "engine"])
+    return image_grid([[drawn_by(None), drawn]], ["original", "engine"])
 
 
 def run_engine_once(folder: str, original: str) -> None:
     """Load an engine and call it once, on its original's inputs; run in a process of its own to measure memory."""
     transformer = load_engine(folder)
-    _call(transformer, example_inputs(Checkpoint.open(original), picture=only_picture(transformer.engine)))()
+    called(transformer, example_inputs(Checkpoint.open(original), picture=only_picture(transformer.engine)))()
 
 
 def run_original_once(path: str) -> None:
     """Load an original and call it once; run in a process of its own to measure memory."""
     checkpoint = Checkpoint.open(path)
-    _call(checkpoint.load_model(), example_inputs(checkpoint))()
-
-
-def _call(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    def run() -> None:
-        with torch.no_grad():
-            model(**inputs, return_dict=False)
-
-    return run
+    called(checkpoint.load_model(), example_inputs(checkpoint))()
 
 
 def _finite(value: Any) -> Any:

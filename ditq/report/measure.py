@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -58,7 +57,7 @@ def file_sizes(engine: str | Path, checkpoint: Checkpoint) -> Sizes:
         if path.is_file() and not path.is_symlink()
     }
     report = {name for name in files if name.startswith("report.")}
-    parameters = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors().values())
+    parameters = checkpoint.parameters
     return Sizes(
         engine_files=files,
         engine_transformer=sum(size for name, size in files.items() if name not in report),
