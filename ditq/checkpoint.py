@@ -310,6 +310,7 @@ class Checkpoint:
                 pipeline = diffusers.DiffusionPipeline.from_pretrained(
                     str(self.pipeline_root),
                     transformer=self.load_model(dtype) if transformer is None else transformer,
+                    torch_dtype=dtype,
                     use_safetensors=True,
                     local_files_only=True,
                 ).to(dtype)

@@ -51,6 +51,9 @@ from ditq.report.perceptual import NOT_INSTALLED, st_lpips, weights_path
 from ditq.report.step_effects import step_effects
 
 LAYER_CONDITIONS, LAYER_CALLS = 4, 6  # layers are measured on this many calls of each of the first so many samples
+LARGE = (
+    10**13
+)  # parameters times numbers of an answer, from which on layers are measured on `LAYER_CALLS` of one sample
 HISTOGRAM_SITES, HISTOGRAM_CALLS = 4, 4
 
 
@@ -120,8 +123,7 @@ def evaluate(
             tally.add(condition, seed + index, reference, other, forced)
             if index == 0:
                 tally.effects = step_effects(pipeline, condition, settings, index, differences)
-            if index < LAYER_CONDITIONS:
-                kept_calls += spread(reference.arguments, LAYER_CALLS)
+            kept_calls += _for_layers(index, reference, checkpoint.parameters)
             bar.advance_to((index + 1) * 3 * expected_steps(pipeline, settings))
     evaluation = Evaluation(
         checkpoint=checkpoint.name,
@@ -145,6 +147,12 @@ def evaluate(
             original = _loaded(checkpoint) if by_blocks else original.to("cpu", torch.float32)
         _measure_layers(evaluation, checkpoint, original, quantized or engine, calls=calls, progress=progress)
     return evaluation
+
+
+def _for_layers(index: int, drawn: _Drawn, parameters: int) -> Sequence[dict[str, Any]]:
+    """Calls of the sample at that place on which layers are measured; of large models fewer: one takes minutes on a CPU."""
+    large = parameters * drawn.outputs[0].numel() >= LARGE
+    return spread(drawn.arguments, LAYER_CALLS) if index < (1 if large else LAYER_CONDITIONS) else []
 
 
 def _loaded(checkpoint: Checkpoint) -> nn.Module:

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from ditq.calibration.calibrate import default_conditions
+from ditq.calibration.sampling import Sample
 from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError
 from ditq.nn import ActivationFormat, QuantLinear
 from ditq.numerics.codebook import CODEBOOKS, encode
-from ditq.report.evaluate import evaluate, heldout_conditions
+from ditq.report.evaluate import _Drawn, _for_layers, evaluate, heldout_conditions
 from ditq.report.evaluation import Evaluation
 
 torch.set_num_threads(1)
@@ -61,6 +62,15 @@ def by_noise(checkpoint: Checkpoint) -> dict[float, Evaluation]:
         level: evaluate(perturbed(checkpoint, level), checkpoint, conditions=PROMPTS, steps=STEPS, layers=False)
         for level in (0.0, 0.03, 0.2)
     }
+
+
+def test_layers_of_large_models_are_measured_on_one_sample() -> None:
+    drawn = _Drawn(
+        Sample(None, torch.empty(0), []), [{"call": number} for number in range(20)], [torch.empty(4096 * 64)]
+    )
+    small, large = 7_600_000, 12_000_000_000
+    assert [len(_for_layers(index, drawn, large)) for index in range(6)] == [6, 0, 0, 0, 0, 0]
+    assert [len(_for_layers(index, drawn, small)) for index in range(6)] == [6, 6, 6, 6, 0, 0]
 
 
 def test_the_same_model_loses_nothing(by_noise: dict[float, Evaluation]) -> None:
