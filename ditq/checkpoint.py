@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,11 @@ REFUSALS = (
     AssertionError,
     RuntimeError,
     MemoryError,
+)
+# What other quantizers write beside their weights: scaled FP8, bitsandbytes, GPTQ and AWQ, SVDQuant, compressed-tensors.
+QUANTIZED = re.compile(
+    r"(^|[._])(scale_weight|weight_scale(_inv|_2)?|scale_input|input_scale|scaled_fp8|absmax|quant_map|quant_state\..*|qweight|qzeros"
+    r"|wscales|weight_packed|weight_zero_point)$"
 )
 BUILT_IN = {"mini": ASSETS / "mini", "mini-pixart": ASSETS / "mini_pixart"}
 
@@ -188,6 +194,7 @@ class Checkpoint:
             DitqError: a missing tensor, a wrong shape, NaN or infinity in the weights.
             OSError: `offload` is full, or cannot be written.
         """
+        self._check_not_quantized()
         model = self._empty_model()
         expected = model.state_dict()
         if self._in_original_names(expected):
@@ -238,7 +245,9 @@ class Checkpoint:
             raise DitqError(f"{self.name}: {self.class_name} refuses its config.json: {_first_line(error)}") from error
 
     def check(self) -> None:
-        """Raise DitqError for a missing tensor, a wrong shape or whole numbers, by what the headers of the files say."""
+        """Raise DitqError for a missing tensor, a wrong shape, whole numbers or weights that are quantized already, by what the
+        headers of the files say."""
+        self._check_not_quantized()
         expected = self._empty_model().state_dict()
         if not self._in_original_names(expected):
             self._check_against(expected)
@@ -246,6 +255,15 @@ class Checkpoint:
     def _in_original_names(self, expected: Mapping[str, torch.Tensor]) -> bool:
         # A few names, such as context_embedder's, are the same in both.
         return self.root.is_file() and 2 * len(set(expected) & set(self._places)) < len(expected)
+
+    def _check_not_quantized(self) -> None:
+        """Raise DitqError for weights that mean what they are only together with scales beside them."""
+        for name in self._places:
+            if QUANTIZED.search(name):
+                raise DitqError(
+                    f"{self.name}: {name} is a scale of weights that are quantized already; give the checkpoint before it was "
+                    "quantized"
+                )
 
     def _check_against(self, expected: Mapping[str, torch.Tensor]) -> None:
         for name, wanted in expected.items():

@@ -101,6 +101,11 @@ def _integers(tensors: dict[str, torch.Tensor]) -> None:
     tensors["proj_out.weight"] = tensors["proj_out.weight"].to(torch.int8)
 
 
+def _with_a_scale(name: str) -> Damage:
+    """As a quantizer leaves a checkpoint: a tensor more."""
+    return lambda folder: change_weights(folder, lambda tensors: tensors.update({name: torch.ones(1)}))
+
+
 def _spoil(value: float) -> Damage:
     return lambda folder: change_weights(folder, lambda tensors: tensors["proj_out.weight"].view(-1)[5:6].fill_(value))
 
@@ -145,6 +150,11 @@ ONE_FILE: dict[str, tuple[Damage, str]] = {
     "NaN": (_spoil(float("nan")), "proj_out.weight holds NaN or infinity"),
     "infinity": (_spoil(float("-inf")), "proj_out.weight holds NaN or infinity"),
     "integers": (lambda f: change_weights(f, _integers), "proj_out.weight is stored as I8"),
+    **{
+        name: (_with_a_scale(name), "is a scale of weights that are quantized already; give the checkpoint before")
+        for name in ("proj_out.scale_weight", "proj_out.weight_scale_inv", "scaled_fp8", "proj_out.weight.absmax",
+                     "proj_out.weight.quant_state.bitsandbytes__nf4", "proj_out.qweight", "proj_out.wscales")
+    },
     "impossible rotary axes": (lambda f: change_config(f, axes_dims_rope=[8, 12, 16]), "does not run with its config"),
 }  # fmt: skip
 
