@@ -14,7 +14,7 @@ from ditq.numerics.rounding import output_error
 from tests.families_small import small_inputs, small_model
 from tools.peers import grids, layers
 from tools.peers.draw import draw
-from tools.peers.page import beaten, fill
+from tools.peers.page import beaten, fill, joined, write_json
 from tools.peers.planted import MILD, SALIENT, plant
 from tools.peers.row import rows
 
@@ -133,6 +133,14 @@ def test_a_peer_wins_only_against_rows_of_equal_bits() -> None:
     assert not beaten(result("quantizes activations more", 4.1, 4, 34.0), ours)
     assert not beaten(result("alone at its bits", 6.0, 8, 40.0), ours)
     assert not beaten(result("leaves less", 4.1, 8, 34.0, modulation=4.5), ours)
+
+
+def test_rows_join_those_of_the_page_that_were_not_measured_now(tmp_path: Path) -> None:
+    path = tmp_path / "page.json"
+    write_json(path, "mini", [{"name": name, "psnr": 1.0} for name in ("gone", "b", "c")])
+    found = joined(path, "mini", [{"name": "a", "psnr": 2.0}, {"name": "c", "psnr": 2.0}], ["a", "b", "c"])
+    assert [(row["name"], row["psnr"]) for row in found] == [("a", 2.0), ("b", 1.0), ("c", 2.0), ("gone", 1.0)]
+    assert [row["name"] for row in joined(path, "other", [{"name": "a"}], ["a"])] == ["a"]
 
 
 def test_the_table_is_put_between_the_markers(tmp_path) -> None:

@@ -16,7 +16,7 @@ import click
 
 from tools.peers.bench import Bench, Place
 from tools.peers.measure import key, run_row, slug
-from tools.peers.page import fill, table, write_json
+from tools.peers.page import fill, joined, table, write_json
 from tools.peers.row import Row, rows
 
 CHECKPOINTS = ("mini", "mini-pixart")
@@ -54,7 +54,11 @@ def cached(path: Path, wanted: str) -> dict[str, Any] | None:
 @click.option("--stats", multiple=True, help="CHECKPOINT=FOLDER: statistics of `ditq calibrate`; made if not given.")
 @click.option("--again", is_flag=True, help="Measure the chosen rows anew.")
 @click.option("--only-table", is_flag=True, help="Measure nothing; make the table of what is there.")
-@click.option("--page", type=click.Path(path_type=Path), help="Fill the tables of this page, and a .json beside it.")
+@click.option(
+    "--page",
+    type=click.Path(path_type=Path),
+    help="Put the rows into the tables of this page, and into a .json beside it; its other rows stay.",
+)
 @click.option("--list", "listing", is_flag=True, help="List the rows and stop.")
 def main(checkpoint: tuple[str, ...], planted: bool | None, patterns: str | None, limit: int, batch: int, work: str,
          stats: tuple[str, ...], again: bool, only_table: bool, page: Path | None, listing: bool) -> None:  # fmt: skip
@@ -70,6 +74,8 @@ def main(checkpoint: tuple[str, ...], planted: bool | None, patterns: str | None
         for variant in (False, True) if planted is None else (planted,):
             place = Place(name, variant, limit, batch, str(Path(work).absolute()), folders.get(name))
             results = run_variant(context, place, chosen(patterns), again, only_table)
+            if page is not None:
+                results = joined(page.with_suffix(".json"), place.variant, results, list(rows()))
             text = table(results)
             click.echo(f"\n## {place.variant}, {limit} captions\n\n{text}")
             if page is not None:

@@ -87,6 +87,14 @@ def fill(page: Path, variant: str, text: str) -> bool:
     return True
 
 
+def joined(path: Path, variant: str, results: Sequence[dict[str, Any]], order: Sequence[str]) -> list[dict[str, Any]]:
+    """These rows, and those of the variant in the JSON file that were not measured now; in that order of names."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows = {row["name"]: row for row in (*content.get(variant, []), *results)}
+    places = {name: place for place, name in enumerate(order)}
+    return sorted(rows.values(), key=lambda row: places.get(row["name"], len(places)))
+
+
 def write_json(path: Path, variant: str, results: Sequence[dict[str, Any]]) -> None:
     """The variant's rows in a JSON file that holds all variants."""
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
