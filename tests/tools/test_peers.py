@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -143,7 +145,7 @@ def test_rows_join_those_of_the_page_that_were_not_measured_now(tmp_path: Path) 
     assert [row["name"] for row in joined(path, "other", [{"name": "a"}], ["a"])] == ["a"]
 
 
-def test_the_table_is_put_between_the_markers(tmp_path) -> None:
+def test_the_table_is_put_between_the_markers(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- table mini -->\nold\n<!-- end mini -->\nb\n")
     assert fill(page, "mini", "new")
