@@ -73,7 +73,7 @@ class Distill(Pass):
     layerwise: int = setting(0, "steps before them in which parts are fitted alone")
     batch: int = setting(16, "samples a step and process, guidance branches among them")
     accumulate: int = setting(1, "batches whose gradients make a step")
-    rate: float = setting(0.0002, "learning rate at its highest")
+    rate: float = setting(0.0001, "learning rate at its highest")
     layerwise_rate: float = setting(0.0005, "the same in the steps of `layerwise`")
     warmup: int = setting(20, "steps in which the rate grows to it")
     decay: str = setting("cosine", "the rate after that", ("cosine", "constant"))
