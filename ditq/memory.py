@@ -22,7 +22,9 @@ SMALL = 1 << 20  # bytes of a tensor that is not worth a file
 def free_memory(device: torch.device, cgroups: Path = CGROUPS) -> int:
     """Bytes that can be had there now; of the CPU's within what a container may have, and at least 4 GiB."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for its next tensors
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device
+        )  # by torch, for its next tensors
         return int(torch.cuda.mem_get_info(device)[0]) + kept
     free = min([int(psutil.virtual_memory().available), *_left_to_containers(cgroups)])
     return max(free, LEAST_FREE)
