@@ -74,14 +74,18 @@ def test_noise_is_no_gain() -> None:
 def test_search_rotates_where_a_channel_sticks_out_and_only_there() -> None:
     rows, weight = _normal(2048, 64), _normal(48, 64, seed=1)
     search = Rotate(mode="search", format="w8a4", kinds=["hadamard", "identity"])
+    trials = []
     for peak, wanted in ((1.0, "identity"), (100.0, "hadamard")):
         x, w = rows.clone(), weight.clone()
         x[:, 3] *= peak
         w[:, 3] /= peak
         moment = x.T.double() @ x.double() / len(x)
-        trial = Trial(x, w, moment, x.double().mean(0), torch.zeros(48))
-        kind, rotation, errors = search._search([trial], 0)
+        trials.append(Trial(x, w, moment, x.double().mean(0), torch.zeros(48)))
+        kind, rotation, errors = search._search(trials[-1:], 0)
         assert (kind, rotation is None) == (wanted, wanted == "identity"), errors
+    for order in (trials, trials[::-1]):  # inputs that are rotated alike: what all of them lose together
+        kind, _, errors = search._search(order, 0)
+        assert kind == "hadamard" and errors["identity"] > errors["hadamard"] > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
