@@ -27,7 +27,7 @@ BUILTIN_SETS = {
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file, in order.
+    """The prompts of a file, in order, or of a set that comes with ditq (`BUILTIN_SETS`), if no file is called like it.
 
     `.txt`: one a line. `.csv`: the column prompt, caption or text of a file with a heading line, or all lines of a file
     of one column without one. `.jsonl`: one JSON object a line with the key prompt, caption or text.
@@ -36,6 +36,8 @@ def read_prompts(path: str | Path) -> list[str]:
     10,000 characters or more, or lacks the column.
     """
     path = Path(path)
+    if str(path) in BUILTIN_SETS and not path.is_file():
+        return builtin_prompts(str(path))
     return _check_prompts(_read_column(path, PROMPT_COLUMNS, "prompt"), str(path))
 
 

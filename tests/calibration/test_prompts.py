@@ -92,6 +92,14 @@ def test_the_prompt_sets_that_come_with_ditq_are_whole() -> None:
         builtin_prompts("coco")
 
 
+def test_a_set_is_read_by_its_name_unless_a_file_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mini").mkdir()  # a checkpoint's folder
+    assert read_prompts("mini") == builtin_prompts("mini")
+    with pytest.raises(DitqError, match="prompts are read from"):
+        read_prompts("coco")
+
+
 def test_prompts_given_as_a_list_are_checked_alike() -> None:
     check_prompts(["a", "b"])
     for wrong in ([], ["a", " "], ["x" * 10_000], [3]):
