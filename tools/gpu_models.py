@@ -75,13 +75,14 @@ class Stream(nn.Module):
 
 
 def heads_of(x: Tensor, heads: int) -> Tensor:
-    """[B, T, C] -> [B, heads, T, C / heads]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    """[B, T, C] -> [B, T, heads, C / heads]."""
+    return x.unflatten(-1, (heads, -1))
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs of channels of [B, heads, T, d] by angles given as cos and sin [T, d / 2]."""
+    """Rotate pairs of channels of [B, T, heads, d] by angles given as cos and sin [T, d / 2]."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
 
 
@@ -90,10 +91,11 @@ def normed(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v of [B, heads, T, d], as a module, so that something else can stand in its place."""
+    """softmax(q k^T / sqrt(d)) v, joined: [B, T, heads, d] -> [B, T, C]; a module, so that something else can stand in its place."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class DoubleBlock(nn.Module):
@@ -111,8 +113,8 @@ class DoubleBlock(nn.Module):
             z = normed(x) * (1 + six[1][:, None]) + six[0][:, None]
             joined.append([heads_of(linear(z), self.heads) for linear in (stream.to_q, stream.to_k, stream.to_v)])
             pieces.append(six)
-        q, k, v = (torch.cat(parts, dim=2) for parts in zip(*joined, strict=True))
-        mixed = self.attention(rotary(q, cos, sin), rotary(k, cos, sin), v).transpose(1, 2).flatten(2)
+        q, k, v = (torch.cat(parts, dim=1) for parts in zip(*joined, strict=True))
+        mixed = self.attention(rotary(q, cos, sin), rotary(k, cos, sin), v)
         results = []
         for stream, x, six, part in zip(
             (self.text, self.image),
@@ -142,7 +144,7 @@ class SingleBlock(nn.Module):
         shift, scale, gate = self.modulation(F.silu(time)).chunk(3, dim=1)
         z = normed(x) * (1 + scale[:, None]) + shift[:, None]
         q, k, v = (heads_of(linear(z), self.heads) for linear in (self.to_q, self.to_k, self.to_v))
-        mixed = self.attention(rotary(q, cos, sin), rotary(k, cos, sin), v).transpose(1, 2).flatten(2)
+        mixed = self.attention(rotary(q, cos, sin), rotary(k, cos, sin), v)
         both = torch.cat((mixed, F.gelu(self.up(z), approximate="tanh")), dim=2)
         return x + gate[:, None] * self.out(both)
 
@@ -159,7 +161,7 @@ class PlainBlock(nn.Module):
         six = stream.modulation(F.silu(time)).chunk(6, dim=1)
         z = normed(x) * (1 + six[1][:, None]) + six[0][:, None]
         q, k, v = (heads_of(linear(z), self.heads) for linear in (stream.to_q, stream.to_k, stream.to_v))
-        x = x + six[2][:, None] * stream.to_out(self.attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + six[2][:, None] * stream.to_out(self.attention(q, k, v))
         z = normed(x) * (1 + six[4][:, None]) + six[3][:, None]
         return x + six[5][:, None] * stream.down(F.gelu(stream.up(z), approximate="tanh"))
 

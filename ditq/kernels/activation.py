@@ -11,11 +11,17 @@ ACTIVATIONS = ("", "gelu_tanh", "gelu", "silu")
 
 
 @triton.jit
+def _tanh(t):
+    """By the GPU's own instruction, to 2^-11 relative: less than bfloat16 keeps, in a quarter of the time."""
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [t], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def activated(z, ACTIVATION: tl.constexpr):
     """The activation of float32 z; '' is none."""
-    if ACTIVATION == "gelu_tanh":  # z / (1 + e^-2t), t = sqrt(2 / pi) (z + 0.044715 z^3), with log2(e) in the factors
-        t = z * (-2.302208198144325 - 0.1029432395800235 * z * z)
-        z = z / (1.0 + tl.exp2(t))
+    if ACTIVATION == "gelu_tanh":
+        half = 0.5 * z
+        z = half + half * _tanh(z * (0.7978845608028654 + 0.035677408136300125 * z * z))
     elif ACTIVATION == "gelu":
         z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     elif ACTIVATION == "silu":

@@ -100,7 +100,8 @@ class FastLinear(nn.Module):
         self.site, self.form = layer.site, layer.activation
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.stored = store_carrier(layer.codes, layer.scale) if layer.bits == 8 else store(layer.code())
-        self.bias = layer.bias
+        # The vendor's FP8 product adds a bias of bfloat16, which would be rounded anew at each call.
+        self.bias = layer.bias.to(torch.bfloat16) if layer.bias is not None and self.stored.float8 else layer.bias
         branch = layer.low_rank()
         self.up = None if branch is None else branch.up.to(torch.bfloat16)  # int8 numbers, exact
         self.down: Tensor | None = None

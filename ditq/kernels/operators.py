@@ -47,24 +47,29 @@ def quantized(
     offset: float,
     group: int,
     keep: bool,
+    tail: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x [..., n] -> (q [M, n], scales [M] or [M, G], the transformed input [M, n] in x's dtype where it is kept, else [0])."""
+    """x [..., n] -> (q [M, n], scales [M] or [M, G], the transformed input [M, n] in x's dtype where it is kept, else [0]).
+
+    The last of the n channels may be those of `tail` [..., m]; an activation is of these alone then.
+    """
     form = _form(bits, granularity, grid, clip, offset, group)
-    tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    count, width = tokens.shape
+    width = a * b
     pieces = [None if piece is None else piece.reshape(-1, width).contiguous() for piece in (gamma, beta)]
     samples = max((len(piece) for piece in pieces if piece is not None), default=1)
-    q, scales, kept = _made(x, a, form, keep)
+    q, scales, kept = _made(x, tail, a, b, form, keep)
     plan = Online(width, a, b, first, second, size, start, stop, inverse_scale, shift, form, calibrated)
-    if count:
+    if len(q):
         before = Before(norm, pieces[0], pieces[1], activation, epsilon)
-        quantize.launch(tokens, count // samples, before, plan, q, scales, kept if keep else None)
+        quantize.launch(x, len(q) // samples, before, plan, q, scales, kept if keep else None, tail=tail)
     return q, scales, kept
 
 
-def _made(x: Tensor, a: int, form: ActivationFormat, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    width = x.shape[-1]
-    tokens = x.numel() // width
+def _made(
+    x: Tensor, tail: Tensor | None, a: int, b: int, form: ActivationFormat, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    width = a * b
+    tokens = x.numel() // x.shape[-1]
     groups = (a,) if form.granularity == "group" else ()
     q = x.new_empty((tokens, width), dtype=number_type(form))
     scales = x.new_empty((tokens, *groups), dtype=torch.float32)
@@ -74,9 +79,9 @@ def _made(x: Tensor, a: int, form: ActivationFormat, keep: bool) -> tuple[Tensor
 @quantized.register_fake
 def _(
     x, gamma, beta, inverse_scale, shift, first, second, calibrated, norm, epsilon, activation, a, b, size, start, stop, bits,
-    granularity, grid, clip, offset, group, keep,
+    granularity, grid, clip, offset, group, keep, tail=None,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    return _made(x, a, _form(bits, granularity, grid, clip, offset, group), keep)
+    return _made(x, tail, a, b, _form(bits, granularity, grid, clip, offset, group), keep)
 
 
 @custom_op("ditq::product", mutates_args=())

@@ -3,6 +3,7 @@
     z  = x                                      what comes in, [M, n]
        | layer_norm(x) (1 + gamma) + beta       gamma, beta [B, n] of each sample's modulation, either may be absent
        | gelu(x), and the like
+       | concat(x, tail), concat(x, gelu(tail)) of tensors of their own
     x' = (z inverse_scale - shift) R            numerics: ditq/nn/input_transform.py
     q  = round(x' / s)                          the grids of ditq/numerics/activation_format.py
 
@@ -53,54 +54,53 @@ def _nearest(x):
 
 
 @triton.jit
-def _places(chunk, a: tl.constexpr, b: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr):
-    """(rows [ROWS, 1] of Z in a chunk, their channels, which of them there are)."""
-    i, j = chunk * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, B)[None, :]
-    return i, i * b + j, (i < a) & (j < b)
+def _places(chunk, start, stop, b: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr):
+    """(rows [ROWS, 1] of Z in a chunk of those from start to stop, their channels, which of them there are)."""
+    i, j = start + chunk * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, B)[None, :]
+    return i, i * b + j, (i < stop) & (j < b)
 
 
 @triton.jit
-def _moments(
-    x, epsilon, n: tl.constexpr, a: tl.constexpr, b: tl.constexpr, CHUNKS: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr
-):  # fmt: skip
-    """(mean, 1 / standard deviation) of a token, as a layer norm has them."""
-    total = tl.zeros((ROWS, B), tl.float32)
-    if CHUNKS == 1:
-        _, channel, inside = _places(0, a, b, ROWS, B)
-        z = tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.sum(tl.sum(z, 1), 0) / n
-        z = tl.where(inside, z - mean, 0.0)
-        total += z * z
-    else:
-        for chunk in range(CHUNKS):
-            _, channel, inside = _places(chunk, a, b, ROWS, B)
-            total += tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)
-        mean = tl.sum(tl.sum(total, 1), 0) / n
-        total = tl.zeros((ROWS, B), tl.float32)
-        for chunk in range(CHUNKS):
-            _, channel, inside = _places(chunk, a, b, ROWS, B)
-            z = tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)
-            z = tl.where(inside, z - mean, 0.0)
-            total += z * z
-    return mean, tl.rsqrt(tl.sum(tl.sum(total, 1), 0) / n + epsilon)
+def _sums(left, left_squares, right, right_squares):
+    return left + right, left_squares + right_squares
+
+
+@triton.jit
+def _moments(away, squares, pivot, epsilon, n: tl.constexpr):
+    """(mean, 1 / standard deviation) as a layer norm has them, of sums [ROWS, B] of z - pivot and of its square.
+
+    The pivot is the token's first channel, so that a mean far from 0 does not cost the digits of the variance.
+    """
+    away, squares = tl.reduce((away, squares), 1, _sums)
+    away, squares = tl.reduce((away, squares), 0, _sums)
+    away = away / n
+    return pivot + away, tl.rsqrt(tl.maximum(squares / n - away * away, 0.0) + epsilon)
+
+
+@triton.jit
+def _modulation(piece, sample, channel, inside, n: tl.constexpr, GIVEN: tl.constexpr):
+    return tl.load(piece + sample * n + channel, mask=inside, other=0.0) if GIVEN else 0.0
 
 
 @triton.jit
 def _moved(
-    z, i, channel, inside, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
-    n: tl.constexpr, a: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr,
+    z, i, channel, inside, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
+    a: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr,
     SCALED: tl.constexpr, SHIFTED: tl.constexpr, STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr,
     START: tl.constexpr, STOP: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the token as they came -> as they are after the first step of the rotation, or without one after all of it."""
+    """Rows of the token as they came -> as they are after the first step of the rotation, or without one after all of it.
+
+    gamma, beta: of these channels.
+    """
     if not HALF:
         z = z.to(tl.float32)
     if NORM:
         z = tl.where(inside, (z.to(tl.float32) - mean) * spread, 0.0)
     if GAMMA:
-        z = z * (1.0 + tl.load(gamma + sample * n + channel, mask=inside, other=0.0).to(tl.float32))
+        z = z * (1.0 + gamma.to(tl.float32))
     if BETA:
-        z = z + tl.load(beta + sample * n + channel, mask=inside, other=0.0).to(tl.float32)
+        z = z + beta.to(tl.float32)
     if ACTIVATION != "":
         z = activated(z.to(tl.float32), ACTIVATION)
     if SCALED:
@@ -153,62 +153,119 @@ def _written(
 
 
 @triton.jit
-def quantize_kernel(
-    x, gamma, beta, inverse_scale, shift, first, second, calibrated, q, scales, kept,
-    size, epsilon, divisor, offset, maximum, tokens_a_sample,
-    n: tl.constexpr, a: tl.constexpr, b: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr,
-    GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
-    STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr, START: tl.constexpr, STOP: tl.constexpr,
-    GRID: tl.constexpr, GRANULARITY: tl.constexpr, KEEP: tl.constexpr,
+def _sizes(
+    largest, x, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size, offset, start: tl.constexpr,
+    stop: tl.constexpr, n: tl.constexpr, a: tl.constexpr, b: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr,
+    NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr,
+    SHIFTED: tl.constexpr, STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr, START: tl.constexpr,
+    STOP: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
-    """One token, in chunks of ROWS rows of b channels. B: b padded to a power of two. GRID '': only `kept` is written.
+    """`largest` [ROWS, B] and what decides on the scale in rows start to stop, whose channels lie at x."""
+    for chunk in range((stop - start + ROWS - 1) // ROWS):
+        i, channel, inside = _places(chunk, start, stop, b, ROWS, B)
+        z = tl.load(x + channel, mask=inside, other=0.0)
+        z = _moved(z, i, channel, inside, mean, spread, _modulation(gamma, sample, channel, inside, n, GAMMA),
+                   _modulation(beta, sample, channel, inside, n, BETA), inverse_scale, shift, matrix, size, a, NORM, GAMMA, BETA,
+                   ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP)  # fmt: skip
+        largest = tl.maximum(largest, _magnitude(z, inside, offset, GRID))
+    return largest
 
-    A token of several chunks is read, from the cache, and transformed once more for each thing that must be known of all of
-    it; that costs less than registers for the whole token would, as the few tokens that then fit wait for memory.
-    """
-    token = tl.program_id(0).to(tl.int64)
-    sample = token // tokens_a_sample
-    CHUNKS: tl.constexpr = (a + ROWS - 1) // ROWS
-    matrix = 0.0
-    if STEPS > 0:
-        p, r = tl.arange(0, B)[:, None], tl.arange(0, B)[None, :]
-        matrix = tl.load(first + p * b + r, mask=(p < b) & (r < b), other=0.0)
-    mean, spread = 0.0, 1.0
-    if NORM:
-        mean, spread = _moments(x + token * n, epsilon, n, a, b, CHUNKS, ROWS, B)
-    s = 1.0
-    if GRANULARITY == "tensor":
-        s = tl.load(calibrated)
-    if CHUNKS > 1 and GRANULARITY == "token":
-        largest = tl.full((ROWS, B), float("-inf"), tl.float32)
-        for chunk in range(CHUNKS):
-            i, channel, inside = _places(chunk, a, b, ROWS, B)
-            z = tl.load(x + token * n + channel, mask=inside, other=0.0)
-            z = _moved(z, i, channel, inside, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
-                       n, a, NORM, GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP)  # fmt: skip
-            largest = tl.maximum(largest, _magnitude(z, inside, offset, GRID))
-        s = tl.maximum(tl.max(tl.max(largest, 1), 0) / divisor, _SMALLEST)
-    for chunk in range(CHUNKS):
-        i, channel, inside = _places(chunk, a, b, ROWS, B)
-        z = tl.load(x + token * n + channel, mask=inside, other=0.0)
-        z = _moved(z, i, channel, inside, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
-                   n, a, NORM, GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP)  # fmt: skip
+
+@triton.jit
+def _rounded(
+    x, s, token, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales, kept, size, epsilon, divisor,
+    offset, maximum, start: tl.constexpr, stop: tl.constexpr, n: tl.constexpr, a: tl.constexpr, b: tl.constexpr,
+    ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr,
+    SCALED: tl.constexpr, SHIFTED: tl.constexpr, STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr,
+    START: tl.constexpr, STOP: tl.constexpr, GRID: tl.constexpr, GRANULARITY: tl.constexpr, KEEP: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Store rows start to stop, whose channels lie at x, and return their scale. WHOLE: they are the token, and none is known."""
+    for chunk in range((stop - start + ROWS - 1) // ROWS):
+        i, channel, inside = _places(chunk, start, stop, b, ROWS, B)
+        z = tl.load(x + channel, mask=inside, other=0.0)
+        # Asked for before the norm is known, for which all of the token is waited for.
+        factor = _modulation(gamma, sample, channel, inside, n, GAMMA)
+        summand = _modulation(beta, sample, channel, inside, n, BETA)
+        if NORM and WHOLE:
+            pivot = tl.load(x).to(tl.float32)
+            away = tl.where(inside, z.to(tl.float32) - pivot, 0.0)
+            mean, spread = _moments(away, away * away, pivot, epsilon, n)
+        z = _moved(z, i, channel, inside, mean, spread, factor, summand, inverse_scale, shift, matrix, size, a, NORM, GAMMA, BETA,
+                   ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP)  # fmt: skip
         if STEPS == 2:
             k, c = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
             other = tl.load(second + k * a + c, mask=(k < a) & (c < a), other=0.0)
             z = _rotated(z.T, other, SIGNS, False) * size
             i, j = tl.arange(0, B)[:, None], tl.arange(0, ROWS)[None, :]  # it lies transposed now
             channel, inside = i * a + j, (i < b) & (j < a)
-        if CHUNKS == 1 and GRANULARITY == "token":
+        if WHOLE and GRANULARITY == "token":
             s = tl.maximum(tl.max(tl.max(_magnitude(z, inside, offset, GRID), 1), 0) / divisor, _SMALLEST)
-        row = chunk * ROWS + tl.arange(0, ROWS)
+        row = start + chunk * ROWS + tl.arange(0, ROWS)
         if GRANULARITY == "group":
             each = tl.maximum(tl.max(_magnitude(z, inside, offset, GRID), 1) / divisor, _SMALLEST)
-            _written(z, channel, inside, row, row < a, token, each, q, scales, kept, offset, maximum, n, a, GRID, GRANULARITY,
+            _written(z, channel, inside, row, row < stop, token, each, q, scales, kept, offset, maximum, n, a, GRID, GRANULARITY,
                      KEEP)  # fmt: skip
         else:
-            _written(z, channel, inside, row, row < a, token, s, q, scales, kept, offset, maximum, n, a, GRID, GRANULARITY,
+            _written(z, channel, inside, row, row < stop, token, s, q, scales, kept, offset, maximum, n, a, GRID, GRANULARITY,
                      KEEP)  # fmt: skip
+    return s
+
+
+@triton.jit
+def quantize_kernel(
+    x, tail, gamma, beta, inverse_scale, shift, first, second, calibrated, q, scales, kept,
+    size, epsilon, divisor, offset, maximum, tokens_a_sample, x_row, tail_row,
+    n: tl.constexpr, a: tl.constexpr, b: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr,
+    GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
+    STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr, START: tl.constexpr, STOP: tl.constexpr,
+    GRID: tl.constexpr, GRANULARITY: tl.constexpr, KEEP: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
+    """One token, in chunks of ROWS rows of b channels. B: b padded to a power of two. GRID '': only `kept` is written.
+
+    OWN: rows that are x's; those after it are the tail's, which alone are activated then. x_row, tail_row: from token to token.
+    A token of several chunks is read, from the cache, and transformed once more for each thing that must be known of all of
+    it; that costs less than registers for the whole token would, as the few tokens that then fit wait for memory.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    sample = token // tokens_a_sample
+    x += token * x_row
+    tail += token * tail_row - OWN * b
+    WHOLE: tl.constexpr = a <= ROWS and OWN == a
+    OF_X: tl.constexpr = ACTIVATION if OWN == a else ""
+    matrix = 0.0
+    if STEPS > 0:
+        p, r = tl.arange(0, B)[:, None], tl.arange(0, B)[None, :]
+        matrix = tl.load(first + p * b + r, mask=(p < b) & (r < b), other=0.0)
+    mean, spread = 0.0, 1.0
+    if NORM and not WHOLE:
+        pivot = tl.load(x).to(tl.float32)
+        away, squares = tl.zeros((ROWS, B), tl.float32), tl.zeros((ROWS, B), tl.float32)
+        for chunk in range((a + ROWS - 1) // ROWS):
+            _, channel, inside = _places(chunk, 0, a, b, ROWS, B)
+            z = tl.where(inside, tl.load(x + channel, mask=inside, other=0.0).to(tl.float32) - pivot, 0.0)
+            away += z
+            squares += z * z
+        mean, spread = _moments(away, squares, pivot, epsilon, n)
+    s = 1.0
+    if GRANULARITY == "tensor":
+        s = tl.load(calibrated)
+    if GRANULARITY == "token" and not WHOLE:
+        largest = tl.full((ROWS, B), float("-inf"), tl.float32)
+        largest = _sizes(largest, x, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size, offset, 0, OWN, n, a,
+                         b, ROWS, B, NORM, GAMMA, BETA, OF_X, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP, GRID)  # fmt: skip
+        if OWN < a:
+            largest = _sizes(largest, tail, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size, offset, OWN, a,
+                             n, a, b, ROWS, B, NORM, GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP,
+                             GRID)  # fmt: skip
+        s = tl.maximum(tl.max(tl.max(largest, 1), 0) / divisor, _SMALLEST)
+    s = _rounded(x, s, token, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales, kept, size,
+                 epsilon, divisor, offset, maximum, 0, OWN, n, a, b, ROWS, B, NORM, GAMMA, BETA, OF_X, SCALED, SHIFTED, STEPS,
+                 SIGNS, HALF, START, STOP, GRID, GRANULARITY, KEEP, WHOLE)  # fmt: skip
+    if OWN < a:
+        s = _rounded(tail, s, token, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales, kept,
+                     size, epsilon, divisor, offset, maximum, OWN, a, n, a, b, ROWS, B, NORM, GAMMA, BETA, ACTIVATION, SCALED,
+                     SHIFTED, STEPS, SIGNS, HALF, START, STOP, GRID, GRANULARITY, KEEP, WHOLE)  # fmt: skip
     if GRANULARITY != "group" and GRID != "":
         tl.store(scales + token, s * 0.5 if GRID == "midrise" else s)
 
@@ -227,6 +284,19 @@ class Before:
     epsilon: float = 1e-6
 
 
+def as_read(x: Tensor, tail: Tensor | None, plan: Online) -> tuple[Tensor, Tensor | None]:
+    """x [.., k] and the channels behind it [.., n - k] or None, as rows [M, k] and [M, n - k] that the kernel can read.
+
+    Copied only where they do not lie so.
+    """
+    if tail is not None and (x.shape[-1] % plan.b or plan.second is not None or tail.dtype != x.dtype):
+        x, tail = torch.cat((x, tail), dim=-1), None
+    rows = [None if piece is None else piece.flatten(0, -2) for piece in (x, tail)]
+    made = [piece if piece is None or piece.stride(-1) == 1 else piece.contiguous() for piece in rows]
+    assert made[0] is not None
+    return made[0], made[1]
+
+
 def arguments(
     x: Tensor,
     tokens_a_sample: int,
@@ -236,11 +306,13 @@ def arguments(
     scales: Tensor | None,
     kept: Tensor | None,
     cut: Cut | None = None,
+    tail: Tensor | None = None,
 ) -> tuple[list[Tensor | int | float], dict[str, object]]:
-    """(what the kernel takes, what it is compiled for) for tokens x [M, n]."""
+    """(what the kernel takes, what it is compiled for) for tokens x [M, n], or as `as_read` takes them."""
     form = plan.form
     grid = "" if q is None else form.grid
-    given = (x, before.gamma, before.beta, plan.inverse_scale, plan.shift, plan.first, plan.second, plan.calibrated)
+    x, tail = as_read(x, tail, plan)
+    given = (x, tail, before.gamma, before.beta, plan.inverse_scale, plan.shift, plan.first, plan.second, plan.calibrated)
     values: list[Tensor | int | float] = [x if tensor is None else tensor for tensor in (*given, q, scales, kept)]
     divisor = form.divisor if q is not None else 1.0
     values += [
@@ -251,6 +323,7 @@ def arguments(
         float(form.maximum if q is not None else 1),
         tokens_a_sample,
     ]
+    values += [x.stride(0), 0 if tail is None else tail.stride(0)]
     cut, B = cut or cut_of(plan), max(triton.next_power_of_2(plan.b), 16)
     constants = {
         "n": plan.width, "a": plan.a, "b": plan.b, "ROWS": cut.rows, "B": B, "NORM": before.norm,
@@ -259,6 +332,7 @@ def arguments(
         "SHIFTED": plan.shift is not None, "STEPS": (plan.first is not None) + (plan.second is not None),
         "SIGNS": plan.first is not None and plan.first.dtype == torch.bfloat16, "HALF": x.dtype == torch.bfloat16,
         "START": plan.start, "STOP": plan.stop, "GRID": grid, "GRANULARITY": form.granularity, "KEEP": kept is not None,
+        "OWN": plan.a if tail is None else x.shape[1] // plan.b,
         "num_warps": cut.warps, "num_stages": cut.stages,
     }  # fmt: skip
     return values, constants
@@ -273,10 +347,11 @@ def launch(
     scales: Tensor | None,
     kept: Tensor | None,
     cut: Cut | None = None,
+    tail: Tensor | None = None,
 ) -> None:
     """Fill q [M, n] and scales [M], or [M, G] for groups of channels, and `kept` [M, n], the transformed input."""
-    values, constants = arguments(x, tokens_a_sample, before, plan, q, scales, kept, cut)
-    quantize_kernel[(x.shape[0],)](*values, **constants)
+    values, constants = arguments(x, tokens_a_sample, before, plan, q, scales, kept, cut, tail)
+    quantize_kernel[(x.numel() // x.shape[-1],)](*values, **constants)
 
 
 def number_type(form: ActivationFormat) -> torch.dtype:

@@ -4,9 +4,11 @@ torch.compile traces a block's forward, whole or not at all, into a graph of tor
 rewrites of it are done before its own compiler goes on:
 
     1. Of several `ditq::quantized` with the same arguments, as q, k and v have them, one is left.
-    2. gelu and the like behind a `ditq::product` that nothing else reads goes into that kernel.
+    2. gelu and the like behind a `ditq::product` that nothing else reads goes into that kernel; but into the one that rounds
+       it where the product is one of many FP8 numbers, which the vendor's library computes fastest.
     3. What makes a quantized input goes into its kernel: an activation, layer_norm(z), layer_norm(z) (1 + gamma) + beta with
-       gamma and beta of each sample. The kernel then reads z in its place. What others read as well stays in the graph.
+       gamma and beta of each sample, channels put behind others with or without an activation of theirs. The kernel then reads
+       z in its place. What others read as well stays in the graph.
     4. An attention that a part answers for becomes the part's operator (answered_attention.py).
 """
 
@@ -26,10 +28,13 @@ from ditq.errors import DitqError
 from ditq.kernels import operators  # noqa: F401  registers what is looked for
 from ditq.kernels.answered_attention import Answer, answering, answers_of
 from ditq.kernels.blocks import Forward, blocks_of, in_blocks
+from ditq.kernels.tuning import MANY
+from ditq.numerics.carrier import E4M3
 
 Compiler = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
 
 _X, _GAMMA, _BETA, _NORM, _EPSILON, _ACTIVATION = 0, 1, 2, 8, 9, 10  # places in the arguments of ditq::quantized
+_TAIL = 23  # the argument behind all that are given
 _BEHIND = 14  # place of the activation in those of ditq::product
 _SAME = {"to", "contiguous", "float", "type_as"}
 
@@ -66,10 +71,44 @@ def fuse_behind(graph: fx.GraphModule) -> None:
         while len(last.users) == 1 and _is_view(user := next(iter(last.users)), last):
             last = user
         user = next(iter(last.users)) if len(last.users) == 1 else None
-        if user is not None and (activation := _activation(user)) and user.args[0] is last:
+        if user is None or (_of_library(product) and _rounded_next(user)):
+            continue
+        if (activation := _activation(user)) and user.args[0] is last:
             product.args = (*product.args[:_BEHIND], activation, *product.args[_BEHIND + 1 :])
             user.replace_all_uses_with(last)
             graph.graph.erase_node(user)
+
+
+def _of_library(product: fx.Node) -> bool:
+    """Whether the vendor's library is likely to compute it: in FP8, for many tokens."""
+    x = product.args[0].meta.get("example_value") if isinstance(product.args[0], fx.Node) else None
+    return isinstance(x, Tensor) and x.dtype == E4M3 and len(x) >= MANY
+
+
+def _rounded_next(node: fx.Node) -> bool:
+    """Whether all that reads the node, by itself or behind other channels, is the rounding of an input."""
+    if not node.users:
+        return False
+    for user in node.users:
+        if _is_view(user, node) or (_is_pair(user) and _pair(user)[1] is node):
+            if not _rounded_next(user):
+                return False
+        elif not (user.target is torch.ops.ditq.quantized.default and user.args[_X] is node):
+            return False
+    return True
+
+
+def _is_pair(node: fx.Node) -> bool:
+    """Whether it puts the channels of one tensor behind those of another."""
+    if not _is(node, torch.cat) or len(node.args[0]) != 2:  # type: ignore[arg-type]
+        return False
+    dim, last = _argument(node, 1, "dim", 0), len(_shape(node)) - 1
+    return last > 0 and dim in (-1, last)
+
+
+def _pair(node: fx.Node) -> tuple[Any, Any]:
+    first, behind = node.args[0]  # type: ignore[misc, union-attr]
+    return first, behind
 
 
 def _is_view(node: fx.Node, of: fx.Node) -> bool:
@@ -85,7 +124,13 @@ def fuse_before(graph: fx.GraphModule) -> None:
         arguments = list(node.args)
         activation = _activation(value)
         modulated = _modulated(value)
-        if activation:
+        if _is_pair(value):
+            arguments[_X], tail = _pair(value)
+            active = _behind(tail)
+            if active is not None and (activation := _activation(active)):
+                tail, arguments[_ACTIVATION] = active.args[0], activation
+            arguments[_TAIL:] = [tail]
+        elif activation:
             arguments[_X], arguments[_ACTIVATION] = value.args[0], activation
         elif modulated is not None:
             norm, arguments[_GAMMA], arguments[_BETA] = modulated

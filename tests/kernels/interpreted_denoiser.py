@@ -21,14 +21,14 @@ interpreter.install()
 QUANTIZED, PRODUCT = torch.ops.ditq.quantized.default, torch.ops.ditq.product.default
 EXPERTS = torch.ops.ditq.experts_product.default
 
-# How many inputs are quantized, of them with a norm, a modulation, an activation, how many products have one behind, in one
-# block of each kind, each a graph.
+# How many inputs are quantized, of them with a norm, a modulation, an activation, channels behind others, how many products have
+# an activation behind, in one block of each kind, each a graph.
 # flux: attention in and out, feed-forward in and out, each for image and text; the single block's in and out, where it joins
 # attention and GELU. sd3: two blocks, whose first has an attention of the image alone beside the joint one, and whose last
 # does not change the text. PixArt's and DiT's blocks are made of the same parts. With experts in the single block, its input
 # is still quantized once, for attention, shared and routed experts alike; then what the attention gives, and what GELU gives
 # in the shared expert and in all routed ones together.
-EXPECTED = {"flux": (10, 5, 5, 0, 3), "sd3": (15, 8, 8, 0, 3), "flux experts": (12, 5, 5, 1, 3)}
+EXPECTED = {"flux": (10, 5, 5, 0, 1, 3), "sd3": (15, 8, 8, 0, 0, 3), "flux experts": (12, 5, 5, 1, 0, 3)}
 RUN = (("flux", ""), ("flux", "token"))  # interpreting takes long
 TOKENS = {
     "hidden_states": (1, 6),
@@ -70,6 +70,7 @@ def test_blocks_are_graphs_that_quantize_each_input_once_and_compute_the_meaning
         sum(node.args[8] is True for node in quantizers),
         sum(node.args[1] is not None for node in quantizers),
         sum(node.args[10] != "" for node in quantizers),
+        sum(len(node.args) > 23 for node in quantizers),
         sum(node.args[14] != "" for node in nodes if node.target is PRODUCT),
     )
     assert fused == EXPECTED[f"{family} experts" if choice else family]

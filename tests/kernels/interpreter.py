@@ -31,7 +31,14 @@ def _mad(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return (product & 0xFFFFFFFF).astype(np.uint32)
 
 
+def _tanh(t: np.ndarray) -> np.ndarray:
+    """tanh.approx.f32: as exact as PTX promises, 11 bits, and no more."""
+    exact = np.tanh(t.view(np.float32))
+    return ((exact.view(np.uint32) + np.uint32(0x800)) & np.uint32(0xFFFFF000)).astype(np.uint32)
+
+
 _DOES = {
+    "tanh": _tanh,
     "and": lambda a, b: a & b,
     "or": lambda a, b: a | b,
     "shr": lambda a, b: a >> b,
@@ -56,7 +63,7 @@ def run_ptx(text: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarra
 
 
 def install() -> None:
-    """Give the interpreter `inline_asm_elementwise` with four elements of 8 or 32 bits an instance, and what it does wrong."""
+    """Give the interpreter `inline_asm_elementwise`, four elements of 8 or 32 bits an instance or one float32, and what it does wrong."""
     from triton.runtime import interpreter
 
     language, create_dot = interpreter.tl, interpreter.InterpreterBuilder.create_dot
@@ -83,8 +90,11 @@ def install() -> None:
     def create_inline_asm(
         self: Any, text: str, constraints: str, values: list[Any], types: Any, pure: bool, pack: int
     ) -> Any:
-        assert pack == 4
         shape = values[0].data.shape
+        if pack == 1:  # one 32-bit number an instance
+            (result,) = run_ptx(text, [np.ascontiguousarray(handle.data).view(np.uint32) for handle in values], 1)
+            return _Results([interpreter.TensorHandle(result.view(np.float32), language.float32)])
+        assert pack == 4
         inputs: list[np.ndarray] = []
         for handle in values:
             flat = np.ascontiguousarray(np.broadcast_to(handle.data, shape)).reshape(-1, pack)

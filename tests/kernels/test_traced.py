@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from ditq.kernels.on_gpu import to_gpu
 from ditq.kernels.traced import compiled
-from ditq.nn import InputTransform
+from ditq.nn import ActivationFormat, InputTransform
 from ditq.numerics.rotation import block_hadamard_rotation
 from tests.export.quantized import quantized
 
@@ -99,3 +99,42 @@ def test_an_activation_goes_into_the_product_only_where_nothing_else_reads_what_
         left = graph.graph.find_nodes(op="call_function", target=F.gelu)
         assert (product.args[14], len(left)) == (("", 1) if read_twice else ("gelu", 0))
     assert graphs
+
+
+@pytest.mark.parametrize("carrier", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("tokens", [3, 256])
+def test_the_activation_behind_many_fp8_numbers_goes_to_where_it_is_rounded(carrier: torch.dtype, tokens: int) -> None:
+    """A feed-forward, and the hidden channels of another behind what an attention gave."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            sizes = {"up": (64, 128), "hidden": (64, 128), "down": (128, 64), "out": (192, 64)}
+            form = ActivationFormat(8, "token", "symmetric" if carrier is torch.int8 else "float8_e4m3")
+            for name, size in sizes.items():
+                layer = quantized(nn.Linear(*size), name, activation=form)
+                assert layer.table is not None
+                layer.table = layer.table.float().to(carrier)
+                setattr(self, name, layer)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.down(F.gelu(self.up(x), approximate="tanh"))
+            return y + self.out(torch.cat((x, F.gelu(self.hidden(x), approximate="tanh")), dim=2))
+
+    graphs: list[fx.GraphModule] = []
+
+    def keep(graph: fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return lambda *given: [torch.zeros(1, tokens, 64, dtype=torch.bfloat16)]
+
+    compiled(to_gpu(Pair().requires_grad_(False), torch.device("cpu")), keep)(torch.randn(1, tokens, 64).bfloat16())
+    (graph,) = graphs
+    quantizers = graph.graph.find_nodes(op="call_function", target=torch.ops.ditq.quantized.default)
+    products = graph.graph.find_nodes(op="call_function", target=torch.ops.ditq.product.default)
+    before, behind = [node.args[10] for node in quantizers], [node.args[14] for node in products]
+    rounded = carrier is not torch.int8 and tokens == 256
+    assert sorted(before) == (["", "gelu_tanh", "gelu_tanh"] if rounded else ["", "", ""])
+    assert sorted(behind) == ["", "", *(["", ""] if rounded else ["gelu_tanh", "gelu_tanh"])]
+    assert [len(node.args) for node in quantizers].count(24) == 1
+    left = {node.target for node in graph.graph.nodes}
+    assert not left & {F.gelu, torch.cat}
