@@ -91,7 +91,7 @@ def normed(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v, joined: [B, T, heads, d] -> [B, T, C]; a module, so that something else can stand in its place."""
+    """softmax(q k^T / sqrt(d)) v of [B, T, heads, d] as [B, T, C]; a module, so that something else can stand in its place."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -12,8 +12,11 @@ from ditq.commands import DEVICE_HELP, SEED, arguments_of
 @click.command()
 @click.argument("checkpoint")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The statistics folder to make.")
-@click.option("--prompts", type=click.Path(path_type=Path),
-              help="Prompts or labels, one a line: .txt, .csv, .jsonl; or a set of ditq's: vbench, mini, mini-heldout.")  # fmt: skip
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="Prompts or labels, one a line: .txt, .csv, .jsonl; or a set's name: vbench, mini, mini-heldout.",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Use at most so many of them.")
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps.")
 @click.option("--bins", default=4, show_default=True, type=click.IntRange(min=1), help="Timestep bins.")

@@ -27,8 +27,11 @@ from ditq.errors import DitqError
 @click.option("-t", "--target", default="onnxruntime-cpu", show_default=True, help="See `ditq targets`.")
 @click.option("--gpu", "gpus", metavar="KIND", multiple=True, help=GPU_HELP)
 @click.option("--sizes", metavar="SIZES", help=SIZES_HELP)
-@click.option("--prompts", type=click.Path(path_type=Path),
-              help="Prompts to calibrate on: .txt, .csv or .jsonl; or a set of ditq's: vbench, mini, mini-heldout.")  # fmt: skip
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="Prompts to calibrate on: .txt, .csv, .jsonl; or a set's name: vbench, mini, mini-heldout.",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Use at most so many of the prompts.")
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps of calibration.")
 @click.option("--stats", type=click.Path(path_type=Path), help="Statistics from `ditq calibrate`, instead of prompts.")

@@ -13,8 +13,11 @@ from ditq.commands import DEVICE_HELP, SEED, print_evaluation
 @click.command()
 @click.argument("engine")
 @click.option("--against", help="The original checkpoint; default: where the engine was compiled from.")
-@click.option("--prompts", type=click.Path(path_type=Path),
-              help="Prompts: a file, or a set of ditq's: vbench, mini, mini-heldout. Default: held-out ones.")  # fmt: skip
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="Prompts: a file, or vbench, mini, mini-heldout; default: held-out ones.",
+)
 @click.option("--limit", default=32, show_default=True, type=click.IntRange(min=1), help="At most so many prompts.")
 @click.option("--steps", type=click.IntRange(min=1), help="Denoising steps.")
 @click.option("--target", default="auto", show_default=True, help="Run the engine so; see `ditq targets`.")

@@ -11,6 +11,7 @@ from ditq.kernels.constants import keep_constants
 from ditq.kernels.fast_experts import FastMixture
 from ditq.kernels.fast_linear import FastLinear, on_device, why_no_kernel
 from ditq.kernels.online import Online
+from ditq.kernels.side_by_side import lay
 from ditq.nn import QuantLinear, TransformedLinear
 from ditq.nn.attention_rounding import AttentionRounding
 from ditq.nn.structural.experts import MixtureOfExperts
@@ -57,6 +58,7 @@ def to_gpu(model: nn.Module, device: torch.device, capability: int | None = None
     for name, layer in list(model.named_modules()):
         if isinstance(layer, MixtureOfExperts):
             model.set_submodule(name, FastMixture(layer, device))
+    lay(model)
     take_off(model, device)
     keep_constants(model, device)
     return model.to(device, DTYPE)

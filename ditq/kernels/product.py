@@ -59,11 +59,12 @@ def _tuner(device: torch.device) -> Tuner:
 
 
 def _way(product: Product, dtype: torch.dtype) -> Way:
+    several = _several_tables(product)
     if product.x.device.type == "cpu":
-        return INTERPRETED
+        return replace(INTERPRETED, decoded=several)
     tuner, stored, kind = _tuner(product.x.device), product.stored, product.x.dtype
     how_many, whole = (product.tokens, product.experts), whole_rows(product)
-    key = label(stored, kind, *how_many, whole, product.activation)
+    key = label(stored, kind, *how_many, whole, product.activation) + (" joined" if several else "")
     if key in tuner.known:
         return tuner.known[key]
     count, tokens, outputs = product.size
@@ -84,7 +85,14 @@ def _way(product: Product, dtype: torch.dtype) -> Way:
         milliseconds: float = triton.testing.do_bench_cudagraph(lambda: run_way(way, product, y), rep=5)
         return milliseconds
 
-    return tuner.way(key, ways(tuner.capability, stored.bits, kind, *how_many, whole), run, right, cost)
+    tried = [way for way in ways(tuner.capability, stored.bits, kind, *how_many, whole) if way.decoded or not several]
+    return tuner.way(key, tried, run, right, cost)
+
+
+def _several_tables(product: Product) -> bool:
+    """Whether it is one product by weights with a table each, which the kernel that decodes as it multiplies does not know."""
+    stored = product.stored
+    return product.chosen is None and stored.rows_a_table < stored.rows and not stored.table_a_row
 
 
 def whole_rows(product: Product) -> bool:

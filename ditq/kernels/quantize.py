@@ -164,23 +164,24 @@ def _sizes(
     for chunk in range((stop - start + ROWS - 1) // ROWS):
         i, channel, inside = _places(chunk, start, stop, b, ROWS, B)
         z = tl.load(x + channel, mask=inside, other=0.0)
-        z = _moved(z, i, channel, inside, mean, spread, _modulation(gamma, sample, channel, inside, n, GAMMA),
-                   _modulation(beta, sample, channel, inside, n, BETA), inverse_scale, shift, matrix, size, a, NORM, GAMMA, BETA,
-                   ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP)  # fmt: skip
+        factor = _modulation(gamma, sample, channel, inside, n, GAMMA)
+        summand = _modulation(beta, sample, channel, inside, n, BETA)
+        z = _moved(z, i, channel, inside, mean, spread, factor, summand, inverse_scale, shift, matrix, size, a, NORM,
+                   GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP)  # fmt: skip
         largest = tl.maximum(largest, _magnitude(z, inside, offset, GRID))
     return largest
 
 
 @triton.jit
 def _rounded(
-    x, s, token, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales, kept, size, epsilon, divisor,
-    offset, maximum, start: tl.constexpr, stop: tl.constexpr, n: tl.constexpr, a: tl.constexpr, b: tl.constexpr,
+    x, s, token, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales, kept, size, epsilon,
+    divisor, offset, maximum, start: tl.constexpr, stop: tl.constexpr, n: tl.constexpr, a: tl.constexpr, b: tl.constexpr,
     ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr,
     SCALED: tl.constexpr, SHIFTED: tl.constexpr, STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr,
     START: tl.constexpr, STOP: tl.constexpr, GRID: tl.constexpr, GRANULARITY: tl.constexpr, KEEP: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Store rows start to stop, whose channels lie at x, and return their scale. WHOLE: they are the token, and none is known."""
+    """Store rows start to stop, whose channels lie at x, and return their scale. WHOLE: they are all of a token."""
     for chunk in range((stop - start + ROWS - 1) // ROWS):
         i, channel, inside = _places(chunk, start, stop, b, ROWS, B)
         z = tl.load(x + channel, mask=inside, other=0.0)
@@ -191,8 +192,8 @@ def _rounded(
             pivot = tl.load(x).to(tl.float32)
             away = tl.where(inside, z.to(tl.float32) - pivot, 0.0)
             mean, spread = _moments(away, away * away, pivot, epsilon, n)
-        z = _moved(z, i, channel, inside, mean, spread, factor, summand, inverse_scale, shift, matrix, size, a, NORM, GAMMA, BETA,
-                   ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP)  # fmt: skip
+        z = _moved(z, i, channel, inside, mean, spread, factor, summand, inverse_scale, shift, matrix, size, a, NORM,
+                   GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP)  # fmt: skip
         if STEPS == 2:
             k, c = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
             other = tl.load(second + k * a + c, mask=(k < a) & (c < a), other=0.0)
@@ -204,11 +205,11 @@ def _rounded(
         row = start + chunk * ROWS + tl.arange(0, ROWS)
         if GRANULARITY == "group":
             each = tl.maximum(tl.max(_magnitude(z, inside, offset, GRID), 1) / divisor, _SMALLEST)
-            _written(z, channel, inside, row, row < stop, token, each, q, scales, kept, offset, maximum, n, a, GRID, GRANULARITY,
-                     KEEP)  # fmt: skip
+            _written(z, channel, inside, row, row < stop, token, each, q, scales, kept, offset, maximum, n, a, GRID,
+                     GRANULARITY, KEEP)  # fmt: skip
         else:
-            _written(z, channel, inside, row, row < stop, token, s, q, scales, kept, offset, maximum, n, a, GRID, GRANULARITY,
-                     KEEP)  # fmt: skip
+            _written(z, channel, inside, row, row < stop, token, s, q, scales, kept, offset, maximum, n, a, GRID,
+                     GRANULARITY, KEEP)  # fmt: skip
     return s
 
 
@@ -252,12 +253,13 @@ def quantize_kernel(
         s = tl.load(calibrated)
     if GRANULARITY == "token" and not WHOLE:
         largest = tl.full((ROWS, B), float("-inf"), tl.float32)
-        largest = _sizes(largest, x, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size, offset, 0, OWN, n, a,
-                         b, ROWS, B, NORM, GAMMA, BETA, OF_X, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP, GRID)  # fmt: skip
+        largest = _sizes(largest, x, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size, offset, 0,
+                         OWN, n, a, b, ROWS, B, NORM, GAMMA, BETA, OF_X, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP,
+                         GRID)  # fmt: skip
         if OWN < a:
-            largest = _sizes(largest, tail, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size, offset, OWN, a,
-                             n, a, b, ROWS, B, NORM, GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP,
-                             GRID)  # fmt: skip
+            largest = _sizes(largest, tail, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
+                             offset, OWN, a, n, a, b, ROWS, B, NORM, GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS,
+                             SIGNS, HALF, START, STOP, GRID)  # fmt: skip
         s = tl.maximum(tl.max(tl.max(largest, 1), 0) / divisor, _SMALLEST)
     s = _rounded(x, s, token, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales, kept, size,
                  epsilon, divisor, offset, maximum, 0, OWN, n, a, b, ROWS, B, NORM, GAMMA, BETA, OF_X, SCALED, SHIFTED, STEPS,
@@ -312,7 +314,17 @@ def arguments(
     form = plan.form
     grid = "" if q is None else form.grid
     x, tail = as_read(x, tail, plan)
-    given = (x, tail, before.gamma, before.beta, plan.inverse_scale, plan.shift, plan.first, plan.second, plan.calibrated)
+    given = (
+        x,
+        tail,
+        before.gamma,
+        before.beta,
+        plan.inverse_scale,
+        plan.shift,
+        plan.first,
+        plan.second,
+        plan.calibrated,
+    )
     values: list[Tensor | int | float] = [x if tensor is None else tensor for tensor in (*given, q, scales, kept)]
     divisor = form.divisor if q is not None else 1.0
     values += [

@@ -10,6 +10,7 @@ rewrites of it are done before its own compiler goes on:
        gamma and beta of each sample, channels put behind others with or without an activation of theirs. The kernel then reads
        z in its place. What others read as well stays in the graph.
     4. An attention that a part answers for becomes the part's operator (answered_attention.py).
+    5. Products of one input whose weights lie side by side become one (side_by_side.py).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ditq.errors import DitqError
 from ditq.kernels import operators  # noqa: F401  registers what is looked for
 from ditq.kernels.answered_attention import Answer, answering, answers_of
 from ditq.kernels.blocks import Forward, blocks_of, in_blocks
+from ditq.kernels.side_by_side import Place, join_products, places
 from ditq.kernels.tuning import MANY
 from ditq.numerics.carrier import E4M3
 
@@ -39,12 +41,22 @@ _BEHIND = 14  # place of the activation in those of ditq::product
 _SAME = {"to", "contiguous", "float", "type_as"}
 
 
-def rewrite(graph: fx.GraphModule, sites: Sequence[str] = ()) -> fx.GraphModule:
-    """All rewrites, in place. sites: the modules within the block whose attentions parts answer for, in the parts' order."""
+Places = tuple[tuple[str, Place], ...]
+
+
+def rewrite(graph: fx.GraphModule, sites: Sequence[str] = (), where: Places = ()) -> fx.GraphModule:
+    """All rewrites, in place.
+
+    sites: the modules within the block whose attentions parts answer for, in the parts' order. where: its linears' weights lie.
+    """
     share_inputs(graph)
     fuse_behind(graph)
     fuse_before(graph)
     put_answers(graph, sites)
+    names = [name for name, _ in where]
+    products = graph.graph.find_nodes(op="call_function", target=torch.ops.ditq.product.default)
+    named = {node: name for node in products if (name := _module_of(node, names)) is not None}
+    join_products(graph, named, dict(where))
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
@@ -55,13 +67,19 @@ def _quantizers(graph: fx.GraphModule) -> list[fx.Node]:
 
 
 def share_inputs(graph: fx.GraphModule) -> None:
-    """Leave one of several equal quantizations."""
+    """Leave one of several equal quantizations, and one of each of its results."""
     first: dict[Any, fx.Node] = {}
-    for node in _quantizers(graph):
-        kept = first.setdefault((node.args, tuple(node.kwargs.items())), node)
-        if kept is not node:
-            node.replace_all_uses_with(kept)
-            graph.graph.erase_node(node)
+
+    def leave_one(nodes: list[fx.Node]) -> None:
+        for node in nodes:
+            kept = first.setdefault((node.target, node.args, tuple(node.kwargs.items())), node)
+            if kept is not node:
+                node.replace_all_uses_with(kept)
+                graph.graph.erase_node(node)
+
+    leave_one(_quantizers(graph))
+    for quantizer in _quantizers(graph):
+        leave_one([user for user in quantizer.users if user.target is operator.getitem])
 
 
 def fuse_behind(graph: fx.GraphModule) -> None:
@@ -107,8 +125,8 @@ def _is_pair(node: fx.Node) -> bool:
 
 
 def _pair(node: fx.Node) -> tuple[Any, Any]:
-    first, behind = node.args[0]  # type: ignore[misc, union-attr]
-    return first, behind
+    pieces: Any = node.args[0]
+    return pieces[0], pieces[1]
 
 
 def _is_view(node: fx.Node, of: fx.Node) -> bool:
@@ -285,11 +303,12 @@ def compiled(model: nn.Module, inner: Compiler = inductor) -> Forward:
         if block is None:
             raise _no_attention(site)
         own[block][site.removeprefix(f"{block}.")] = answer
-    backends: dict[tuple[str, ...], Compiler] = {}
+    backends: dict[tuple[tuple[str, ...], Places], Compiler] = {}
+    where = {name: places(block) for name, block in blocks_of(model).items()}
 
     def compile_block(name: str, forward: Forward) -> Forward:
         sites = tuple(own[name])
-        backend = backends.setdefault(sites, partial(_compile, sites, inner))
+        backend = backends.setdefault((sites, where[name]), partial(_compile, sites, where[name], inner))
         traced: Forward = torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
         parts = tuple(own[name].values())
 
@@ -302,5 +321,7 @@ def compiled(model: nn.Module, inner: Compiler = inductor) -> Forward:
     return in_blocks(model, compile_block)
 
 
-def _compile(sites: Sequence[str], inner: Compiler, graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    return inner(rewrite(graph, sites), inputs)
+def _compile(
+    sites: Sequence[str], where: Places, inner: Compiler, graph: fx.GraphModule, inputs: list[Tensor]
+) -> Callable[..., Any]:
+    return inner(rewrite(graph, sites, where), inputs)

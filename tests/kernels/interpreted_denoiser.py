@@ -21,8 +21,8 @@ interpreter.install()
 QUANTIZED, PRODUCT = torch.ops.ditq.quantized.default, torch.ops.ditq.product.default
 EXPERTS = torch.ops.ditq.experts_product.default
 
-# How many inputs are quantized, of them with a norm, a modulation, an activation, channels behind others, how many products have
-# an activation behind, in one block of each kind, each a graph.
+# How many inputs are quantized, of them with a norm, a modulation, an activation, channels behind others, how many products
+# have an activation behind, in one block of each kind, each a graph.
 # flux: attention in and out, feed-forward in and out, each for image and text; the single block's in and out, where it joins
 # attention and GELU. sd3: two blocks, whose first has an attention of the image alone beside the joint one, and whose last
 # does not change the text. PixArt's and DiT's blocks are made of the same parts. With experts in the single block, its input

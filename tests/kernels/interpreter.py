@@ -63,7 +63,7 @@ def run_ptx(text: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarra
 
 
 def install() -> None:
-    """Give the interpreter `inline_asm_elementwise`, four elements of 8 or 32 bits an instance or one float32, and what it does wrong."""
+    """Give the interpreter `inline_asm_elementwise`, of four elements of 8 or 32 bits or a float32, and what it does wrong."""
     from triton.runtime import interpreter
 
     language, create_dot = interpreter.tl, interpreter.InterpreterBuilder.create_dot

@@ -42,6 +42,30 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DITQ_CACHE", str(tmp_path))
 
 
+@pytest.mark.parametrize("form", ["int8", "FP8"])
+def test_linears_of_one_input_are_one_product(form: str) -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            activation = ActivationFormat(8, "token", "symmetric" if form == "int8" else "float8_e4m3")
+            settings: dict[str, Any] = {"group_size": 64} if form == "int8" else {}
+            layers = [quantized(nn.Linear(1152, 1152), "site", activation=activation, **settings) for _ in range(3)]
+            for layer in layers:
+                assert layer.table is not None
+                layer.table = layer.table if form == "int8" else layer.table.float().to(torch.float8_e4m3fn)
+            self.q, self.k, self.v = layers
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat((self.v(x), self.q(x), self.k(x)), -1)
+
+    torch.manual_seed(0)
+    model = Three().requires_grad_(False)
+    x = torch.randn(2, 333, 1152)
+    expected = model(x)
+    found = compiled(to_gpu(model, torch.device("cuda")))(x.cuda().bfloat16())
+    assert relative(found.float().cpu(), expected) < 2e-2
+
+
 @pytest.mark.parametrize("tokens", [1, 77, 1000])
 @pytest.mark.parametrize("width", [1152, 4608])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -134,7 +134,7 @@ def test_the_activation_behind_many_fp8_numbers_goes_to_where_it_is_rounded(carr
     before, behind = [node.args[10] for node in quantizers], [node.args[14] for node in products]
     rounded = carrier is not torch.int8 and tokens == 256
     assert sorted(before) == (["", "gelu_tanh", "gelu_tanh"] if rounded else ["", "", ""])
-    assert sorted(behind) == ["", "", *(["", ""] if rounded else ["gelu_tanh", "gelu_tanh"])]
+    assert sorted(behind) == ["", "", *([] if rounded else ["gelu_tanh", "gelu_tanh"])]  # else they are one product
     assert [len(node.args) for node in quantizers].count(24) == 1
     left = {node.target for node in graph.graph.nodes}
     assert not left & {F.gelu, torch.cat}
