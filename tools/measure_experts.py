@@ -34,11 +34,17 @@ from tools.emoji_data import load_emoji
 from tools.held_out import Changed, HeldOut, context_of
 from tools.measure_recipes import table
 
-SHARED, EXPERTS = 0.25, 12
-
 
 def recipe(
-    form: str, active: float, steps: int, settings: dict[str, Any], depth: str, rate: float, batch: int
+    form: str,
+    active: float,
+    steps: int,
+    settings: dict[str, Any],
+    depth: str,
+    rate: float,
+    batch: int,
+    shared: float,
+    experts: int,
 ) -> Recipe:
     """One form at one share of active channels, distilled for so many steps."""
     if form in ("depth", "mob"):
@@ -54,11 +60,15 @@ def recipe(
         importance = "taylor" if form == "taylor" else "needed"
         first = [{"prune": {"keep": active, "importance": importance, **settings}}]
     else:
-        top = round((active - SHARED) / ((1 - SHARED) / EXPERTS))
+        each = (1 - shared) / experts
+        top = round((active - shared) / each)
         if top < 1:
-            raise click.UsageError(f"--active {active}: leaves no routed expert; mixtures have at least 0.3125 here")
+            least = shared + each
+            raise click.UsageError(
+                f"--active {active}: leaves no routed expert; at least {least:.4g}, or less --shared"
+            )
         given = {"moe": {}, "random": {"split": "random"}, "better": {"choose": "better"}}[form]
-        first = [{"moe": {"shared": SHARED, "experts": EXPERTS, "top": top, **given, **settings}}]
+        first = [{"moe": {"shared": shared, "experts": experts, "top": top, **given, **settings}}]
     behind = [{"distill": {"steps": steps, "rate": rate, "batch": batch, "precision": "float32"}}] if steps else []
     return Recipe.from_dict({"passes": [*first, *behind]}, f"{form} {active}")
 
@@ -97,6 +107,8 @@ def distance(a: np.ndarray, b: np.ndarray) -> str:
 @click.option("--samples", default=256, show_default=True, help="Calls that the passes look at.")
 @click.option("--rate", default=3e-4, show_default=True)
 @click.option("--batch", default=16, show_default=True)
+@click.option("--shared", default=0.25, show_default=True, help="Of the hidden channels, those of the shared expert.")
+@click.option("--experts", default=12, show_default=True, help="That the others are divided into.")
 @click.option("--captions", default=16, show_default=True, help="Held-out prompts.")
 @click.option("--seed", default=1000, show_default=True)
 @click.option(
@@ -118,6 +130,8 @@ def main(
     samples: int,
     rate: float,
     batch: int,
+    shared: float,
+    experts: int,
     captions: int,
     seed: int,
     device: str,
@@ -136,12 +150,14 @@ def main(
         for form in forms.split(","):
             given = {"samples": samples, "select": select.split(",")}
             began = time.perf_counter()
-            made = recipe(form, share, 0, given, depth, rate, batch)
+            made = recipe(form, share, 0, given, depth, rate, batch, shared, experts)
             fresh = DiTGraph(opened.load_model(), example_inputs(opened))
             linears = active_linears(costs_before(fresh), costs_after(fresh, made))
             changed = Changed(opened, made.passes, context)
             for count in map(int, steps.split(",")):
-                behind = recipe(form, share, count, given, depth, rate, batch).passes[len(made.passes) :]
+                behind = recipe(form, share, count, given, depth, rate, batch, shared, experts).passes[
+                    len(made.passes) :
+                ]
                 graph, trained = changed.after(behind)
                 reports = [*changed.reports, *trained]
                 level, drawn = held_out.of(graph.model)
