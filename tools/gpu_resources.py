@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ditq.kernels import decode, matmul, quantize, tma_matmul
+from ditq.kernels import decode, matmul, quantize, tma_matmul, vector
 from ditq.kernels.matmul import Tile
 from ditq.kernels.online import Online, online
 from ditq.kernels.quantize import Before
@@ -161,6 +161,15 @@ def cases(capability: int) -> Iterator[Case]:
         dtype = torch.bfloat16 if kind == torch.bfloat16 else torch.int8
         values, constants = decode.arguments(stored, torch.empty(stored.rows, stored.columns, dtype=dtype))
         yield Case(f"{name}, weight in full", decode.decode_kernel, values, constants)
+    few = matmul.Product(torch.empty(1, 3072, dtype=torch.bfloat16), None, weights[5][1], torch.empty(3072))
+    for tile in vector.TILES:
+        values, constants = vector.arguments(few, torch.empty(1, 3072, dtype=torch.bfloat16), tile)
+        yield Case(
+            f"w4a16, a token, {tile.outputs} rows of {tile.step} bytes, {tile.warps} warps",
+            vector.vector_kernel,
+            values,
+            constants,
+        )
     modulated = Before(
         norm=True, gamma=torch.empty(1, 3072, dtype=torch.bfloat16), beta=torch.empty(1, 3072, dtype=torch.bfloat16)
     )
@@ -224,7 +233,8 @@ def _resources(compiled: Any, capability: int) -> Resources:
 def sources() -> str:
     """Short hash of the kernels' code, so that a table of other kernels is noticed."""
     folder = Path(matmul.__file__).parent
-    names = ["activation", "decode", "decoding", "matmul", "online", "quantize", "storage", "tma_matmul", "tuning"]
+    names = ["activation", "decode", "decoding", "matmul", "online", "quantize", "storage", "tma_matmul", "tuning",
+             "vector"]  # fmt: skip
     return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()[:16]
 
 

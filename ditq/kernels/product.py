@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ditq.kernels import matmul, tma_matmul
+from ditq.kernels import matmul, tma_matmul, vector
 from ditq.kernels.decode import decode_into
 from ditq.kernels.library import library_product
 from ditq.kernels.matmul import Product
@@ -39,7 +39,7 @@ def run_way(way: Way, product: Product, y: Tensor) -> Tensor:
             product = replace(product, stored=store_carrier(full, stored.scale))
     if way.library:
         return library_product(product, full if way.decoded else stored.data).to(y.dtype)
-    (tma_matmul if way.tile.brought else matmul).launch(product, y, way.tile)
+    (vector if way.vector else tma_matmul if way.tile.brought else matmul).launch(product, y, way.tile)
     return y
 
 
@@ -85,7 +85,10 @@ def _way(product: Product, dtype: torch.dtype) -> Way:
         milliseconds: float = triton.testing.do_bench_cudagraph(lambda: run_way(way, product, y), rep=5)
         return milliseconds
 
-    tried = [way for way in ways(tuner.capability, stored.bits, kind, *how_many, whole) if way.decoded or not several]
+    few = [Way(tile, vector=True) for tile in vector.TILES] if vector.fits(product) else []
+    tried = few + [
+        way for way in ways(tuner.capability, stored.bits, kind, *how_many, whole) if way.decoded or not several
+    ]
     return tuner.way(key, tried, run, right, cost)
 
 

@@ -1,8 +1,8 @@
 """Which way a product runs: measured on the GPU at hand, once a shape, and kept for later runs.
 
 A way is a tile of the kernel that decodes as it multiplies, or of the product of 8 bits after the weight was written out in
-full (decode.py), which pays for many tokens; or that product by the vendor's library. Each is compared with the plain meaning
-before its time is taken: one that a compiler got wrong is never used.
+full (decode.py), which pays for many tokens; or that product by the vendor's library; or, for few tokens, the kernel of
+vector.py. Each is compared with the plain meaning before its time is taken: one that a compiler got wrong is never used.
 """
 
 from __future__ import annotations
@@ -29,14 +29,18 @@ MANY = 256  # tokens from which it may pay to write the weight out in full
 
 @dataclass(frozen=True)
 class Way:
-    """tile: of the product. decoded: whether the weight is written out first. library: the vendor's product (library.py)."""
+    """tile: of the product. decoded: whether the weight is written out first. library: the vendor's product (library.py).
+    vector: the kernel for few tokens (vector.py)."""
 
     tile: Tile
     decoded: bool = False
     library: bool = False
+    vector: bool = False
 
     def __str__(self) -> str:
         tile = f"{self.tile.tokens} x {self.tile.outputs}{', by TMA' if self.tile.brought else ''}"
+        if self.vector:
+            return f"{self.tile.outputs} rows of {self.tile.step} bytes, a token at a time"
         return f"{'written in full, ' if self.decoded else ''}{'library' if self.library else tile}"
 
 

@@ -11,7 +11,10 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-FILES = (("matmul", "quantize", "bench"), ("fast_linear", "experts", "denoiser", "side_by_side"))  # each a process
+FILES = (
+    ("matmul", "quantize", "bench"),
+    ("fast_linear", "experts", "denoiser", "side_by_side", "vector"),
+)  # each a process
 
 
 @pytest.mark.parametrize("names", FILES, ids=" ".join)
