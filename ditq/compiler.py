@@ -27,11 +27,12 @@ from ditq.calibration.storage import make_folder
 from ditq.checkpoint import Checkpoint
 from ditq.devices import AUTO, device_of
 from ditq.errors import DitqError
-from ditq.export.engine import Engine, check_replaceable, write_engine
+from ditq.export.engine import Engine
 from ditq.export.plans.make import MadePlan, check_numbers, kinds_of_gpu, make_plans
 from ditq.export.plans.sizes import parse_sizes
 from ditq.export.targets import Target, target
 from ditq.export.weights_file import WEIGHTS
+from ditq.export.write import check_replaceable, write_engine
 from ditq.folders import check_output, remove, work_folder
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs

@@ -2,12 +2,13 @@
 
 from ditq.export.agreement import ModelAgreement, model_agreement, site_agreement
 from ditq.export.baseline import float_onnx
-from ditq.export.engine import Engine, write_engine
+from ditq.export.engine import Engine
 from ditq.export.fusion import prove_fusion
 from ditq.export.fusion_report import FusionReport
 from ditq.export.loader import EngineTransformer, load_engine
 from ditq.export.onnx_graph import to_onnx
 from ditq.export.targets import targets
+from ditq.export.write import write_engine
 
 __all__ = [
     "Engine",

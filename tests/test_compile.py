@@ -177,11 +177,11 @@ FAILURES = {
     "full while keeping codes": (
         "ditq.site_cache.save_file", SafetensorError(f"I/O error: {FULL} (os error 28)"), FULL,
     ),
-    "full while exporting": ("ditq.export.engine.export_what_varies", OSError(errno.ENOSPC, FULL), FULL),
+    "full while exporting": ("ditq.export.write.export_what_varies", OSError(errno.ENOSPC, FULL), FULL),
     "full while writing, told as text": (
-        "ditq.export.engine.export_what_varies", SafetensorError(f"I/O error: {FULL} (os error 28)"), FULL,
+        "ditq.export.write.export_what_varies", SafetensorError(f"I/O error: {FULL} (os error 28)"), FULL,
     ),
-    "interrupted while exporting": ("ditq.export.engine.export_what_varies", KeyboardInterrupt(), "--resume"),
+    "interrupted while exporting": ("ditq.export.write.export_what_varies", KeyboardInterrupt(), "--resume"),
     "read-only": ("ditq.calibration.storage.save_file", OSError(errno.EROFS, os.strerror(errno.EROFS)), "Read-only"),
 }  # fmt: skip
 
@@ -243,7 +243,7 @@ def test_a_forced_compile_that_fails_leaves_the_old_engine(
     pipeline: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = _digests(uninterrupted)
-    _patch(monkeypatch, "ditq.export.engine.export_what_varies", 1, OSError(errno.ENOSPC, FULL))
+    _patch(monkeypatch, "ditq.export.write.export_what_varies", 1, OSError(errno.ENOSPC, FULL))
     command = ["compile", pipeline, "-o", uninterrupted, "--force", "--limit", 1, "--steps", 1]
     assert_refused(capsys, FULL, *command)
     assert _digests(uninterrupted) == before and len(files_below(uninterrupted.parent)) == 4

@@ -13,8 +13,9 @@ import pytest
 
 from ditq.errors import DitqError
 from ditq.export import load_engine
-from ditq.export.engine import Engine, write_engine
+from ditq.export.engine import Engine
 from ditq.export.engine_files import hash_file
+from ditq.export.write import write_engine
 from tests.export.quantized import engine_of, quantize_blocks, shallow_model
 
 
@@ -196,7 +197,7 @@ def test_a_failed_write_leaves_the_old_engine_and_nothing_else(
     def fail(*_: Any, **__: Any) -> None:
         raise failure
 
-    monkeypatch.setattr(f"ditq.export.engine.{place}", fail)
+    monkeypatch.setattr(f"ditq.export.write.{place}", fail)
     model = quantize_blocks(shallow_model("dit"))
     with pytest.raises(DitqError if isinstance(failure, OSError) else KeyboardInterrupt) as caught:
         engine_of(model, engine, force=True)

@@ -53,7 +53,7 @@ def _no_export(*_: Any) -> Any:
 def test_formats_without_a_kernel_are_refused_before_the_model_is_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ditq.export.engine.export_what_varies", _no_export)
+    monkeypatch.setattr("ditq.export.write.export_what_varies", _no_export)
     model = shallow_model("dit")
     site = "transformer_blocks.0.attn1.to_q"
     timed = ActivationFormat(8, "timestep", edges=(500.0,))
