@@ -25,7 +25,8 @@ from ditq.passes.activation_formats import InputFormats
 from ditq.passes.base import SiteCache
 from ditq.passes.choose_codebook import check_codebook
 from ditq.passes.folding import plain_linear
-from ditq.passes.quantize import Quantize, SiteSettings, stored_bits
+from ditq.passes.quantize import Quantize, stored_bits
+from ditq.passes.site_settings import SiteSettings
 
 ENTRY = 96  # bytes of a tensor's entry in the file's header beside its name: dtype, shape, two offsets
 UNPACKING = 32 << 10  # tables that say what a byte of codes stands for, a few KB for each width of codes

@@ -24,6 +24,7 @@ from ditq.kernels.storage import StoredWeight
 from ditq.numerics.carrier import E4M3
 
 FOLDER = "DITQ_CACHE"  # environment variable: where what was measured is kept
+GENERATION = 2  # of the kernels: one more, when a way is added or changed, has all ways measured again
 MANY = 256  # tokens from which it may pay to write the weight out in full
 
 
@@ -112,10 +113,10 @@ def label(
 
 
 def cache_file(gpu: str) -> Path:
-    """Where the ways of a kind of GPU are kept."""
+    """Where the ways of a kind of GPU are kept, for these kernels."""
     folder = Path(os.environ.get(FOLDER) or Path.home() / ".cache" / "ditq")
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    return folder / f"ways-{name}-triton-{triton.__version__}.json"
+    return folder / f"ways-{GENERATION}-{name}-triton-{triton.__version__}.json"
 
 
 class Tuner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from ditq.calibration.statistics import InputStatistics
 from ditq.errors import DitqError
-from ditq.formats import NVFP4, BitFormat
+from ditq.formats import BitFormat
 from ditq.graph import DiTGraph
 from ditq.nn.call_timestep import tell_at_each_call
 from ditq.nn.quant_linear import Branch, QuantLinear
 from ditq.nn.transformed_linear import TransformedLinear
 from ditq.numerics.activation_noise import for_noisy_inputs, rounding_noise
-from ditq.numerics.carrier import BLOCK, CARRIERS, FLOAT4, INT8
+from ditq.numerics.carrier import CARRIERS, INT8
 from ditq.numerics.codebook import CODEBOOKS, Fit, WeightCode
 from ditq.numerics.descent import refine
 from ditq.numerics.low_rank import code_with_branch
@@ -30,46 +30,16 @@ from ditq.passes.activation_formats import (
     GROUP_SIZE,
     PRODUCTS,
     UNSIGNED,
-    ActivationSettings,
     ChosenFormat,
     InputFormats,
 )
 from ditq.passes.base import CPU, Context, Pass, PassReport, register, relative_error, setting
-from ditq.passes.choose_codebook import AUTO, TRIED, check_codebook, check_codebooks, choose_codebook
+from ditq.passes.choose_codebook import AUTO, TRIED, choose_codebook
 from ditq.passes.folding import plain_linear
-from ditq.suggest import unknown_key
+from ditq.passes.site_settings import BRANCHES, ROUNDINGS, SiteSettings, check_rule, check_site_settings, overrides
 
-ROUNDINGS = ("nearest", "gptq")
-BRANCHES = ("integer", "float")
 STEP_WEIGHTS = ("none", "effect", "share", "softened")
 REPORTED = 1024  # rows of a weight that its output error is told of, evenly; each row has a scale of its own
-
-
-@dataclass(frozen=True)
-class SiteSettings(ActivationSettings):
-    """How one linear is coded, and its input; the fields of a rule override those of the pass."""
-
-    codebook: str = "twin_log_shared"
-    codebooks: list[str] = field(default_factory=lambda: list(TRIED))
-    rounding: str = "gptq"
-    group_size: int = 0
-    rank: int = 0
-    branch: str = "integer"
-    keep: bool = False
-
-    def words(self) -> list[str]:
-        """For `ditq inspect`."""
-        ranked = [f"rank {self.rank}"] if self.rank else []
-        if self.format == NVFP4:
-            return [self.format, self.rounding, *ranked]
-        carrier = [] if self.carrier == INT8.name else [self.carrier]
-        return [self.format, self.codebook, self.rounding, *carrier, *ranked, *self.activation_words()]
-
-    def settled(self) -> SiteSettings:
-        """With what the format says of itself: nvfp4 has FP4 levels, blocks of 16, and a calibrated scale of the input."""
-        if self.format != NVFP4:
-            return self
-        return replace(self, carrier=FLOAT4.name, codebook="e2m1", group_size=BLOCK, activation="tensor")
 
 
 @register
@@ -138,9 +108,9 @@ class Quantize(Pass):
             raise DitqError(f"pass 'quantize': damping is {self.damping}, must be above 0")
         self._check_gptq_settings()
         for rule in self.rules:
-            _check_rule(rule)
-            _check_site_settings(replace(self._base(), **_overrides(rule)))
-        _check_site_settings(self._base())
+            check_rule(rule)
+            check_site_settings(replace(self._base(), **overrides(rule)))
+        check_site_settings(self._base())
         if list(self.codebooks) != list(TRIED) and all(item.codebook != AUTO for item in self._asked()):
             raise DitqError("pass 'quantize': codebooks is what codebook: auto chooses from; set that or leave it out")
         if self.activation_group != GROUP_SIZE and all(item.activation != "group" for item in self._asked()):
@@ -176,7 +146,7 @@ class Quantize(Pass):
     def _asked(self) -> list[SiteSettings]:
         """The settings of the pass, and those of each rule over them."""
         base = self._base()
-        return [item.settled() for item in (base, *(replace(base, **_overrides(rule)) for rule in self.rules))]
+        return [item.settled() for item in (base, *(replace(base, **overrides(rule)) for rule in self.rules))]
 
     def plan(self, graph: DiTGraph) -> dict[str, SiteSettings]:
         """What each selected site gets, before anything is done.
@@ -188,7 +158,7 @@ class Quantize(Pass):
         plan = {site: self._base() for site in graph.select(self.select) if graph.sites[site].kind != "router"}
         for rule in self.rules:
             for site in graph.select(rule["select"]):
-                plan[site] = replace(plan.get(site, self._base()), **_overrides(rule))
+                plan[site] = replace(plan.get(site, self._base()), **overrides(rule))
         plan = {site: plan[site].settled() for site in graph.sites if site in plan and not plan[site].keep}
         for site, settings in plan.items():
             width = graph.sites[site].in_features
@@ -353,59 +323,6 @@ def _fit(weight: Tensor, importance: Tensor | None, settings: SiteSettings, form
         keywords |= {"group_size": settings.group_size, "float_group_scales": form.activation == 16}
     codebook = "uniform" if form.weight == 8 else settings.codebook
     return CODEBOOKS[codebook](weight, form.weight, **keywords)
-
-
-def _overrides(rule: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in rule.items() if key != "select"}
-
-
-def _check_rule(rule: Any) -> None:
-    known = vars(SiteSettings())
-    if not isinstance(rule, Mapping) or "select" not in rule:
-        raise DitqError(f"pass 'quantize': the rule {rule} has no select; write {{select: pattern, ...}}")
-    where, patterns = f"pass 'quantize': the rule for {rule['select']!r}", rule["select"]
-    if not isinstance(patterns, str) and not (isinstance(patterns, list) and all(isinstance(p, str) for p in patterns)):
-        raise DitqError(f"{where}: select must be a pattern or a list of patterns, see `ditq inspect`")
-    for key, value in rule.items():
-        if key not in (*known, "select"):
-            raise DitqError(unknown_key(where, key, known))
-        if key != "select" and type(value) is not type(known[key]):
-            kind = {bool: "true or false", int: "a whole number", str: "a word", list: "a list"}[type(known[key])]
-            raise DitqError(f"{where}: {key} is {value!r}, must be {kind}")
-
-
-def _check_site_settings(settings: SiteSettings) -> None:
-    if settings.rounding not in ROUNDINGS:
-        raise DitqError(unknown_key("pass 'quantize': rounding", settings.rounding, list(ROUNDINGS)))
-    settings.check()
-    if settings.format == NVFP4:
-        _check_nvfp4(settings)
-    if settings.group_size < 0:
-        raise DitqError(f"pass 'quantize': group_size is {settings.group_size!r}, must be a whole number, 0 for none")
-    if settings.rank < 0:
-        raise DitqError(f"pass 'quantize': rank is {settings.rank!r}, must be a whole number, 0 for none")
-    if settings.branch not in BRANCHES:
-        raise DitqError(unknown_key("pass 'quantize': branch", settings.branch, list(BRANCHES)))
-    carrier = settings.settled().carrier
-    if carrier != INT8.name and settings.rank and settings.bits < 16 and settings.branch == "integer":
-        raise DitqError(
-            f"pass 'quantize': a branch of int8 rows cannot read inputs on the carrier {carrier}; "
-            "set branch: float, or rank: 0"
-        )
-    check_codebooks("pass 'quantize'", settings.codebooks)
-    check_codebook("pass 'quantize'", settings.codebook, settings.format, settings.group_size, settings.codebooks)
-
-
-def _check_nvfp4(settings: SiteSettings) -> None:
-    if settings.group_size not in (0, BLOCK):
-        raise DitqError(
-            f"pass 'quantize': nvfp4 has blocks of {BLOCK}, not {settings.group_size}; leave group_size out"
-        )
-    if settings.codebook not in (SiteSettings.codebook, "e2m1"):
-        raise DitqError(
-            f"pass 'quantize': nvfp4 has levels of its own, e2m1, not {settings.codebook}; leave codebook out, or give linears "
-            "that have one another format"
-        )
 
 
 def stored_bits(layer: QuantLinear) -> int:

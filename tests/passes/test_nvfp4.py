@@ -19,7 +19,8 @@ from ditq.nn.learned_linear import LearnedLinear
 from ditq.numerics.carrier import FLOAT4, INT8
 from ditq.passes import Context
 from ditq.passes.judging import Judge
-from ditq.passes.quantize import Quantize, SiteSettings, quantized_layers
+from ditq.passes.quantize import Quantize, quantized_layers
+from ditq.passes.site_settings import SiteSettings
 from ditq.recipe import Recipe
 from tests.export.quantized import relative
 from tests.families_small import forward, small_graph, small_inputs, statistics_of

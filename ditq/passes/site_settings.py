@@ -1,0 +1,97 @@
+"""How `quantize` codes one linear and its input: what it says of all, with what its rules say of some."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ditq.errors import DitqError
+from ditq.formats import NVFP4
+from ditq.numerics.carrier import BLOCK, FLOAT4, INT8
+from ditq.passes.activation_formats import ActivationSettings
+from ditq.passes.choose_codebook import TRIED, check_codebook, check_codebooks
+from ditq.suggest import unknown_key
+
+ROUNDINGS = ("nearest", "gptq")
+BRANCHES = ("integer", "float")
+
+
+@dataclass(frozen=True)
+class SiteSettings(ActivationSettings):
+    """How one linear is coded, and its input; the fields of a rule override those of the pass."""
+
+    codebook: str = "twin_log_shared"
+    codebooks: list[str] = field(default_factory=lambda: list(TRIED))
+    rounding: str = "gptq"
+    group_size: int = 0
+    rank: int = 0
+    branch: str = "integer"
+    keep: bool = False
+
+    def words(self) -> list[str]:
+        """For `ditq inspect`."""
+        ranked = [f"rank {self.rank}"] if self.rank else []
+        if self.format == NVFP4:
+            return [self.format, self.rounding, *ranked]
+        carrier = [] if self.carrier == INT8.name else [self.carrier]
+        return [self.format, self.codebook, self.rounding, *carrier, *ranked, *self.activation_words()]
+
+    def settled(self) -> SiteSettings:
+        """With what the format says of itself: nvfp4 has FP4 levels, blocks of 16, and a calibrated scale of the input."""
+        if self.format != NVFP4:
+            return self
+        return replace(self, carrier=FLOAT4.name, codebook="e2m1", group_size=BLOCK, activation="tensor")
+
+
+def overrides(rule: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in rule.items() if key != "select"}
+
+
+def check_rule(rule: Any) -> None:
+    known = vars(SiteSettings())
+    if not isinstance(rule, Mapping) or "select" not in rule:
+        raise DitqError(f"pass 'quantize': the rule {rule} has no select; write {{select: pattern, ...}}")
+    where, patterns = f"pass 'quantize': the rule for {rule['select']!r}", rule["select"]
+    if not isinstance(patterns, str) and not (isinstance(patterns, list) and all(isinstance(p, str) for p in patterns)):
+        raise DitqError(f"{where}: select must be a pattern or a list of patterns, see `ditq inspect`")
+    for key, value in rule.items():
+        if key not in (*known, "select"):
+            raise DitqError(unknown_key(where, key, known))
+        if key != "select" and type(value) is not type(known[key]):
+            kind = {bool: "true or false", int: "a whole number", str: "a word", list: "a list"}[type(known[key])]
+            raise DitqError(f"{where}: {key} is {value!r}, must be {kind}")
+
+
+def check_site_settings(settings: SiteSettings) -> None:
+    if settings.rounding not in ROUNDINGS:
+        raise DitqError(unknown_key("pass 'quantize': rounding", settings.rounding, list(ROUNDINGS)))
+    settings.check()
+    if settings.format == NVFP4:
+        _check_nvfp4(settings)
+    if settings.group_size < 0:
+        raise DitqError(f"pass 'quantize': group_size is {settings.group_size!r}, must be a whole number, 0 for none")
+    if settings.rank < 0:
+        raise DitqError(f"pass 'quantize': rank is {settings.rank!r}, must be a whole number, 0 for none")
+    if settings.branch not in BRANCHES:
+        raise DitqError(unknown_key("pass 'quantize': branch", settings.branch, list(BRANCHES)))
+    carrier = settings.settled().carrier
+    if carrier != INT8.name and settings.rank and settings.bits < 16 and settings.branch == "integer":
+        raise DitqError(
+            f"pass 'quantize': a branch of int8 rows cannot read inputs on the carrier {carrier}; "
+            "set branch: float, or rank: 0"
+        )
+    check_codebooks("pass 'quantize'", settings.codebooks)
+    check_codebook("pass 'quantize'", settings.codebook, settings.format, settings.group_size, settings.codebooks)
+
+
+def _check_nvfp4(settings: SiteSettings) -> None:
+    if settings.group_size not in (0, BLOCK):
+        raise DitqError(
+            f"pass 'quantize': nvfp4 has blocks of {BLOCK}, not {settings.group_size}; leave group_size out"
+        )
+    if settings.codebook not in (SiteSettings.codebook, "e2m1"):
+        raise DitqError(
+            f"pass 'quantize': nvfp4 has levels of its own, e2m1, not {settings.codebook}; leave codebook out, or give linears "
+            "that have one another format"
+        )
