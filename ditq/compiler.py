@@ -36,6 +36,7 @@ from ditq.export.write import check_replaceable, write_engine
 from ditq.folders import check_output, remove, work_folder
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
+from ditq.latency import seconds_of
 from ditq.memory import peak_memory
 from ditq.nn import QuantLinear
 from ditq.nn.structural.scheduled_block import edges_of
@@ -280,7 +281,7 @@ def run_passes(
             fitted.hand_on(cache)
     keep_weights = any(step.wants_weights for step in recipe.passes)
     device = device_of(options.device)
-    context = Context(statistics, options.seed, cache, keep_weights, work, device).showing(options.progress)
+    context = Context(statistics, options.seed, cache, keep_weights, work, device, seconds_of).showing(options.progress)
     reports: list[PassReport] = [] if fitted is None else [fitted.report]
     structural = [step for step in recipe.passes if step.structural]
     with torch.no_grad():

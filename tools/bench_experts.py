@@ -20,11 +20,9 @@ from torch import Tensor, nn
 
 from ditq.export import Engine, float_onnx, prove_fusion, write_engine
 from ditq.export.session import open_session, session_options
-from ditq.nn import ActivationFormat, QuantLinear
+from ditq.latency import coded
 from ditq.nn.sliced import FeedForwardForm
 from ditq.nn.structural.experts import divided
-from ditq.numerics.codebooks import CODEBOOKS
-from ditq.numerics.weight_code import encode
 from tools.bench_block import milliseconds
 
 WIDTH, HIDDEN, EXPERTS = 1152, 4608, 8
@@ -53,17 +51,7 @@ class Layer(nn.Module):
         return (self.ff(hidden_states),)
 
 
-def quantized(layer: Layer, bits: int) -> Layer:
-    """Its linears with so many bits and 8-bit inputs, a scale a token; the router stays as it is."""
-    codebook = CODEBOOKS["uniform" if bits == 8 else "twin_log_shared"]
-    for name, linear in list(layer.named_modules()):
-        if isinstance(linear, nn.Linear) and not name.endswith("router"):
-            code = encode(linear.weight, codebook(linear.weight, bits))
-            layer.set_submodule(name, QuantLinear(name, code, linear.bias, ActivationFormat(8, "token")))
-    return layer
-
-
-def engine_of(layer: Layer, folder: Path, inputs: dict[str, Any]) -> Engine:
+def engine_of(layer: nn.Module, folder: Path, inputs: dict[str, Any]) -> Engine:
     return write_engine(
         folder, layer, name="layer", config={}, class_name="Layer", family=None, fingerprint="", recipe={},
         inputs=inputs, axes=AXES,
@@ -92,7 +80,7 @@ def main(
         graph = float_onnx(Layer(), inputs, AXES, Path(place) / "float.onnx")
         sessions["dense float32"] = open_session(graph, session_options(threads))
         for name, layer in made.items():
-            engine = engine_of(quantized(layer, bits), Path(place) / name.replace(" ", "-"), inputs)
+            engine = engine_of(coded(layer, bits), Path(place) / name.replace(" ", "-"), inputs)
             proof = prove_fusion(engine)
             fused[name] = f"{len(proof.fused)}/{proof.planned}"
             sessions[name] = open_session(engine.folder / "model.onnx", session_options(threads))

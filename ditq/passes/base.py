@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -81,13 +81,17 @@ class SiteCache(Protocol):
     def put_tensors(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
 
+Latency = Callable[[Sequence[nn.Module], Tensor], list[float]]
+
+
 class Context:
     """What passes read besides the graph: calibration statistics, seed, progress, and the changes made so far.
 
     `site_cache`, where given, keeps finished layers so that an interrupted compile resumes where it stopped.
     `work` is a folder that outlives an interruption, for passes that keep how far they are; `original` the model as it was
     before the first structural pass. `keep_weights`: passes that code weights leave in `weights` what they coded, float16
-    by site. `prepared`: what passes took from the model before any pass changed it, by pass.
+    by site. `prepared`: what passes took from the model before any pass changed it, by pass. `latency`: seconds that each of
+    some modules takes for an input, as an engine runs them.
     """
 
     def __init__(
@@ -98,8 +102,10 @@ class Context:
         keep_weights: bool = False,
         work: Path | None = None,
         device: torch.device = CPU,
+        latency: Latency | None = None,
     ) -> None:
         self.device = device
+        self.latency = latency
         self.keep_weights = keep_weights
         self.work = work
         self.original: nn.Module | None = None

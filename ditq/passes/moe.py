@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ditq.calibration.batches import CallBatch
-from ditq.calibration.sampler import find_sampler
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn.sliced import linear_of
-from ditq.nn.structural import StructuralPart
 from ditq.nn.structural.experts import MixtureOfExperts, divided
 from ditq.numerics.experts import balance_offset, cluster_channels, contributions, ridge, weighted_mean
 from ditq.parts import Work
 from ditq.passes.base import Context, Pass, PassReport, register, setting
+from ditq.passes.better_form import BetterForm
 from ditq.passes.expert_load import measure_load, summary_of
 from ditq.passes.feed_forwards import (
     IMPORTANCES,
@@ -34,12 +33,10 @@ from ditq.passes.feed_forwards import (
     teaching_batches,
     tokens_of_places,
 )
-from ditq.passes.gate import HeldOutCalls, gated, limit_setting
-from ditq.passes.prune import pruned
+from ditq.passes.gate import gated, limit_setting
 
 CLUSTERED = 4096  # tokens that channels are clustered by
 CROWDED = 0.25  # share of the answers asked for that find no slot, beyond which `choice: auto` lets the experts choose
-JUDGED = 4  # batches that `choose: better` judges by
 
 
 @register
@@ -54,7 +51,8 @@ class MixtureOfExpertsPass(Pass):
 
     With the defaults 62.5 % fewer parameters of feed-forwards are active for a token. `choose: better` puts a pruned
     feed-forward of the same active width, which needs no routing, where the model's answers do not lose less by at least
-    `margin` with experts.
+    `margin` with experts; `choose: latency` one that takes the same time, measured, or leaves the dense one where experts
+    are no faster than it.
 
     Sources: Dense2MoE (arXiv 2510.09094), clustering of CMoE (arXiv 2502.04416).
 
@@ -85,9 +83,11 @@ class MixtureOfExpertsPass(Pass):
     )
     refit: bool = setting(True, "fit the output linear anew by least squares")
     choose: str = setting(
-        "experts", "experts everywhere, or pruned ones where experts are no better", ("experts", "better")
+        "experts",
+        "experts everywhere, or pruned ones where experts are no better: of as many active channels, or as fast",
+        ("experts", "better", "latency"),
     )
-    margin: float = setting(0.1, "`choose: better`: by what share less the answers must lose with a mixture")
+    margin: float = setting(0.1, "`better` and `latency`: by what share less the answers must lose with a mixture")
     samples: int = setting(256, "recorded denoiser calls that tokens are taken from")
     weighting: str = setting(
         "answer", "what a token counts: its effect on the model's answer, or all alike", WEIGHTINGS
@@ -173,20 +173,18 @@ class MixtureOfExpertsPass(Pass):
         places = isolated(graph, self.select, self.name)
         batches = teaching_batches(context, self.samples)
         taylor = taylor_importances(graph.model, places, batches, context) if self.importance == "taylor" else {}
-        judge = None
-        if self.choose == "better":
-            assert context.original is not None
-            sampler = find_sampler(context.original, context.trajectories())
-            judge = HeldOutCalls.judging(context.original, batches[:JUDGED], sampler)
+        better = None
+        if self.choose != "experts":
+            better = BetterForm(graph, batches, context, self.margin, self.refit, self.choose == "latency")
         dense = {place.module: graph.linear(place.module) for place in places}
         choice = "token" if self.choice == "auto" else self.choice
-        rows = self._replaced(graph, places, batches, taylor, judge, choice, context)
+        rows = self._replaced(graph, places, batches, taylor, better, choice, context)
         loads = measure_load(graph.model, batches, context)
         crowded = [place for place in places if place.module in loads and loads[place.module].dropped > CROWDED]
         if self.choice == "auto" and crowded:
             for place in crowded:
                 graph.replace(place.module, dense[place.module])
-            rows |= self._replaced(graph, crowded, batches, taylor, judge, "expert", context)
+            rows |= self._replaced(graph, crowded, batches, taylor, better, "expert", context)
             loads = measure_load(graph.model, batches, context)
         for place in places:
             report.rows.append(rows[place.name] | (loads[place.module].row() if place.module in loads else {}))
@@ -202,19 +200,19 @@ class MixtureOfExpertsPass(Pass):
         places: Sequence[Place],
         batches: Sequence[CallBatch],
         taylor: dict[str, Tensor],
-        judge: HeldOutCalls | None,
+        better: BetterForm | None,
         choice: str,
         context: Context,
     ) -> dict[str, dict[str, Any]]:
-        """Put mixtures, or with a judge the better of mixture and pruned, into those places: what to report of each."""
+        """Put mixtures, or what is better, into those places: what to report of each."""
         rows: dict[str, dict[str, Any]] = {}
         for place, tokens in tokens_of_places(graph.model, places, batches, self.rows, self.weighting, context):
             made, error = self._mixture(graph.model, place, tokens, taylor, choice, context.seed)
             hidden = place.form.hidden
             row = {"feed-forward": place.name, "hidden": hidden, "active": self.active(hidden), "error": error}
-            part: StructuralPart = made
-            if judge is not None:
-                part, found = self._better(graph, place, tokens, made, judge, context.seed)
+            part: nn.Module = made
+            if better is not None:
+                part, found = better.choose(place, tokens, made, self.active(hidden))
                 row |= found
             if isinstance(part, MixtureOfExperts):
                 row["chosen by"] = f"{choice}s"
@@ -280,28 +278,6 @@ class MixtureOfExpertsPass(Pass):
         _set(linear_of(mixture.shared, form.output), columns[0], bias - columns[0] @ mean[shared].double())
         for expert, part, column in zip(mixture.experts, parts, columns[1:], strict=True):
             _set(linear_of(expert, form.output), column, -(column @ mean[part].double()))
-
-    def _better(
-        self, graph: DiTGraph, place: Place, tokens: Tokens, made: MixtureOfExperts, judge: HeldOutCalls, seed: int
-    ) -> tuple[StructuralPart, dict[str, Any]]:
-        """The mixture, or a pruned feed-forward of the same active width where the model's answers lose no more by it.
-
-        The error of a feed-forward's own output misleads: errors that are alike for many tokens add up in the answer.
-        """
-        dense, active = graph.linear(place.module), self.active(place.form.hidden)
-        importance = importance_of("needed", place, tokens, active, {}, seed)
-        channels = importance.topk(active).indices.sort().values
-        smaller, error = pruned(dense, place.form, channels, tokens, self.refit)
-        before = judge.error(graph.model)
-        lost: dict[str, float] = {}
-        parts: dict[str, StructuralPart] = {"experts": made, "pruned": smaller}
-        for name, part in parts.items():
-            graph.replace(place.module, part)
-            lost[name] = judge.error(graph.model) - before
-        graph.replace(place.module, dense)
-        form = "experts" if lost["experts"] <= (1 - self.margin) * lost["pruned"] else "pruned"
-        row = {"form": form, "answers lose": lost["experts"], "with pruned": lost["pruned"]}
-        return parts[form], row | ({"error": error} if form == "pruned" else {})
 
 
 def _central(a: Tensor, parts: Tensor) -> Tensor:

@@ -203,6 +203,35 @@ def test_the_better_form_is_taken_for_each_feed_forward(checkpoint, statistics):
 
 
 @pytest.mark.parametrize(
+    ("experts", "share"), [(2.0, 0.5), (0.9, 0.0), (3.1, 1.0)], ids=["between", "faster", "slower"]
+)
+def test_the_pruned_form_is_as_wide_as_takes_the_time_of_experts(checkpoint, statistics, monkeypatch, experts, share):
+    """Said to take 1 as narrow as the experts' active channels, 3 as wide as the dense one."""
+    asked = []
+
+    def seconds(parts, x):
+        narrow, dense, mixture = parts
+        assert isinstance(narrow, PrunedFeedForward) and isinstance(mixture, MixtureOfExperts)
+        assert dense(x).shape == mixture(x).shape == x.shape
+        asked.append(x.shape)
+        return [1.0, 3.0, experts]
+
+    monkeypatch.setattr("ditq.compiler.seconds_of", seconds)
+    graph = graph_of(checkpoint)
+    (report,) = run(graph, statistics, {"moe": EXPERTS | {"choose": "latency", "margin": 0.0}})
+    assert len(asked) == len(set(asked)) > 0  # once for those of one size
+    for row in report.rows:
+        wanted = row["active"] + share * (row["hidden"] - row["active"])
+        assert abs(row["pruned to"] - wanted) <= 8
+        assert (row["form"] == "dense") == (share == 1.0)
+        if row["form"] != "dense":
+            assert (row["form"] == "experts") == (row["answers lose"] <= row["with pruned"])
+    kinds = [type(part) for part in graph.model.modules()]
+    changed = sum(kinds.count(kind) for kind in (MixtureOfExperts, PrunedFeedForward))
+    assert changed == (0 if share == 1.0 else len(report.rows))
+
+
+@pytest.mark.parametrize(
     ("settings", "says"),
     [
         ({"top": 7, "experts": 6}, "top from 1 to experts"),
