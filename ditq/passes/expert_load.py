@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from ditq.calibration.batches import CallBatch
 from ditq.nn.structural.experts import MixtureOfExperts
+from ditq.numerics.routing import FINENESS, slots_of
 from ditq.passes.base import Context
 from ditq.passes.block_records import call
 
 BINS = 4  # of the steps
+SPARED = 0.02  # share of the answers that may find no slot
 PLACES = 4096  # tokens of a sample up to which places are told apart
 
 
@@ -35,13 +37,15 @@ def summary_of(loads: Mapping[str, Load]) -> dict[str, Any]:
 @dataclass
 class Load:
     """Shares of the tokens that each expert answers: `share` [E], by bin of steps [bins, E], by place [E, N]; `dropped` is the
-    share of the answers asked for that found no slot.
+    share of the answers asked for that found no slot; `capacity` the least at which no more than SPARED of these answers would
+    find none.
     """
 
     share: Tensor
     by_step: Tensor
     by_place: Tensor
     dropped: float
+    capacity: float
 
     def row(self) -> dict[str, Any]:
         """For the report."""
@@ -83,4 +87,15 @@ def _load(answers: list[tuple[Tensor, Tensor]], top: int) -> Load:
     bins = torch.cat([place for _, place in answers])
     mean = chosen.mean(dim=(0, 2))
     by_step = torch.stack([chosen[bins == number].mean(dim=(0, 2)).nan_to_num() for number in range(BINS)])
-    return Load(mean, by_step, chosen.mean(dim=0), max(0.0, 1 - float(mean.sum()) / top))
+    return Load(mean, by_step, chosen.mean(dim=0), max(0.0, 1 - float(mean.sum()) / top), _capacity(chosen, top))
+
+
+def _capacity(chosen: Tensor, top: int) -> float:
+    """By who answers whom [B, E, N]: of 1, 1.125 and so on."""
+    counts, (_, experts, tokens) = chosen.sum(dim=2), chosen.shape
+    most = experts * FINENESS // top
+    for capacity in range(FINENESS, most, FINENESS // 8):
+        beyond = (counts - slots_of(tokens, experts, top, capacity)).clamp_min(0).sum()
+        if float(beyond) <= SPARED * float(counts.sum()):
+            return capacity / FINENESS
+    return most / FINENESS

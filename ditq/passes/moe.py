@@ -16,6 +16,7 @@ from ditq.graph import DiTGraph
 from ditq.nn.sliced import linear_of
 from ditq.nn.structural.experts import MixtureOfExperts, divided
 from ditq.numerics.experts import balance_offset, cluster_channels, contributions, ridge, weighted_mean
+from ditq.numerics.routing import FINENESS
 from ditq.parts import Work
 from ditq.passes.base import Context, Pass, PassReport, register, setting
 from ditq.passes.better_form import BetterForm
@@ -36,6 +37,8 @@ from ditq.passes.feed_forwards import (
 from ditq.passes.gate import gated, limit_setting
 
 CLUSTERED = 4096  # tokens that channels are clustered by
+BALANCED = 1.25  # capacity that `capacity: auto` balances loads for
+MOST = 2.0  # capacity that it gives at most
 CROWDED = 0.25  # share of the answers asked for that find no slot, beyond which `choice: auto` lets the experts choose
 
 
@@ -68,7 +71,9 @@ class MixtureOfExpertsPass(Pass):
     shared: float = setting(0.25, "share of the hidden channels that are for all tokens")
     experts: int = setting(12, "routed experts")
     top: int = setting(2, "experts that a token gets")
-    capacity: float = setting(1.25, "slots of an expert over its equal share of the tokens; those beyond it go without")
+    capacity: float | str = setting(
+        1.25, "slots of an expert over its equal share of the tokens; those beyond it go without", words=("auto",)
+    )
     choice: str = setting(
         "auto",
         "tokens choose experts, or each expert the tokens of its sample; auto: experts where too many tokens find no slot",
@@ -102,7 +107,7 @@ class MixtureOfExpertsPass(Pass):
             raise DitqError(f"pass 'moe': {given}; experts must be 2 or more, and top from 1 to experts")
         if not 0 <= self.shared < 1:
             raise DitqError(f"pass 'moe': shared is {self.shared}, must be at least 0 and below 1")
-        if self.capacity < 1:
+        if self._capacity < 1:
             raise DitqError(f"pass 'moe': capacity is {self.capacity}, must be 1 or more")
         if not 0 <= self.margin < 1:
             raise DitqError(f"pass 'moe': margin is {self.margin}, must be at least 0 and below 1")
@@ -112,6 +117,11 @@ class MixtureOfExpertsPass(Pass):
         """Hidden channels of the shared expert, and of each routed one."""
         routed = round(hidden * (1 - self.shared)) // self.experts
         return hidden - routed * self.experts, routed
+
+    @property
+    def _capacity(self) -> float:
+        """That loads are balanced for, and where it goes by the load the one that costs are told of."""
+        return BALANCED if isinstance(self.capacity, str) else self.capacity
 
     def active(self, hidden: int) -> int:
         """Hidden channels that a token passes through."""
@@ -142,7 +152,7 @@ class MixtureOfExpertsPass(Pass):
             "width": self._widths(place.form.hidden)[1],
             "router": "representative" if self.router == "representative" else "linear",
             "top": self.top,
-            "capacity": self.capacity,
+            "capacity": self._capacity,
             "choice": "expert" if self.choice == "expert" else "token",
         }
 
@@ -150,7 +160,7 @@ class MixtureOfExpertsPass(Pass):
         found: dict[str, Work] = {}
         for each in selected(graph, self.select, self.name):
             shared, routed = self._widths(each.hidden)
-            answered = min(self.top * self.capacity, self.experts)
+            answered = min(self.top * self._capacity, self.experts)
             slots = self.experts * max(1, math.ceil(graph.sites[each.output.site].tokens * answered / self.experts))
             for name in (*each.inputs, each.output.site):
                 site = graph.sites[name]
@@ -179,6 +189,8 @@ class MixtureOfExpertsPass(Pass):
         dense = {place.module: graph.linear(place.module) for place in places}
         choice = "token" if self.choice == "auto" else self.choice
         rows = self._replaced(graph, places, batches, taylor, better, choice, context)
+        if self.capacity == "auto" and choice == "token":
+            self._set_capacities(graph, batches, context)
         loads = measure_load(graph.model, batches, context)
         crowded = [place for place in places if place.module in loads and loads[place.module].dropped > CROWDED]
         if self.choice == "auto" and crowded:
@@ -187,12 +199,22 @@ class MixtureOfExpertsPass(Pass):
             rows |= self._replaced(graph, crowded, batches, taylor, better, "expert", context)
             loads = measure_load(graph.model, batches, context)
         for place in places:
+            if isinstance(part := graph.linear(place.module), MixtureOfExperts):
+                rows[place.name]["capacity"] = part.capacity / FINENESS
             report.rows.append(rows[place.name] | (loads[place.module].row() if place.module in loads else {}))
         report.summary |= summary_of(loads)
         graph.refresh()
         errors: list[Any] = [row["error"] for row in report.rows]
         report.summary |= {"feed-forwards": len(errors), "mean error": sum(errors) / len(errors)}
         return gated(report, graph, context, self.limit)
+
+    def _set_capacities(self, graph: DiTGraph, batches: Sequence[CallBatch], context: Context) -> None:
+        """What each mixture's load on the recorded calls asks for, at most MOST."""
+        mixtures = {name: part for name, part in graph.model.named_modules() if isinstance(part, MixtureOfExperts)}
+        for part in mixtures.values():
+            part.capacity = len(part.experts) * FINENESS // part.top  # a slot for every token
+        for name, load in measure_load(graph.model, batches, context).items():
+            mixtures[name].capacity = round(min(load.capacity, MOST) * FINENESS)
 
     def _replaced(
         self,
@@ -237,7 +259,7 @@ class MixtureOfExpertsPass(Pass):
         )
         representatives = _central(a, parts) if self.router == "representative" else None
         mixture = divided(
-            dense, form, shared, parts, representatives, top=self.top, capacity=self.capacity, choice=choice
+            dense, form, shared, parts, representatives, top=self.top, capacity=self._capacity, choice=choice
         )
         if representatives is None:
             targets = contributions(a, mean, tokens.weight, given, self.experts)
@@ -246,7 +268,7 @@ class MixtureOfExpertsPass(Pass):
             mixture.router.bias.copy_(bias)  # type: ignore[operator, union-attr]
         dtype = linear_of(dense, form.output).weight.dtype
         scores = mixture.scores(tokens.x[lessons].to(dtype)[None])[0].float()
-        mixture.balance.copy_(balance_offset(scores, self.top, self.capacity))
+        mixture.balance.copy_(balance_offset(scores, self.top, self._capacity))
         self._set_outputs(mixture, tokens, shared, parts)
         return mixture, tokens.error(mixture(tokens.x[tokens.judges].to(dtype)[None])[0])
 
