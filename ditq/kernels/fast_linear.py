@@ -150,7 +150,7 @@ def quantized_input(x: Tensor, plan: Online, keep: bool) -> tuple[Tensor, Tensor
     form = plan.form
     return quantized(
         x, None, None, plan.inverse_scale, plan.shift, plan.first, plan.second, plan.calibrated, False, 0.0, "", plan.a, plan.b,
-        plan.size, plan.start, plan.stop, form.bits, form.granularity, form.grid, form.clip, form.shift, form.group_size, keep,
+        plan.size, plan.start, plan.stop, form.bits, form.granularity, form.grid, plan.limits, form.group_size, keep,
     )  # fmt: skip
 
 

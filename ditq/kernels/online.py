@@ -23,7 +23,8 @@ class Online:
     """What a kernel does to the input of a linear: transform and format.
 
     a, b: the token as a matrix. first [b, b], second [a, a]: matrices, of signs in bfloat16 with their common `size` taken
-    out, else float32. start, stop: rows of Z that the first is for.
+    out, else float32. start, stop: rows of Z that the first is for. limits: the format's divisor and shift, float32 [2]; a
+    tensor, so that layers which differ in nothing else share what is compiled.
     """
 
     width: int
@@ -38,6 +39,7 @@ class Online:
     shift: Tensor | None
     form: ActivationFormat
     calibrated: Tensor | None = None
+    limits: Tensor | None = None
 
     def to(self, device: torch.device) -> Online:
         """The same with its tensors there."""
@@ -92,6 +94,8 @@ def online(
                     made = Online(width, a, b, first, second, size * other, 0, a, scale, shift, form, calibrated)
     if made is None:
         return None
+    if form.granularity != "none":
+        made = replace(made, limits=torch.tensor([form.divisor, form.shift], dtype=torch.float32))
     widest = _WIDEST if made.second is None else _WIDEST_FULL
     return made if triton.next_power_of_2(made.a) * triton.next_power_of_2(made.b) <= widest else None
 

@@ -18,8 +18,9 @@ from ditq.kernels.storage import StoredWeight
 from ditq.numerics.activation_format import ActivationFormat
 
 
-def _form(bits: int, granularity: str, grid: str, clip: float, shift: float, group: int) -> ActivationFormat:
-    return ActivationFormat(bits, granularity, grid, clip, (), shift, group)  # type: ignore[arg-type]
+def _form(bits: int, granularity: str, grid: str, group: int) -> ActivationFormat:
+    """Without clip and shift, which `limits` holds."""
+    return ActivationFormat(bits, granularity, grid, group_size=group)  # type: ignore[arg-type]
 
 
 @custom_op("ditq::quantized", mutates_args=())
@@ -43,8 +44,7 @@ def quantized(
     bits: int,
     granularity: str,
     grid: str,
-    clip: float,
-    offset: float,
+    limits: Tensor | None,
     group: int,
     keep: bool,
     tail: Tensor | None = None,
@@ -53,12 +53,12 @@ def quantized(
 
     The last of the n channels may be those of `tail` [..., m]; an activation is of these alone then.
     """
-    form = _form(bits, granularity, grid, clip, offset, group)
+    form = _form(bits, granularity, grid, group)
     width = a * b
     pieces = [None if piece is None else piece.reshape(-1, width).contiguous() for piece in (gamma, beta)]
     samples = max((len(piece) for piece in pieces if piece is not None), default=1)
     q, scales, kept = _made(x, tail, a, b, form, keep)
-    plan = Online(width, a, b, first, second, size, start, stop, inverse_scale, shift, form, calibrated)
+    plan = Online(width, a, b, first, second, size, start, stop, inverse_scale, shift, form, calibrated, limits)
     if len(q):
         before = Before(norm, pieces[0], pieces[1], activation, epsilon)
         quantize.launch(x, len(q) // samples, before, plan, q, scales, kept if keep else None, tail=tail)
@@ -79,9 +79,9 @@ def _made(
 @quantized.register_fake
 def _(
     x, gamma, beta, inverse_scale, shift, first, second, calibrated, norm, epsilon, activation, a, b, size, start, stop, bits,
-    granularity, grid, clip, offset, group, keep, tail=None,
+    granularity, grid, limits, group, keep, tail=None,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    return _made(x, tail, a, b, _form(bits, granularity, grid, clip, offset, group), keep)
+    return _made(x, tail, a, b, _form(bits, granularity, grid, group), keep)
 
 
 @custom_op("ditq::product", mutates_args=())

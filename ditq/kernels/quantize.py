@@ -215,8 +215,8 @@ def _rounded(
 
 @triton.jit
 def quantize_kernel(
-    x, tail, gamma, beta, inverse_scale, shift, first, second, calibrated, q, scales, kept,
-    size, epsilon, divisor, offset, maximum, tokens_a_sample, x_row, tail_row,
+    x, tail, gamma, beta, inverse_scale, shift, first, second, calibrated, limits, q, scales, kept,
+    size, epsilon, maximum, tokens_a_sample, x_row, tail_row,
     n: tl.constexpr, a: tl.constexpr, b: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr,
     GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
     STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr, START: tl.constexpr, STOP: tl.constexpr,
@@ -232,6 +232,8 @@ def quantize_kernel(
     sample = token // tokens_a_sample
     x += token * x_row
     tail += token * tail_row - OWN * b
+    divisor = tl.load(limits) if GRID != "" else 1.0
+    offset = tl.load(limits + 1) if GRID == "unsigned" else 0.0
     WHOLE: tl.constexpr = a <= ROWS and OWN == a
     OF_X: tl.constexpr = ACTIVATION if OWN == a else ""
     matrix = 0.0
@@ -315,26 +317,11 @@ def arguments(
     grid = "" if q is None else form.grid
     x, tail = as_read(x, tail, plan)
     given = (
-        x,
-        tail,
-        before.gamma,
-        before.beta,
-        plan.inverse_scale,
-        plan.shift,
-        plan.first,
-        plan.second,
-        plan.calibrated,
-    )
-    values: list[Tensor | int | float] = [x if tensor is None else tensor for tensor in (*given, q, scales, kept)]
-    divisor = form.divisor if q is not None else 1.0
-    values += [
-        plan.size,
-        before.epsilon,
-        divisor,
-        form.shift,
-        float(form.maximum if q is not None else 1),
-        tokens_a_sample,
-    ]
+        x, tail, before.gamma, before.beta, plan.inverse_scale, plan.shift, plan.first, plan.second, plan.calibrated,
+        plan.limits, q, scales, kept,
+    )  # fmt: skip
+    values: list[Tensor | int | float] = [x if tensor is None else tensor for tensor in given]
+    values += [plan.size, before.epsilon, float(form.maximum if q is not None else 1), tokens_a_sample]
     values += [x.stride(0), 0 if tail is None else tail.stride(0)]
     cut, B = cut or cut_of(plan), max(triton.next_power_of_2(plan.b), 16)
     constants = {

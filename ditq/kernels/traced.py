@@ -36,7 +36,7 @@ from ditq.numerics.carrier import E4M3
 Compiler = Callable[[fx.GraphModule, list[Tensor]], Callable[..., Any]]
 
 _X, _GAMMA, _BETA, _NORM, _EPSILON, _ACTIVATION = 0, 1, 2, 8, 9, 10  # places in the arguments of ditq::quantized
-_TAIL = 23  # the argument behind all that are given
+_TAIL = 22  # the argument behind all that are given
 _BEHIND = 14  # place of the activation in those of ditq::product
 _SAME = {"to", "contiguous", "float", "type_as"}
 

@@ -70,7 +70,7 @@ def test_blocks_are_graphs_that_quantize_each_input_once_and_compute_the_meaning
         sum(node.args[8] is True for node in quantizers),
         sum(node.args[1] is not None for node in quantizers),
         sum(node.args[10] != "" for node in quantizers),
-        sum(len(node.args) > 23 for node in quantizers),
+        sum(len(node.args) > 22 for node in quantizers),
         sum(node.args[14] != "" for node in nodes if node.target is PRODUCT),
     )
     assert fused == EXPECTED[f"{family} experts" if choice else family]
