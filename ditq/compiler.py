@@ -5,14 +5,10 @@ This file is the whole path at a glance; each step lives in its own module.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from ditq import processes
 from ditq.budget import Budget
@@ -20,7 +16,6 @@ from ditq.budget.attention import within
 from ditq.budget.fit import BudgetFit, fit_budget, quantize_step
 from ditq.budget.request import ATTENTION
 from ditq.calibration.calibrate import TRAJECTORIES, calibrate, pipeline_class
-from ditq.calibration.collect import collect_statistics
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
 from ditq.calibration.storage import make_folder
@@ -36,22 +31,19 @@ from ditq.export.write import check_replaceable, write_engine
 from ditq.folders import check_output, remove, work_folder
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
-from ditq.latency import seconds_of
 from ditq.memory import peak_memory
 from ditq.nn import QuantLinear
 from ditq.nn.structural.scheduled_block import edges_of
 from ditq.nn.structural.token_attention import token_attentions
-from ditq.passes import Context, PassReport
-from ditq.passes.block_records import tensors_of
+from ditq.pass_pipeline import run_passes
+from ditq.passes import PassReport
 from ditq.passes.distill import Distill
 from ditq.passes.quantize import Quantize
 from ditq.progress import ProgressSetting
 from ditq.recipe import DEFAULT, Recipe, load_recipe
-from ditq.site_cache import FolderSiteCache
 from ditq.suggest import unknown_key
 
 OFFLOAD = (AUTO, "disk", "none")
-UNCHANGED = 1e-2  # of the answer: what float32 loses is 1e-6 to 1e-4, what a wrong fold does 1e-1 and more
 
 
 @dataclass(frozen=True)
@@ -161,7 +153,10 @@ def compile(
             recipe, model = fitted.recipe, checkpoint.load_model(offload=weights)
             graph = DiTGraph(model, inputs)
             clock.lap("budget")
-        reports = run_passes(graph, recipe, statistics, checkpoint, work, options, fitted)
+        reports = run_passes(
+            graph, recipe, statistics, checkpoint, work, fitted, seed=options.seed, device=options.device,
+            progress=options.progress,
+        )  # fmt: skip
         clock.lap("passes")
         text_sites = _text_sites(graph, checkpoint.changing) if options.cache_text and not edges_of(model) else ()
         engine = write_engine(
@@ -209,7 +204,8 @@ def take_part(
     shared = max((number for number, step in enumerate(recipe.passes, 1) if isinstance(step, Distill)), default=0)
     graph = DiTGraph(checkpoint.load_model(), example_inputs(checkpoint))
     statistics = Statistics.open(str(options.statistics), fingerprint=checkpoint.fingerprint(), graph=graph)
-    run_passes(graph, replace(recipe, passes=recipe.passes[:shared]), statistics, options=options)
+    few = replace(recipe, passes=recipe.passes[:shared])
+    run_passes(graph, few, statistics, seed=options.seed, device=options.device, progress=options.progress)
 
 
 def _asked(recipe: Recipe, options: CompileOptions) -> tuple[Recipe, Budget | None]:
@@ -250,80 +246,6 @@ def _kinds_of_gpu(wanted: Target, options: CompileOptions) -> list[str]:
         return []
     parse_sizes(options.sizes or "")
     return kinds_of_gpu(options.gpus)
-
-
-def run_passes(
-    graph: DiTGraph,
-    recipe: Recipe,
-    statistics: Statistics | None,
-    checkpoint: Checkpoint | None = None,
-    work: Path | None = None,
-    options: CompileOptions = CompileOptions(),
-    fitted: BudgetFit | None = None,
-) -> list[PassReport]:
-    """Run the recipe over the graph in place. After it the graph still runs, now with what the passes put in.
-
-    `fitted`: the budget that the recipe was fitted to; its report comes first, and its codes are not made again.
-    """
-    if recipe.budget is not None:
-        raise ValueError(f"{recipe.name} has a budget; run what `fit_budget` makes of it")
-    cache = None
-    if work is not None and checkpoint is not None:
-        key = {
-            "checkpoint": checkpoint.fingerprint(),
-            "recipe": recipe.to_json(),
-            "seed": options.seed,
-            "statistics": None if statistics is None else statistics.metadata,
-            "step_weights": None if statistics is None else statistics.step_weights,
-        }
-        cache = FolderSiteCache(work / "sites", key)
-        if fitted is not None:
-            fitted.hand_on(cache)
-    keep_weights = any(step.wants_weights for step in recipe.passes)
-    device = device_of(options.device)
-    context = Context(statistics, options.seed, cache, keep_weights, work, device, seconds_of).showing(options.progress)
-    reports: list[PassReport] = [] if fitted is None else [fitted.report]
-    structural = [step for step in recipe.passes if step.structural]
-    with torch.no_grad():
-        if structural:
-            context.original = copy.deepcopy(graph.model)
-        for step in recipe.passes:
-            step.prepare(graph, context)
-        for number, step in enumerate(recipe.passes):
-            before = _answer(graph) if step.exact else None
-            reports.append(step.run(graph, context))
-            if before is not None:
-                _check_unchanged(step.name, before, _answer(graph))
-            later = recipe.passes[number + 1 :]
-            last_change = step.structural and not any(other.structural for other in later)
-            if last_change and any(other.requires_statistics for other in later):
-                context.restructured(_collected_again(graph, context, options))
-    return reports
-
-
-def _answer(graph: DiTGraph) -> Tensor:
-    """What the model gives for its example inputs."""
-    return tensors_of(graph.model(**graph.example_inputs, return_dict=False))[0].double()
-
-
-def _check_unchanged(name: str, before: Tensor, after: Tensor) -> None:
-    """Raise DitqError if a pass that only moves numbers about has changed what the model computes."""
-    error = float((after - before).norm() / before.norm().clamp_min(1e-30))
-    if not error < UNCHANGED:
-        raise DitqError(
-            f"pass {name!r} changed what the model computes, by {error:.1g} of its answer: this model is put together in a way "
-            "that is not understood here; leave the pass out, and report the model's class"
-        )
-
-
-def _collected_again(graph: DiTGraph, context: Context, options: CompileOptions) -> Statistics:
-    """Statistics of the model as structural passes have left it, on the calls that were recorded of the original."""
-    bins, device = int(context.calibration["bins"]), device_of(options.device)
-    graph.model.to(device)
-    try:
-        return collect_statistics(graph, context.trajectories(), bins, seed=options.seed, progress=options.progress)
-    finally:
-        graph.model.to("cpu")
 
 
 def _check_products(recipe: Recipe, graph: DiTGraph, wanted: Target, gpus: Sequence[str]) -> None:

@@ -8,11 +8,11 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from ditq.compiler import run_passes
 from ditq.export import model_agreement
 from ditq.export.fusion import prove_fusion
 from ditq.export.onnx_graph import _choose_by_logic
 from ditq.parts import LinearModulation, TableModulation
+from ditq.pass_pipeline import run_passes
 from ditq.recipe import Recipe
 from tests.export.quantized import engine_of, quantize_blocks, shallow_model
 from tests.families_small import OTHERS, forward, small_graph, small_inputs, statistics_of

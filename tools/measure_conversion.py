@@ -26,10 +26,10 @@ from ditq.calibration.collect import collect_statistics
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
-from ditq.compiler import run_passes
 from ditq.devices import device_of
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
+from ditq.pass_pipeline import run_passes
 from ditq.passes import Context
 from ditq.recipe import Recipe, load_recipe
 from ditq.report.evaluate import heldout_conditions

@@ -30,9 +30,9 @@ from ditq.calibration.record import Trajectories, record_trajectories
 from ditq.calibration.sampling import SamplingSettings
 from ditq.calibration.statistics import TRAJECTORIES, Statistics
 from ditq.checkpoint import Checkpoint
-from ditq.compiler import run_passes
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
+from ditq.pass_pipeline import run_passes
 from ditq.recipe import Recipe, load_recipe
 from ditq.report.evaluate import heldout_conditions
 from ditq.report.metrics import decibels

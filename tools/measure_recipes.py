@@ -27,12 +27,13 @@ from ditq.calibration.calibrate import calibrate
 from ditq.calibration.sampling import SamplingSettings, sample
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
-from ditq.compiler import CompileOptions, compile, run_passes
+from ditq.compiler import CompileOptions, compile
 from ditq.export.agreement import model_agreement
 from ditq.export.fusion import prove_fusion
 from ditq.export.loader import load_engine
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
+from ditq.pass_pipeline import run_passes
 from ditq.passes import Pass, PassReport
 from ditq.passes.quantize import Quantize
 from ditq.recipe import Recipe, shipped_recipes

@@ -12,8 +12,9 @@ import yaml
 
 import ditq
 from ditq.budget import Budget
-from ditq.compiler import CompileOptions, run_passes
+from ditq.compiler import CompileOptions
 from ditq.errors import DitqError
+from ditq.pass_pipeline import run_passes
 from ditq.recipe import load_recipe
 from tests.command_line import assert_refused, run
 from tests.small_checkpoint import files_below, write_pipeline, write_transformer

@@ -23,11 +23,11 @@ from ditq.calibration.calibrate import calibrate
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
-from ditq.compiler import run_passes
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.nn.structural import StructuralPart
+from ditq.pass_pipeline import run_passes
 from ditq.passes import Context, PassReport
 from ditq.passes.base import Pass
 from ditq.passes.distill import Distill, DistillReport, _chosen
@@ -336,7 +336,7 @@ import sys
 import torch
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
-from ditq.compiler import run_passes
+from ditq.pass_pipeline import run_passes
 from ditq.passes.distill import Distill
 from ditq.recipe import Recipe
 from safetensors.torch import save_file

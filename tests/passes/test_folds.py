@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from ditq.compiler import run_passes
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn import TransformedLinear
+from ditq.pass_pipeline import run_passes
 from ditq.passes import Context, PassReport
 from ditq.passes.rotate import Rotate
 from ditq.passes.smooth import Smooth

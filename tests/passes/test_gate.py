@@ -15,10 +15,11 @@ from ditq.calibration.calibrate import calibrate
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
-from ditq.compiler import CompileOptions, compile, run_passes
+from ditq.compiler import CompileOptions, compile
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
+from ditq.pass_pipeline import run_passes
 from ditq.passes import Context, PassReport
 from ditq.passes.base import Pass, setting
 from ditq.passes.gate import ERROR, HeldOutCalls, decibels, gated, limit_setting

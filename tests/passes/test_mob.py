@@ -16,7 +16,6 @@ from ditq.calibration.calibrate import calibrate
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
-from ditq.compiler import run_passes
 from ditq.cost_model import costs_after, costs_before
 from ditq.errors import DitqError
 from ditq.export import Engine, load_engine, model_agreement, site_agreement
@@ -28,6 +27,7 @@ from ditq.inspection import example_inputs
 from ditq.nn import describe
 from ditq.nn import rebuild as nn_rebuild
 from ditq.nn.structural.scheduled_block import ScheduledBlock, edges_of, patterns_of, scheduled_blocks
+from ditq.pass_pipeline import run_passes
 from ditq.passes.block_groups import grouped
 from ditq.passes.gate import ERROR
 from ditq.recipe import Recipe

@@ -11,7 +11,7 @@ import torch
 from ditq.calibration.calibrate import calibrate
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
-from ditq.compiler import CompileOptions, compile, run_passes
+from ditq.compiler import CompileOptions, compile
 from ditq.errors import DitqError
 from ditq.export import load_engine, model_agreement, site_agreement
 from ditq.export.fusion import prove_fusion
@@ -21,6 +21,7 @@ from ditq.inspection import example_inputs
 from ditq.nn.structural.experts import MixtureOfExperts
 from ditq.nn.structural.pruned import PrunedFeedForward
 from ditq.parts import LinearModulation
+from ditq.pass_pipeline import run_passes
 from ditq.passes.gate import ERROR
 from ditq.passes.moe import CROWDED
 from ditq.recipe import Recipe
@@ -216,7 +217,7 @@ def test_the_pruned_form_is_as_wide_as_takes_the_time_of_experts(checkpoint, sta
         asked.append(x.shape)
         return [1.0, 3.0, experts]
 
-    monkeypatch.setattr("ditq.compiler.seconds_of", seconds)
+    monkeypatch.setattr("ditq.pass_pipeline.seconds_of", seconds)
     graph = graph_of(checkpoint)
     (report,) = run(graph, statistics, {"moe": EXPERTS | {"choose": "latency", "margin": 0.0}})
     assert len(asked) == len(set(asked)) > 0  # once for those of one size

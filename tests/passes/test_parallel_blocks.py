@@ -14,7 +14,6 @@ from torch import nn
 from ditq.calibration.calibrate import calibrate
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
-from ditq.compiler import run_passes
 from ditq.errors import DitqError
 from ditq.export import load_engine, model_agreement, site_agreement
 from ditq.export.fusion import prove_fusion
@@ -23,6 +22,7 @@ from ditq.inspection import example_inputs
 from ditq.kernels.traced import compiled
 from ditq.nn import describe, rebuild
 from ditq.nn.structural.parallel_block import pair, paired
+from ditq.pass_pipeline import run_passes
 from ditq.passes.gate import ERROR
 from ditq.passes.parallel_blocks import Pair, ParallelBlocks
 from ditq.recipe import Recipe

@@ -13,11 +13,11 @@ from ditq.calibration.record import Trajectories
 from ditq.calibration.sampler import find_sampler
 from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
-from ditq.compiler import run_passes
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.nn import QuantLinear
+from ditq.pass_pipeline import run_passes
 from ditq.passes import Context
 from ditq.passes.guided_error import guidance_of
 from ditq.passes.reconstruct import Reconstruct, _energy, _Example

@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any
 
 from ditq.budget.fit import fit_budget
-from ditq.compiler import run_passes
 from ditq.formats import BitFormat
 from ditq.nn.input_transform import InputTransform
 from ditq.nn.quant_linear import QuantLinear
+from ditq.pass_pipeline import run_passes
 from ditq.passes.quantize import stored_bits
 from ditq.recipe import Recipe, load_recipe, shipped_recipes
 from tools.peers.bench import Bench
