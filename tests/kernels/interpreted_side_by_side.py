@@ -28,10 +28,11 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 class Attention(nn.Module):
-    """Of image alone, or with keys and values of a text; its output linear has their form too."""
+    """Of image alone, or with keys, or keys and values, of a text; its output linear has their form too."""
 
-    def __init__(self, form: str) -> None:
+    def __init__(self, form: str, of_text: str = "kv") -> None:
         super().__init__()
+        self.of_text = of_text
         for name in ("to_q", "to_k", "to_v", "to_out"):
             layer = quantized(nn.Linear(64, 64), name, **FORMS[form])
             if form == "FP8":
@@ -40,8 +41,9 @@ class Attention(nn.Module):
             setattr(self, name, layer)
 
     def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
-        of_text = x if text is None else text
-        q, k, v = self.to_q(x), self.to_k(of_text), self.to_v(of_text)
+        other = x if text is None else text
+        q, k = self.to_q(x), self.to_k(other)
+        v = self.to_v(other if "v" in self.of_text else x)
         return self.to_out(torch.softmax(q @ k.transpose(1, 2), -1) @ v)
 
 
@@ -63,6 +65,16 @@ def test_linears_of_one_input_are_one_product_and_give_what_each_gives(
     (together,) = graph.graph.find_nodes(op="call_function", target=torch.ops.ditq.products.default)
     left = graph.graph.find_nodes(op="call_function", target=torch.ops.ditq.product.default)
     assert (len(together.args[2]), len(left)) == ((2, 2) if crossed else (3, 1))
+
+
+def test_linears_of_one_input_with_another_between_them_stay_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(side_by_side, "MANY", 1)
+    fast = to_gpu(Attention("4 bits", "k").requires_grad_(False), torch.device("cpu"))
+    x, text = torch.randn(2, 5, 64).bfloat16(), torch.randn(2, 5, 64).bfloat16()
+    graphs: list[fx.GraphModule] = []
+    with torch.no_grad():
+        compiled(fast, lambda graph, _: graphs.append(graph) or graph.forward)(x, text)  # type: ignore[func-returns-value]
+    assert not graphs[0].graph.find_nodes(op="call_function", target=torch.ops.ditq.products.default)
 
 
 def test_weights_of_one_form_lie_one_after_the_other_and_are_joined_without_a_copy() -> None:
