@@ -96,8 +96,10 @@ def test_a_set_is_read_by_its_name_unless_a_file_is_called_so(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mini").mkdir()  # a checkpoint's folder
     assert read_prompts("mini") == builtin_prompts("mini")
-    with pytest.raises(DitqError, match="prompts are read from"):
-        read_prompts("coco")
+    (tmp_path / "vbench").write_text("a red apple")
+    for neither in ("coco", "vbench"):
+        with pytest.raises(DitqError, match="prompts are read from"):
+            read_prompts(neither)
 
 
 def test_prompts_given_as_a_list_are_checked_alike() -> None:

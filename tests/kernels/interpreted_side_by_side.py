@@ -35,6 +35,8 @@ class Attention(nn.Module):
         self.of_text = of_text
         for name in ("to_q", "to_k", "to_v", "to_out"):
             layer = quantized(nn.Linear(64, 64), name, **FORMS[form])
+            if layer.table is not None and name == "to_k":  # tables of their own
+                layer.table = (layer.table.float() / 2).to(layer.table.dtype)
             if form == "FP8":
                 assert layer.table is not None
                 layer.table = layer.table.float().to(E4M3)

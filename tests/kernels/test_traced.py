@@ -139,3 +139,29 @@ def test_the_activation_behind_many_fp8_numbers_goes_to_where_it_is_rounded(carr
     assert [len(node.args) for node in quantizers].count(23) == 1
     left = {node.target for node in graph.graph.nodes}
     assert not left & {F.gelu, torch.cat}
+
+
+def test_an_activation_that_others_read_behind_other_channels_stays_behind_its_product() -> None:
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            form = ActivationFormat(8, "token", "float8_e4m3")
+            for name, size in {"hidden": (64, 128), "out": (192, 64)}.items():
+                layer = quantized(nn.Linear(*size), name, activation=form)
+                assert layer.table is not None
+                layer.table = layer.table.float().to(torch.float8_e4m3fn)
+                setattr(self, name, layer)
+
+        def forward(self, x: Tensor) -> Tensor:
+            both = torch.cat((x, F.gelu(self.hidden(x), approximate="tanh")), dim=2)
+            return self.out(both) + both.mean(-1, keepdim=True)
+
+    graphs: list[fx.GraphModule] = []
+
+    def keep(graph: fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return lambda *given: [torch.zeros(1, 256, 64, dtype=torch.bfloat16)]
+
+    compiled(to_gpu(Read().requires_grad_(False), torch.device("cpu")), keep)(torch.randn(1, 256, 64).bfloat16())
+    products = graphs[0].graph.find_nodes(op="call_function", target=torch.ops.ditq.product.default)
+    assert sorted(node.args[14] for node in products) == ["", "gelu_tanh"]

@@ -22,6 +22,7 @@ from ditq.nn.structural.experts import MixtureOfExperts
 from ditq.nn.structural.pruned import PrunedFeedForward
 from ditq.parts import LinearModulation
 from ditq.pass_pipeline import run_passes
+from ditq.passes.expert_load import SPARED, _capacity
 from ditq.passes.gate import ERROR
 from ditq.passes.moe import CROWDED
 from ditq.recipe import Recipe
@@ -201,6 +202,27 @@ def test_the_better_form_is_taken_for_each_feed_forward(checkpoint, statistics):
         type(part).__name__ for part in graph.model.modules() if isinstance(part, (MixtureOfExperts, PrunedFeedForward))
     ]
     assert len(forms) == len(report.rows)
+
+
+def test_the_capacity_goes_by_the_load_where_it_is_asked_to(checkpoint, statistics, monkeypatch):
+    (report,) = run(graph_of(checkpoint), statistics, {"moe": EXPERTS | {"capacity": "auto"}})
+    capacities = [row["capacity"] for row in report.rows]
+    assert all(1 <= capacity <= 2 for capacity in capacities) and max(capacities) > 1
+    assert all(row["dropped"] <= SPARED + 1e-6 or row["capacity"] == 2 for row in report.rows)
+    monkeypatch.setattr("ditq.passes.moe.MOST", 1.0)
+    graph = graph_of(checkpoint)
+    (report,) = run(graph, statistics, {"moe": EXPERTS | {"capacity": "auto"}})
+    assert [row["capacity"] for row in report.rows] == [1.0] * len(capacities)
+    assert {part.spec()["capacity"] for part in graph.model.modules() if isinstance(part, MixtureOfExperts)} == {1.0}
+
+
+def test_the_least_capacity_at_which_few_answers_find_no_slot():
+    """Four experts, eight tokens that ask one each: an equal share is 2 slots."""
+    chosen = torch.zeros(1, 4, 8)
+    for token, expert in enumerate((0, 0, 0, 1, 1, 2, 2, 3)):
+        chosen[0, expert, token] = 1
+    assert _capacity(chosen, 1) == 1.125  # 3 slots of ceil(2.25)
+    assert _capacity(torch.eye(4).repeat(1, 2)[None], 1) == 1.0
 
 
 @pytest.mark.parametrize(
