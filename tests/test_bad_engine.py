@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import ditq
 from ditq.errors import DitqError
-from ditq.export.engine import write_engine
 from ditq.export.engine_files import hash_file
+from ditq.export.write import write_engine
 from ditq.nn import QuantLinear
 from ditq.numerics.codebook import CODEBOOKS
 from ditq.numerics.rounding import round_nearest

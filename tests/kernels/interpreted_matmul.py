@@ -132,7 +132,9 @@ def test_activations_behind_the_product(activation: str) -> None:
     for tile in (SMALL, TURNED):
         launch(Product(x, scale, stored, activation=activation), y.fill_(torch.nan), tile)
         expected = matmul_meaning(x, scale, stored, None, None, activation)
-        assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-6)
+        inner = matmul_meaning(x, scale, stored, None).abs()
+        slack = 2.0**-11 * inner if activation == "gelu_tanh" else 1e-5 * expected.abs()  # tanh.approx has 11 bits
+        assert bool(((y.double() - expected).abs() <= slack + 1e-6).all())
 
 
 @pytest.mark.parametrize("kind", ["int8", "float8"])
