@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -25,6 +25,8 @@ class Family(nn.Module, ABC):
 
     # Whether the pipeline moves latents by the mean of the data before it scales them.
     shifts_latents: bool
+    # What its pipeline is called with beside the size of the picture, where nobody says otherwise.
+    sampling: ClassVar[dict[str, Any]]
 
     @abstractmethod
     def tokenize(self, captions: list[str]) -> dict[str, Tensor]:
@@ -43,6 +45,13 @@ class FluxFamily(Family):
     """FluxPipeline: pooled text of CLIP, text sequence of T5."""
 
     shifts_latents = True
+    sampling: ClassVar[dict[str, Any]] = {
+        "num_inference_steps": 20,
+        "true_cfg_scale": 3.0,
+        "guidance_scale": 0.0,
+        "negative_prompt": "",
+        "max_sequence_length": mini_parts.SEQUENCE_LENGTH,
+    }
 
     def __init__(self, captions: list[str], text_from: Path | None) -> None:
         super().__init__()
@@ -100,6 +109,14 @@ class PixArtFamily(Family):
 
     # PixArtSigmaPipeline divides by the VAE's scaling factor and knows no shift.
     shifts_latents = False
+    sampling: ClassVar[dict[str, Any]] = {
+        "num_inference_steps": 20,
+        "guidance_scale": 3.0,
+        "negative_prompt": "",
+        "max_sequence_length": mini_parts.SEQUENCE_LENGTH,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+    }
 
     def __init__(self, captions: list[str], text_from: Path | None) -> None:
         super().__init__()

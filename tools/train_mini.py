@@ -168,8 +168,8 @@ def load_transformer(family: Family, folder: Path) -> None:
         raise TrainingError(f"the transformer of {folder} is of another shape than --family makes") from error
 
 
-def write_pipeline(family: Family, vae: DiffusersModel, keep_vae: bool, partial: Path, out: Path) -> None:
-    """Write the stock pipeline beside its place and move it there whole.
+def write_pipeline(family: Family, vae: DiffusersModel, keep_vae: bool, size: int, partial: Path, out: Path) -> None:
+    """Write the stock pipeline, with how to call it for pictures of this size, beside its place and move it there whole.
 
     A VAE that was taken as it is keeps its precision; all else is stored in bf16.
     """
@@ -180,6 +180,8 @@ def write_pipeline(family: Family, vae: DiffusersModel, keep_vae: bool, partial:
         shutil.rmtree(written)
     family.pipeline(vae).save_pretrained(written)
     tidy_settings(written)
+    sampling = {"height": size, "width": size, **family.sampling}
+    (written / "sampling.json").write_text(json.dumps(sampling, indent=2) + "\n", encoding="utf-8")
     written.replace(out)
 
 
@@ -302,7 +304,7 @@ def main(
         train_family(model, latents, emoji.captions, plan, batch=batch, device=place, settings=settings)
     except CheckpointError as error:
         raise TrainingError(str(error)) from error
-    write_pipeline(model, vae, vae_from is not None, partial, out)
+    write_pipeline(model, vae, vae_from is not None, size, partial, out)
     shutil.rmtree(partial)
     click.echo(f"wrote {out}")
 

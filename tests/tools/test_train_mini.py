@@ -91,7 +91,22 @@ def test_flux_from_nothing_is_a_stock_pipeline(flux_folder):
     assert picture.shape == (64, 64, 3)
     assert picture.std() > 0
     assert {tensor.dtype for tensor in weights_of(flux_folder).values()} == {torch.bfloat16}
+    assert json.loads((flux_folder / "sampling.json").read_text()) == json.loads(
+        (ASSETS / "mini" / "sampling.json").read_text()
+    )
     assert not flux_folder.with_name("mini.partial").exists()
+
+
+def test_another_size_goes_on_from_a_pipeline_and_says_how_to_call_it(few_pictures, flux_folder, tmp_path):
+    out = tmp_path / "larger"
+    run_tool("--start-from", flux_folder, "--size", 96, "--steps", 1, "--out", out)
+    told = json.loads((out / "sampling.json").read_text())
+    assert told == json.loads((ASSETS / "mini" / "sampling.json").read_text()) | {"height": 96, "width": 96}
+    before, after = weights_of(flux_folder), weights_of(out)
+    assert all(torch.equal(after[name], tensor.float()) for name, tensor in before.items() if name.startswith("vae."))
+    assert any(
+        not torch.equal(after[name], tensor) for name, tensor in before.items() if name.startswith("transformer")
+    )
 
 
 @pytest.mark.parametrize("family", ["mini", "mini_pixart"])
@@ -118,6 +133,9 @@ def test_pixart_takes_vae_and_text_from_a_flux_folder(few_pictures, flux_folder,
     for name, tensor in before.items():
         if name.startswith("vae."):
             assert torch.equal(after[name], tensor.float()), name
+    assert json.loads((out / "sampling.json").read_text()) == json.loads(
+        (ASSETS / "mini_pixart" / "sampling.json").read_text()
+    )
     index = json.loads((out / "model_index.json").read_text())
     assert index["tokenizer"] == ["transformers", "PreTrainedTokenizerFast"]
     for path in out.rglob("*.json"):
