@@ -3,6 +3,13 @@
 Which ones is found at each call from the means of the tiles (as block-sparse attentions do that need no training: SpargeAttn,
 Zhang 2025, arXiv 2502.18137), or was found on recorded calls, by the probability that tiles got (AdaSpa, Xia 2025, arXiv
 2502.21079). Their number is the same for all tiles and heads, so that all shapes are known.
+
+What a query does not see is left out, or stands as one key and value a tile, the means of its n tokens, weighed n times (the
+first term of the expansion in PISA, Li 2026, arXiv 2602.01077):
+
+    y = (sum_seen exp(q k_j) v_j + sum_unseen n exp(q mean k) mean v) / (sum_seen exp(q k_j) + sum_unseen n exp(q mean k))
+
+which is exact where the keys of a tile are alike. Beyond an edge the last row and column stand again in a mean.
 """
 
 from __future__ import annotations
@@ -15,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ditq.numerics.compressed_keys import log_counts
 from ditq.numerics.local_attention import on
 from ditq.numerics.token_layout import Grid
 from ditq.numerics.window import Window, blocks, number_of_patches
@@ -88,11 +96,12 @@ def sparse_attention(
     tile: int,
     keep: int,
     seen: Tensor | None = None,
+    means: bool = False,
 ) -> Tensor:
     """query, key, value [B, h, N, d] -> [B, h, N, d].
 
     seen: the tiles [h, T, keep] that the queries of each tile see. None: the `keep` of the highest `tile_scores`, the tile
-    itself among them; all, if there are no more. Text sees and is seen by all.
+    itself among them; all, if there are no more. Text sees and is seen by all. means: other tiles are seen by their means.
     """
     (image_query, text_query), (image_key, text_key) = grid.parted(query), grid.parted(key)
     image_value, text_value = grid.parted(value)
@@ -107,19 +116,33 @@ def sparse_attention(
         seen = seen.long().expand(query.shape[0], -1, -1, -1)
     parts = [queries]
     for tiled, text in ((keys, text_key), (values, text_value)):
-        gathered = _of_tiles(tiled, seen)
-        everywhere = text[:, :, None].expand(-1, -1, len(tokens), -1, -1)
-        parts.append(torch.cat([gathered, everywhere], -2) if text.shape[-2] else gathered)
-    mask = None
-    if made.real is not None:
-        real = on(query, made.real)[seen].flatten(-2)  # [B, h, T, keep t^2]
-        mask = F.pad(real, (0, text_key.shape[-2]), value=True)[:, :, :, None].flatten(0, 1)
+        everywhere = [text, tiled.mean(3)] if means else [text]
+        gathered = [each[:, :, None].expand(-1, -1, len(tokens), -1, -1) for each in everywhere if each.shape[-2]]
+        parts.append(torch.cat([_of_tiles(tiled, seen), *gathered], -2))
+    mask = _mask(made, seen, text_key.shape[-2], grid, tile, means)
+    if mask is not None:
+        mask = mask[..., None, :].flatten(0, 1).to(query.dtype)
     queries, keys, values = (part.flatten(0, 1) for part in parts)  # T in the place of heads
     y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
     image = y.reshape(*query.shape[:2], -1, y.shape[-1])[:, :, on(query, made.places)]
     if not grid.text:
         return image
     return grid.joined(image, F.scaled_dot_product_attention(text_query, key, value, scale=scale))
+
+
+def _mask(made: Tiles, seen: Tensor, text: int, grid: Grid, tile: int, means: bool) -> Tensor | None:
+    """What is added to scores of queries of each tile [B, h, T, ..]: over tokens of seen tiles, text and, with `means`, all
+    tiles' means. None where that is nothing."""
+    if made.real is None and not means:
+        return None
+    added = torch.zeros(*seen.shape[:-1], seen.shape[-1] * tile**2 + text, device=seen.device)
+    if made.real is not None:
+        beyond = F.pad(~on(seen, made.real)[seen].flatten(-2), (0, text))
+        added = added.masked_fill(beyond, -torch.inf)
+    if not means:
+        return added
+    counts = on(seen, log_counts(tile, *grid.sides)).expand(*seen.shape[:2], seen.shape[2], -1)
+    return torch.cat([added, counts.scatter(-1, seen, -torch.inf)], -1)
 
 
 def _of_tiles(tiled: Tensor, seen: Tensor) -> Tensor:

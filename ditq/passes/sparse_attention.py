@@ -20,6 +20,7 @@ from ditq.passes.base import Context, PassReport, register, setting
 from ditq.passes.gate import limit_setting
 
 BLOCKS = ("online", "calibrated")
+RESTS = ("means", "nothing")
 NUMBERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # of tiles that `search` tries
 
 
@@ -30,7 +31,8 @@ class SparseAttentionPass(AttentionConversion):
 
     `online` chooses at each call by the means of the tiles' queries and keys, as SpargeAttn does (Zhang 2025, arXiv
     2502.18137); `calibrated` takes those that got the most probability on recorded calls (AdaSpa, Xia 2025, arXiv 2502.21079),
-    for pictures of that size only. Text attends to all. Nothing is trained, and weights stay as they are.
+    for pictures of that size only. What a query does not see stands as the means of each tile, as in PISA (Li 2026, arXiv
+    2602.01077), or not at all. Text attends to all. Nothing is trained, and weights stay as they are.
 
     Example:
         - sparse_attention: {blocks: online, tile: 8, keep: search, error: 0.02}
@@ -49,6 +51,7 @@ class SparseAttentionPass(AttentionConversion):
     mass: float = setting(
         0.95, "share of the probability, with the text's, that seen tiles have in the mean with `mass`"
     )
+    rest: str = setting("means", "what stands for tiles that are not seen: the means of each, or nothing", RESTS)
     temperature: bool = setting(True, "sharpen scores at larger pictures than those calibrated on, by sqrt(log N)")
     limit: float | str = limit_setting()
 
@@ -99,6 +102,7 @@ class SparseAttentionPass(AttentionConversion):
             tile=self.tile,
             keep=number,
             picture=(place.grid.height, place.grid.width) if calibrated else None,
+            means=self.rest == "means",
         )
         if calibrated and known is not None:
             assert made.seen is not None

@@ -128,7 +128,7 @@ def test_a_weight_that_no_block_divides_is_expanded_to_float16() -> None:
 @pytest.mark.parametrize(("part", "half"), [
     (part_of(LocalAttention, True, window=Window("circle", 2, 3), pool=2), True),
     (part_of(CompressedKeys, True, factor=2), True),
-    (part_of(SparseAttention, True, tile=3, keep=3), True),
+    (part_of(SparseAttention, True, tile=3, keep=3, means=True), True),
     (part_of(LinearAttention, False, features="softmax", window=Window("tiles", 3, 2), added=True, locality=True), False),
 ], ids=["windows", "compressed keys", "tiles", "linear"])  # fmt: skip
 def test_token_attentions_are_products_in_half_precision_but_for_sums_over_all_tokens(

@@ -51,7 +51,7 @@ def with_parts(model: Any, *parts: Part) -> Any:
     ("pixart", {}, [(LinearAttention, {"features": "relu", "locality": True})]),
     ("wan", {"num_layers": 2}, [
         (LocalAttention, {"window": Window("circle", 2, 2, 1, 2)}),
-        (SparseAttention, {"tile": 2, "keep": 2}),
+        (SparseAttention, {"tile": 2, "keep": 2, "means": True}),
     ]),
 ], ids=["text", "picture", "video"])  # fmt: skip
 def test_a_plan_multiplies_windows_in_half_and_sums_over_tokens_in_float(

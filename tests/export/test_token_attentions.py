@@ -153,18 +153,26 @@ def test_compressed_keys_compute_what_they_mean_at_every_size(settings: dict[str
 
 
 @pytest.mark.parametrize("text", [True, False], ids=["text", "image"])
+@pytest.mark.parametrize("means", [True, False], ids=["means", "nothing"])
 @pytest.mark.parametrize(("tile", "keep"), [(2, 5), (3, 3), (4, 9)])
-def test_tiles_chosen_at_a_call_compute_what_they_mean_at_every_size(tile: int, keep: int, text: bool) -> None:
-    kinds = check_form(part_of(SparseAttention, text, tile=tile, keep=keep), *grids(text))
-    assert "TopK" in kinds and not kinds & {"NonZero", "ScatterND", "ScatterElements", "Loop", "Attention"}
+def test_tiles_chosen_at_a_call_compute_what_they_mean_at_every_size(
+    tile: int, keep: int, means: bool, text: bool
+) -> None:
+    kinds = check_form(part_of(SparseAttention, text, tile=tile, keep=keep, means=means), *grids(text))
+    assert "TopK" in kinds and not kinds & {"NonZero", "ScatterND", "Loop", "Attention"}
+    assert ("ScatterElements" in kinds) == means
 
 
 @pytest.mark.parametrize("text", [True, False], ids=["text", "image"])
+@pytest.mark.parametrize("means", [True, False], ids=["means", "nothing"])
 @pytest.mark.parametrize(("tile", "keep"), [(2, 5), (3, 3)])
-def test_tiles_chosen_before_compute_what_they_mean_at_their_size(tile: int, keep: int, text: bool) -> None:
-    part = part_of(SparseAttention, text, tile=tile, keep=keep, picture=(8, 8))
+def test_tiles_chosen_before_compute_what_they_mean_at_their_size(
+    tile: int, keep: int, means: bool, text: bool
+) -> None:
+    part = part_of(SparseAttention, text, tile=tile, keep=keep, means=means, picture=(8, 8))
     kinds = check_form(part, grids(text)[0], [])
-    assert not kinds & {"TopK", "GatherND", "Range", "NonZero", "ScatterND", "ScatterElements", "Loop", "Attention"}
+    assert not kinds & {"TopK", "GatherND", "Range", "NonZero", "ScatterND", "Loop", "Attention"}
+    assert ("ScatterElements" in kinds) == means
     with pytest.raises(
         DitqError, match=r"site: .* pictures of 8 x 8 tokens, not of 9 x 4; ask for that size, or compile"
     ):
@@ -176,7 +184,7 @@ VIDEOS: list[tuple[type[TokenAttention], bool, dict[str, Any]]] = [
     (LocalAttention, True, {"window": Window("circle", 3, 2, 1, 3), "pool": 2}),
     (LinearAttention, False, {"features": "relu", "window": Window("tiles", 2, 3)}),
     (CompressedKeys, True, {"factor": 2}),
-    (SparseAttention, False, {"tile": 2, "keep": 5}),
+    (SparseAttention, False, {"tile": 2, "keep": 5, "means": True}),
 ]
 
 
@@ -192,7 +200,7 @@ def test_text_may_stand_first() -> None:
     kinds: list[tuple[type[TokenAttention], dict[str, Any]]] = [
         (LocalAttention, {"window": Window("tiles", 1, 4)}),
         (CompressedKeys, {"factor": 2}),
-        (SparseAttention, {"tile": 3, "keep": 2}),
+        (SparseAttention, {"tile": 3, "keep": 2, "means": True}),
     ]
     for kind, settings in kinds:
         part = part_of(kind, True, **settings)
@@ -213,7 +221,7 @@ def test_an_engine_runs_other_pictures_than_it_was_traced_with(tmp_path: Path) -
     parts: list[tuple[type[TokenAttention], dict[str, Any]]] = [
         (LocalAttention, {"window": [None, Window("tiles", 3, 2)]}),
         (CompressedKeys, {"factor": 2}),
-        (SparseAttention, {"tile": 2, "keep": 5}),
+        (SparseAttention, {"tile": 2, "keep": 5, "means": True}),
         (LinearAttention, {"features": "relu"}),
     ]
     check_engine(mixed(small_graph("flux"), parts), tmp_path / "engine", (6, 11))

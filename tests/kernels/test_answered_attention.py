@@ -63,11 +63,12 @@ def test_windows_by_blocks_compute_what_they_mean(
 OTHERS: list[tuple[type[TokenAttention], dict[str, Any]]] = [
     (CompressedKeys, {"factor": 2}),
     (SparseAttention, {"tile": 4, "keep": 5}),
+    (SparseAttention, {"tile": 4, "keep": 5, "means": True}),
 ]
 
 
 @pytest.mark.parametrize("text_first", [True, False])
-@pytest.mark.parametrize(("kind", "settings"), OTHERS, ids=["squares", "tiles"])
+@pytest.mark.parametrize(("kind", "settings"), OTHERS, ids=["squares", "tiles", "tiles and means"])
 def test_other_parts_compute_in_bfloat16_what_they_mean(
     kind: type[TokenAttention], settings: dict[str, Any], text_first: bool
 ) -> None:
@@ -133,7 +134,11 @@ MODELS: list[tuple[str, type[TokenAttention], dict[str, Any]]] = [
     ("dit", LinearAttention, {"features": "relu", "locality": True}),
     ("wan", LocalAttention, {"window": Window("tiles", 1, 2, 3, 1)}),
     ("dit", CompressedKeys, {"factor": 3}),
-    ("pixart", SparseAttention, {"tile": 2, "keep": 2, "picture": (3, 8)}),  # bfloat16 would choose others
+    (
+        "pixart",
+        SparseAttention,
+        {"tile": 2, "keep": 2, "picture": (3, 8), "means": True},
+    ),  # bfloat16 would choose others
 ]
 SIDES = {"flux": [(3, 8), (8, 3)], "dit": [(5, 5)]}  # DiT takes square pictures only
 

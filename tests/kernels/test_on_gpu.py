@@ -176,7 +176,7 @@ def test_windows_and_linear_attention_compute_their_meaning(kind: Any, settings:
         (LinearAttention, {"features": "softmax"}),
         (LinearAttention, {"features": "relu", "window": Window("circle", 4, 4)}),
         (CompressedKeys, {"factor": 2}),
-        (SparseAttention, {"tile": 8, "keep": 5}),
+        (SparseAttention, {"tile": 8, "keep": 5, "means": True}),
     ],
 )
 def test_attentions_of_many_blocks_compute_their_meaning(kind: Any, settings: dict[str, Any]) -> None:

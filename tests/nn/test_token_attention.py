@@ -75,7 +75,7 @@ def test_a_window_over_all_of_the_picture_changes_nothing(family: str) -> None:
 PARTS: list[tuple[type[TokenAttention], dict[str, Any]]] = [
     (LocalAttention, {"window": [None, Window("tiles", 1, 2, 1, 2)], "pool": 2}),
     (CompressedKeys, {"factor": 2}),
-    (SparseAttention, {"tile": 2, "keep": 1}),
+    (SparseAttention, {"tile": 2, "keep": 1, "means": True}),
 ]
 
 
@@ -105,7 +105,7 @@ def test_a_rebuilt_model_and_a_copy_give_the_same_bits(
 
 
 def test_a_rebuilt_model_sees_the_tiles_that_were_found_before() -> None:
-    model = converted(small_graph("flux"), SparseAttention, tile=2, keep=3, picture=(8, 8))
+    model = converted(small_graph("flux"), SparseAttention, tile=2, keep=3, means=True, picture=(8, 8))
     for part in token_attentions(model).values():
         assert isinstance(part, SparseAttention) and part.seen is not None
         part.seen.copy_(torch.rand(part.heads, 16, 16).argsort(-1)[..., :3])

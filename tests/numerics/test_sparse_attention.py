@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ditq.numerics.sparse_attention import (
     covered,
@@ -87,7 +89,52 @@ def test_tiles_are_chosen_by_the_mean_score_and_the_own_is_always_one(tile: int,
 def test_all_tiles_are_all_of_the_attention(grid: Grid) -> None:
     given = tensors(grid)
     exact = (given[0].double() @ given[1].double().transpose(-1, -2) * SCALE).softmax(-1) @ given[2].double()
-    assert (sparse_attention(*given, grid, SCALE, 3, 100) - exact).abs().max() < CLOSE
+    for rest in (True, False):
+        assert (sparse_attention(*given, grid, SCALE, 3, 100, means=rest) - exact).abs().max() < CLOSE
+
+
+@pytest.mark.parametrize("chosen", [True, False], ids=["before", "at the call"])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(("tile", "keep"), [(2, 3), (3, 2), (4, 1)])
+def test_tiles_that_are_not_seen_stand_as_their_means(tile: int, keep: int, grid: Grid, chosen: bool) -> None:
+    """softmax in float64 with, for each query, the tokens of its seen tiles, the text, and n times exp(q mean k) of others."""
+    query, key, value = given = tensors(grid)
+    count, start = number_of_tiles(tile, grid.height, grid.width), grid.text if grid.text_first else 0
+    small = [means(grid.parted(each)[0], tile, grid) for each in (key, value)]
+    if chosen:
+        seen = torch.rand(2, 3, count, count, generator=torch.Generator().manual_seed(2)).argsort(-1)[:1, ..., :keep]
+        found = sparse_attention(*given, grid, SCALE, tile, keep, seen[0].int(), means=True)
+        seen = seen.expand(2, -1, -1, -1)
+    else:
+        scores = means(grid.parted(query)[0], tile, grid) @ small[0].transpose(-1, -2)
+        scores.diagonal(dim1=-2, dim2=-1).fill_(math.inf)
+        seen = scores.argsort(-1, descending=True)[..., :keep]
+        found = sparse_attention(*given, grid, SCALE, tile, keep, means=True)
+    members = [[token for token in range(grid.image) if tile_of(token, tile, grid) == t] for t in range(count)]
+    expected = F.scaled_dot_product_attention(*(each.double() for each in given), scale=SCALE)  # of text
+    text = [token for token in range(grid.text + grid.image) if not start <= token < start + grid.image]
+    for sample, head, one in product(range(2), range(3), range(grid.image)):
+        row = seen[sample, head, tile_of(one, tile, grid)].tolist()
+        keys = [*text, *(start + token for t in row for token in members[t])]
+        others = [t for t in range(count) if t not in row]
+        q, k, v = (each[sample, head].double() for each in given)
+        weights = (torch.cat([k[keys], small[0][sample, head, others]]) @ q[start + one] * SCALE).exp()
+        weights[len(keys) :] *= torch.tensor([len(members[t]) for t in others])
+        mixed = torch.cat([v[keys], small[1][sample, head, others]])
+        expected[sample, head, start + one] = weights @ mixed / weights.sum()
+    assert (found - expected).abs().max() < CLOSE
+
+
+def test_means_are_exact_where_the_keys_of_a_tile_are_alike() -> None:
+    grid = Grid(5, 8, 8, True)
+    query, key, value = tensors(grid)
+    alike = key.clone()
+    for one in range(16):
+        members = [5 + token for token in range(64) if tile_of(token, 2, grid) == one]
+        alike[:, :, members] = key[:, :, members].mean(2, keepdim=True)
+    exact = F.scaled_dot_product_attention(query.double(), alike.double(), value.double(), scale=SCALE)
+    assert (sparse_attention(query, alike, value, grid, SCALE, 2, 2, means=True) - exact).abs().max() < CLOSE
+    assert (sparse_attention(query, alike, value, grid, SCALE, 2, 2) - exact).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

@@ -17,7 +17,7 @@ from ditq.numerics.token_layout import Grid, TokenLayout
 
 @register
 class SparseAttention(TokenAttention):
-    """softmax over `keep` tiles of tile x tile tokens and the text.
+    """softmax over `keep` tiles of tile x tile tokens and the text and, with `means`, the means of all other tiles.
 
     `seen` [heads, T, keep] are the tiles that each one sees, where they were found before; they are of a `picture` of so many
     rows and columns, and the part runs for no other. Without a picture they are chosen at each call.
@@ -36,9 +36,11 @@ class SparseAttention(TokenAttention):
         tile: int,
         keep: int,
         picture: Sequence[int] | None = None,
+        means: bool = False,
     ) -> None:
         super().__init__(site, layout, heads, width, text, usual)
-        self.tile, self.keep, self.picture = tile, keep, None if picture is None else (picture[0], picture[1])
+        self.tile, self.keep, self.means = tile, keep, means
+        self.picture = None if picture is None else (picture[0], picture[1])
         self.seen: Tensor | None
         first = None
         if self.picture is not None:
@@ -50,11 +52,12 @@ class SparseAttention(TokenAttention):
             if isinstance(query, FakeTensor):  # a trace asks for shapes, and knows no more of a picture than its tokens
                 return query.new_empty(query.shape)
             raise ValueError(f"{self.site}: {other_picture(self.picture, (grid.height, grid.width))}")
-        return sparse_attention(query, key, value, grid, scale, self.tile, self.keep, self.seen)
+        return sparse_attention(query, key, value, grid, scale, self.tile, self.keep, self.seen, self.means)
 
     def macs(self, grid: Grid) -> int:
         tiles, channels = number_of_tiles(self.tile, *grid.sides), self.heads * self.width
-        pairs = grid.image * (min(self.keep, tiles) * self.tile**2 + grid.text) + grid.text * (grid.text + grid.image)
+        keys = min(self.keep, tiles) * self.tile**2 + grid.text + tiles * self.means
+        pairs = grid.image * keys + grid.text * (grid.text + grid.image)
         choice = tiles**2 if self.picture is None else 0
         return channels * (2 * pairs + choice)
 
@@ -62,10 +65,12 @@ class SparseAttention(TokenAttention):
         return [] if self.seen is None else [self.seen]
 
     def settings(self) -> dict[str, Any]:
-        return {"tile": self.tile, "keep": self.keep, "picture": None if self.picture is None else list(self.picture)}
+        picture = None if self.picture is None else list(self.picture)
+        return {"tile": self.tile, "keep": self.keep, "picture": picture, "means": self.means}
 
     def extra_repr(self) -> str:
-        return f"{self.keep} tiles of {self.tile} x {self.tile}"
+        rest = ", means of the rest" if self.means else ""
+        return f"{self.keep} tiles of {self.tile} x {self.tile}{rest}"
 
 
 def other_picture(made_for: tuple[int, int], given: tuple[int, int]) -> str:

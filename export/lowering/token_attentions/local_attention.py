@@ -70,8 +70,18 @@ def joined_pairs(tokens: Tokens, pairs: list[tuple[ir.Value, ir.Value]]) -> tupl
 
 
 @dataclass(frozen=True, eq=False)
+class BlockwiseKeys:
+    """Keys and values [B, h, P, d] that all queries share, and what each block adds to its scores over them [.., T, 1, P]."""
+
+    key: ir.Value
+    value: ir.Value
+    added: ir.Value
+    number: Size
+
+
+@dataclass(frozen=True, eq=False)
 class WindowScores:
-    """Scores of image queries in the order of blocks, [B, h, T Q, K + G], over the K keys of their window and G common ones.
+    """Scores of image queries in the order of blocks, [B, h, T Q, K + G], over the K keys of their window and G that all share.
 
     `values` [B, h, T, K, d] and `common` [B, h, G, d] are what they weigh, `places` [FHW] where each token is found.
     """
@@ -132,18 +142,24 @@ def joined_scores(
     places: ir.Value,
     of_block: tuple[Size, int],
     hidden: ir.Value | None,
+    blockwise: BlockwiseKeys | None = None,
 ) -> WindowScores:
     """Of scaled queries of blocks [B, h, T, Q, d] over their own keys [B, h, T, K, d] and over common ones; `of_block` is K
-    and Q, and `hidden` is added to scores of own keys."""
+    and Q, and `hidden` is added to scores of own keys. `blockwise`: common ones too, to which blocks add what is theirs."""
     writer, sizes, (size, block) = tokens.writer, tokens.sizes, of_block
     scores = writer.op("MatMul", queries, tokens.turned(keys, 5), name="scores")
     if hidden is not None:
         scores = writer.op("Add", scores, hidden, name="seen")
-    scores = writer.op("Reshape", scores, sizes.shape(0, 0, -1, size), name="flat")
+    parts = [writer.op("Reshape", scores, sizes.shape(0, 0, -1, size), name="flat")]
     flat = writer.op("Reshape", queries, sizes.shape(0, 0, -1, tokens.width), name="flat")
-    everywhere = None
     if common:
-        common_key, everywhere = joined_pairs(tokens, common)
-        of_common = writer.op("MatMul", flat, tokens.turned(common_key), name="common_scores")
-        scores = writer.op("Concat", scores, of_common, name="all_scores", axis=-1)
+        parts.append(writer.op("MatMul", flat, tokens.turned(joined_pairs(tokens, common)[0]), name="common_scores"))
+    if blockwise is not None:
+        found = writer.op("MatMul", flat, tokens.turned(blockwise.key), name="common_scores")
+        by_blocks = writer.op("Reshape", found, sizes.shape(0, 0, -1, block, blockwise.number), name="by_blocks")
+        by_blocks = writer.op("Add", by_blocks, blockwise.added, name="added")
+        parts.append(writer.op("Reshape", by_blocks, sizes.shape(0, 0, -1, blockwise.number), name="flat"))
+    shared = [*common, *([] if blockwise is None else [(blockwise.key, blockwise.value)])]
+    everywhere = joined_pairs(tokens, shared)[1] if shared else None
+    scores = parts[0] if len(parts) == 1 else writer.op("Concat", *parts, name="all_scores", axis=-1)
     return WindowScores(tokens, scores, flat, values, everywhere, places, size, block)

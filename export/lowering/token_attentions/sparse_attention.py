@@ -10,7 +10,8 @@ import onnx_ir as ir
 from ditq.errors import DitqError
 from ditq.export.lowering.token_attentions import lowers
 from ditq.export.lowering.token_attentions.blocks import LOWEST, block_indices
-from ditq.export.lowering.token_attentions.local_attention import joined_scores
+from ditq.export.lowering.token_attentions.local_attention import BlockwiseKeys, joined_scores
+from ditq.export.lowering.token_attentions.pooling import logarithms
 from ditq.export.lowering.token_attentions.tokens import Size, Tokens
 from ditq.nn.structural.sparse_attention import other_picture
 from ditq.numerics.sparse_attention import tiles_of
@@ -40,8 +41,9 @@ def sparse_attention(tokens: Tokens) -> ir.Value:
     hidden = _hidden(tokens, indices.queries, indices.places)
     if hidden is not None:
         hidden = seen.hidden(hidden, size)
+    means = _means(tokens, keys, values, seen, count) if tokens.settings.get("means") else None
     keys, values = seen.gathered(keys, size), seen.gathered(values, size)
-    scores = joined_scores(tokens, queries, keys, values, common, indices.places, (size, tile**2), hidden)
+    scores = joined_scores(tokens, queries, keys, values, common, indices.places, (size, tile**2), hidden, means)
     image = scores.placed(scores.attended())
     text = None if text_query is None else tokens.attended(text_query, tokens.key, tokens.value)
     return tokens.joined(image, text)
@@ -97,6 +99,19 @@ def _chosen(tokens: Tokens, queries: ir.Value, keys: ir.Value, count: Size) -> _
     return _Found(tokens, found, number)
 
 
+def _means(tokens: Tokens, keys: ir.Value, values: ir.Value, seen: _Found, count: Size) -> BlockwiseKeys:
+    """The mean key and value of each tile [B, h, T, d], weighed by its tokens, for the tiles that do not see it."""
+    writer = tokens.writer
+    axis = writer.constant([3], np.int64, name="axis")
+    key, value = (writer.op("ReduceMean", tiled, axis, name="means", keepdims=0) for tiled in (keys, values))
+    counts = writer.op("Expand", logarithms(tokens, tokens.settings["tile"]), seen.shape(count), name="counts")
+    lowest = writer.constant(LOWEST, name="number")
+    nothing = writer.op("Expand", lowest, writer.op("Shape", seen.seen, name="shape"), name="lowest")
+    unseen = writer.op("ScatterElements", counts, seen.seen, nothing, name="unseen", axis=-1)
+    added = writer.op("Unsqueeze", unseen, writer.constant([-2], np.int64, name="axes"), name="unseen")
+    return BlockwiseKeys(key, value, added, count)
+
+
 def _own(tokens: Tokens, count: Size) -> ir.Value:
     """bool [T, T]: a tile and itself."""
     writer, sizes = tokens.writer, tokens.sizes
@@ -128,6 +143,12 @@ class _Found:
         found = writer.op("GatherND", rows, index, name="seen", batch_dims=2)
         return writer.op("Reshape", found, sizes.shape(0, 0, 0, size, self.tokens.width), name="seen")
 
+    def shape(self, count: Size) -> ir.Value:
+        """int64 [..]: of numbers for each tile and each that it may see, [B, h, T, T]."""
+        tokens = self.tokens
+        batch = tokens.cut(tokens.writer.op("Shape", tokens.query, name="shape"), 0, 1, axis=0)
+        return tokens.sizes.shape(batch, tokens.heads, count, count)
+
     def hidden(self, hidden: ir.Value, size: Size) -> ir.Value:
         """[T, t^2] -> [B, h, T, 1, k t^2]."""
         found = self.tokens.writer.op("Gather", hidden, self.seen, name="hidden", axis=0)
@@ -150,6 +171,9 @@ class _Given(_Found):
         index = writer.op("Reshape", writer.op("Add", self.seen, first, name="index"), sizes.shape(-1), name="index")
         found = writer.op("Gather", rows, index, name="seen", axis=1)
         return writer.op("Reshape", found, sizes.shape(0, tokens.heads, tiles, size, tokens.width), name="seen")
+
+    def shape(self, count: Size) -> ir.Value:
+        return self.tokens.sizes.shape(self.tokens.heads, count, count)
 
     def hidden(self, hidden: ir.Value, size: Size) -> ir.Value:
         found = self.tokens.writer.op("Gather", hidden, self.seen, name="hidden", axis=0)
