@@ -230,7 +230,7 @@ def test_an_engine_runs_other_pictures_than_it_was_traced_with(tmp_path: Path) -
 def test_an_engine_runs_other_videos_than_it_was_traced_with(tmp_path: Path) -> None:
     parts: list[tuple[type[TokenAttention], dict[str, Any]]] = [
         (LocalAttention, {"window": Window("tiles", 3, 2, 1, 2)}),
-        (LinearAttention, {"features": "relu"}),
+        (CompressedKeys, {"factor": 2}),
     ]
     check_engine(mixed(small_graph("wan"), parts), tmp_path / "engine", (5, 6))
 

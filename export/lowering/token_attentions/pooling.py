@@ -41,6 +41,6 @@ def _varying_logarithms(tokens: Tokens, patch: int) -> ir.Value:
         count = writer.op("Min", left, step, name="count")
         sides.append(writer.op("Unsqueeze", count, writer.constant([axis], np.int64, name="axes"), name="side"))
     counts = writer.op("Reshape", writer.op("Mul", *sides, name="counts"), sizes.shape(-1), name="counts")
-    if tokens.frames != 1:
+    if not (isinstance(tokens.frames, int) and tokens.frames == 1):  # a value of the graph bears no comparison
         counts = writer.op("Tile", counts, sizes.value(tokens.frames), name="counts")
     return writer.op("Log", writer.op("Cast", counts, name="counts", to=ir.DataType.FLOAT), name="log_counts")
