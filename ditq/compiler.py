@@ -25,7 +25,7 @@ from ditq.errors import DitqError
 from ditq.export.engine import Engine
 from ditq.export.plans.make import MadePlan, check_numbers, kinds_of_gpu, make_plans
 from ditq.export.plans.sizes import parse_sizes
-from ditq.export.targets import Target, target
+from ditq.export.targets import Target, target, targets
 from ditq.export.weights_file import WEIGHTS
 from ditq.export.write import check_replaceable, write_engine
 from ditq.folders import check_output, remove, work_folder
@@ -250,12 +250,26 @@ def _kinds_of_gpu(wanted: Target, options: CompileOptions) -> list[str]:
 
 def _check_products(recipe: Recipe, graph: DiTGraph, wanted: Target, gpus: Sequence[str]) -> None:
     """Whether the target, and the GPUs asked for, can multiply what the recipe makes, before an hour is spent on making it."""
+    _check_state(recipe, wanted)
     for step, found in recipe.stages(graph):
         if isinstance(step, Quantize):
             for site, settings in step.plan(found).items():
                 wanted.check_product(site, settings.carrier, settings.bits)
                 if settings.bits < 16:
                     check_numbers(site, settings.carrier.partition("_")[0], gpus)
+
+
+def _check_state(recipe: Recipe, wanted: Target) -> None:
+    """Whether the target keeps what a pass's parts find in one call for the next ones."""
+    for step in recipe.passes:
+        if step.keeps_state and wanted.lower is not None:
+            without = ", ".join(
+                name for name, each in targets().items() if each.lower is None and each.check is not None
+            )
+            raise DitqError(
+                f"pass {step.name!r}: what it finds in one step is for the next ones, and an engine for {wanted.name} keeps "
+                f"nothing between calls; compile with --target {without}, or set blocks: online"
+            )
 
 
 def _text_sites(graph: DiTGraph, changing: Collection[str]) -> tuple[str, ...]:

@@ -266,6 +266,18 @@ def test_products_that_the_target_has_not_are_refused_before_any_work(
     assert_refused(capsys, says, "compile", pipeline, "-o", tmp_path / "e", "-r", recipe)
 
 
+def test_tiles_that_are_held_between_calls_are_refused_where_nothing_is_held(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ditq.compiler._statistics", lambda *_: pytest.fail("work was done"))
+    recipe = tmp_path / "searched.yaml"
+    recipe.write_text("passes: [{sparse_attention: {blocks: searched, tile: 2, keep: 2}}]\n")
+    says = (
+        "an engine for onnxruntime-cpu keeps nothing between calls; compile with --target cuda, or set blocks: online"
+    )
+    assert_refused(capsys, says, "compile", pipeline, "-o", tmp_path / "e", "-r", recipe)
+
+
 # --- what comes out works
 
 

@@ -27,6 +27,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ditq.kernels.blocks import with_limits
 from ditq.nn.structural.compressed_keys import CompressedKeys
+from ditq.nn.structural.held_tiles import HeldTiles, Turns
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.sparse_attention import SparseAttention
@@ -81,6 +82,11 @@ def tell_grids(model: nn.Module, given: Mapping[str, Any]) -> tuple[Grid, ...]:
     parts = [answer.part for answer in answers_of(model).values()]
     tell(parts, given)
     return tuple(dict.fromkeys(part.grid for part in parts if part.grid is not None))
+
+
+def turns_of(model: nn.Module) -> Turns:
+    """Which tells the parts the steps of pictures."""
+    return Turns(answer.part for answer in answers_of(model).values())
 
 
 @custom_op("ditq::answered_attention", mutates_args=())
@@ -313,4 +319,5 @@ KINDS: dict[type[TokenAttention], Callable[[TokenAttention], Attention]] = {
     LinearAttention: _linear,
     CompressedKeys: _as_meant,
     SparseAttention: _as_meant,
+    HeldTiles: _as_meant,
 }

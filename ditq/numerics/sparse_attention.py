@@ -27,6 +27,8 @@ from ditq.numerics.local_attention import on
 from ditq.numerics.token_layout import Grid
 from ditq.numerics.window import Window, blocks, number_of_patches
 
+SCORES = 2**25  # at once, of queries and keys, where probabilities are summed
+
 
 @dataclass(frozen=True, eq=False)
 class Tiles:
@@ -69,15 +71,22 @@ def tile_probabilities(query: Tensor, key: Tensor, grid: Grid, tile: int, scale:
     [B, h, T, T], and all text [B, h, T].
     """
     made = tiles_of(tile, *grid.sides)
-    tile_of = on(query, made.places) // tile**2
-    members = F.one_hot(tile_of, len(made.tokens)).to(query.dtype)  # [FHW, T]
-    queries = grid.parted(query)[0]
-    found = query.new_empty(*query.shape[:2], len(made.tokens), len(made.tokens))
-    for sample, head in np.ndindex(*query.shape[:2]):  # one matrix of tokens times tokens at a time
-        weights = (queries[sample, head] @ key[sample, head].T * scale).softmax(-1)
-        found[sample, head] = members.T @ (grid.parted(weights.T)[0].T @ members)
+    members = F.one_hot(on(query, made.places) // tile**2, len(made.tokens)).float()  # [FHW, T]
+    queries, keys = grid.parted(query)[0].float() * scale, key.float()
+    found = members.new_zeros(*query.shape[:2], len(made.tokens), len(made.tokens))
+    at_once = max(1, SCORES // key.shape[2])  # queries
+    for sample, head in np.ndindex(*query.shape[:2]):
+        for part, of_tiles in zip(queries[sample, head].split(at_once), members.split(at_once), strict=True):
+            weights = (part @ keys[sample, head].T).softmax(-1)
+            found[sample, head] += of_tiles.T @ (grid.parted(weights.T)[0].T @ members)
     found = found / members.sum(0)[:, None]
     return found, 1 - found.sum(-1)
+
+
+def most_probable(query: Tensor, key: Tensor, grid: Grid, scale: float, tile: int, keep: int) -> Tensor:
+    """The `keep` tiles of keys that get the most of the probability, of all tiles of queries: int64 [B, h, T, keep]."""
+    found, _ = tile_probabilities(query, key, grid, tile, scale)
+    return found.topk(min(keep, found.shape[-1]), sorted=False).indices
 
 
 def covered(probabilities: Tensor, of_text: Tensor, order: Tensor) -> Tensor:
@@ -100,8 +109,9 @@ def sparse_attention(
 ) -> Tensor:
     """query, key, value [B, h, N, d] -> [B, h, N, d].
 
-    seen: the tiles [h, T, keep] that the queries of each tile see. None: the `keep` of the highest `tile_scores`, the tile
-    itself among them; all, if there are no more. Text sees and is seen by all. means: other tiles are seen by their means.
+    seen: the tiles [h, T, keep], or of each sample [B, h, T, keep], that the queries of each tile see. None: the `keep` of the
+    highest `tile_scores`, the tile itself among them; all, if there are no more. Text sees and is seen by all. means: other
+    tiles are seen by their means.
     """
     (image_query, text_query), (image_key, text_key) = grid.parted(query), grid.parted(key)
     image_value, text_value = grid.parted(value)

@@ -244,6 +244,11 @@ class Pass(ABC):
         """Must the model be calibrated for this pass?"""
         return True
 
+    @property
+    def keeps_state(self) -> bool:
+        """Do calls of what it makes depend on those before them? Graphs are for targets that know nothing of other calls."""
+        return False
+
     def prepare(self, graph: DiTGraph, context: Context) -> None:  # noqa: B027  most passes have nothing to prepare
         """See the model before the first pass of the recipe changes it."""
 

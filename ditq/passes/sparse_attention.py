@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
+from ditq.nn.structural.held_tiles import HeldTiles
 from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.nn.structural.token_attention import TokenAttention, token_attentions
 from ditq.numerics.sparse_attention import covered, number_of_tiles, tile_probabilities, tile_scores, tiles_of
@@ -19,7 +20,7 @@ from ditq.passes.attention_records import AttentionRecord, part_error
 from ditq.passes.base import Context, PassReport, register, setting
 from ditq.passes.gate import limit_setting
 
-BLOCKS = ("online", "calibrated")
+BLOCKS = ("online", "calibrated", "searched")
 RESTS = ("means", "nothing")
 NUMBERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # of tiles that `search` tries
 
@@ -30,9 +31,10 @@ class SparseAttentionPass(AttentionConversion):
     """Let the queries of each tile of the picture see `keep` tiles of keys, chosen for each head, and all text.
 
     `online` chooses at each call by the means of the tiles' queries and keys, as SpargeAttn does (Zhang 2025, arXiv
-    2502.18137); `calibrated` takes those that got the most probability on recorded calls (AdaSpa, Xia 2025, arXiv 2502.21079),
-    for pictures of that size only. What a query does not see stands as the means of each tile, as in PISA (Li 2026, arXiv
-    2602.01077), or not at all. Text attends to all. Nothing is trained, and weights stay as they are.
+    2502.18137); `calibrated` takes those that got the most probability on recorded calls, for pictures of that size only;
+    `searched` those that got it in one step of the picture, for the steps after it (AdaSpa, Xia 2025, arXiv 2502.21079). What
+    a query does not see stands as the means of each tile, as in PISA (Li 2026, arXiv 2602.01077), or not at all. Text attends
+    to all. Nothing is trained, and weights stay as they are.
 
     Example:
         - sparse_attention: {blocks: online, tile: 8, keep: search, error: 0.02}
@@ -40,7 +42,14 @@ class SparseAttentionPass(AttentionConversion):
     """
 
     name: ClassVar[str] = "sparse_attention"
-    blocks: str = setting("online", "when tiles are chosen: at each call, or once, from recorded calls", BLOCKS)
+    blocks: str = setting(
+        "online",
+        "when tiles are chosen: at each call, once, from recorded calls, or in some steps of a picture",
+        BLOCKS,
+    )
+    every: int = setting(
+        8, "with `searched`, in one of so many steps attention is to all and finds the tiles of the next ones"
+    )
     tile: int = setting(8, "tokens along a side of a tile")
     keep: int = setting(
         16,
@@ -61,6 +70,12 @@ class SparseAttentionPass(AttentionConversion):
             raise DitqError("pass 'sparse_attention': tile, keep and error must be above 0")
         if not 0 < self.mass < 1:
             raise DitqError("pass 'sparse_attention': mass must be between 0 and 1")
+        if self.every < 2:
+            raise DitqError("pass 'sparse_attention': every must be at least 2, or no step uses what another found")
+
+    @property
+    def keeps_state(self) -> bool:
+        return self.blocks == "searched"
 
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = super().run(graph, context)
@@ -94,16 +109,13 @@ class SparseAttentionPass(AttentionConversion):
             numbers = [int((known.covered < self.mass).sum()) + 1]
         return [self._made(place, number, known, usual) for number in numbers if number < tiles]
 
-    def _made(self, place: Place, number: int, known: _Known | None, usual: int) -> SparseAttention:
+    def _made(self, place: Place, number: int, known: _Known | None, usual: int) -> TokenAttention:
         calibrated = self.blocks == "calibrated"
-        made = SparseAttention(
-            **place.arguments,
-            usual=usual if self.temperature else 0,
-            tile=self.tile,
-            keep=number,
-            picture=(place.grid.height, place.grid.width) if calibrated else None,
-            means=self.rest == "means",
-        )
+        common: dict[str, Any] = {"tile": self.tile, "keep": number, "means": self.rest == "means"}
+        common |= {**place.arguments, "usual": usual if self.temperature else 0}
+        if self.blocks == "searched":
+            return HeldTiles(**common, every=self.every)
+        made = SparseAttention(**common, picture=(place.grid.height, place.grid.width) if calibrated else None)
         if calibrated and known is not None:
             assert made.seen is not None
             made.seen.copy_(known.order[0, :, :, :number])
@@ -122,6 +134,8 @@ class SparseAttentionPass(AttentionConversion):
             mean = torch.stack([probabilities.mean(0) for probabilities, _ in found]).mean(0, keepdim=True)
             order = mean.argsort(-1, descending=True)
             orders = [order] * len(found)
+        elif self.blocks == "searched":
+            orders = [probabilities.argsort(-1, descending=True) for probabilities, _ in found]
         else:
             orders = [self._scores(record).argsort(-1, descending=True) for record in records]
         shares = [covered(*one, order) for one, order in zip(found, orders, strict=True)]
@@ -132,7 +146,7 @@ class SparseAttentionPass(AttentionConversion):
         return tile_scores(*(record.grid.parted(each)[0][:, :, tokens] for each in (record.query, record.key)))
 
     def described(self, part: TokenAttention) -> str:
-        assert isinstance(part, SparseAttention)
+        assert isinstance(part, SparseAttention | HeldTiles)
         return f"{part.keep} tiles of {part.tile} x {part.tile}, {self.blocks}"
 
 

@@ -56,7 +56,7 @@ def runner(engine: Engine, threads: int | None = None) -> Runner:
     Raises:
         DitqError: a format without a kernel; a model that does not fit in the GPU's memory.
     """
-    from ditq.kernels.answered_attention import tell_grids
+    from ditq.kernels.answered_attention import tell_grids, turns_of
     from ditq.kernels.captured import CapturedCalls
     from ditq.kernels.on_gpu import as_wanted, separate_experts, to_gpu
     from ditq.kernels.traced import compiled
@@ -76,12 +76,12 @@ def runner(engine: Engine, threads: int | None = None) -> Runner:
         wanted = {name: as_wanted(name, tensor) for name, tensor in inputs.items()}
         return forward(**unflatten(wanted, layout), return_dict=False)[0]
 
-    captured = CapturedCalls(call)
+    captured, turns = CapturedCalls(call), turns_of(model)
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         try:
             with torch.no_grad():
-                return captured(inputs, *tell_grids(model, unflatten(inputs, layout)))
+                return captured(inputs, *tell_grids(model, unflatten(inputs, layout)), turns.tell(inputs))
         except torch.cuda.OutOfMemoryError as error:
             raise _too_large(engine, "a call of this size does not") from error
         except torch._dynamo.exc.TorchDynamoException as error:

@@ -15,6 +15,8 @@ from ditq.export.session import first_line
 from ditq.export.targets import Runner, Target, register
 from ditq.export.weights_file import EXTRA, WEIGHTS
 from ditq.nn import rebuild as nn_rebuild
+from ditq.nn.structural.held_tiles import Turns
+from ditq.nn.structural.token_attention import token_attentions
 
 if TYPE_CHECKING:
     from ditq.export.engine import Engine
@@ -62,9 +64,11 @@ def available() -> tuple[bool, str]:
 def runner(engine: Engine, threads: int | None = None) -> Runner:
     """Calls the rebuilt model. `threads` is torch's own setting for the whole process, so it is left alone."""
     model = rebuild(engine)
+    turns = Turns(token_attentions(model).values())
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.inference_mode():
+            turns.tell(inputs)
             return model(**unflatten(inputs, engine.manifest["layout"]), return_dict=False)[0]
 
     return run

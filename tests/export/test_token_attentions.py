@@ -19,6 +19,7 @@ from ditq.export.session import open_session, session_options
 from ditq.export.targets.onnxruntime_cpu import lower
 from ditq.graph import DiTGraph
 from ditq.nn.structural.compressed_keys import CompressedKeys
+from ditq.nn.structural.held_tiles import HeldTiles, Turn
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.sparse_attention import SparseAttention
@@ -250,3 +251,26 @@ def test_an_engine_for_pictures_of_one_size_refuses_others_in_one_line(tmp_path:
             with pytest.raises(DitqError, match=rf"pictures of 8 x 8 tokens, not of {sides[0]} x {sides[1]}") as caught:
                 loaded(**sized(model, *sides))
             assert "\n" not in str(caught.value)
+
+
+def test_an_engine_holds_tiles_from_step_to_step_of_a_picture(tmp_path: Path) -> None:
+    shallow = shallow_model("flux")
+    model = converted(DiTGraph(shallow, small_inputs(shallow)), HeldTiles, tile=2, keep=2, every=2)
+    with pytest.raises(DitqError, match=r"a graph has no form for held tiles; compile for another target"):
+        engine_of(model, tmp_path / "graph")
+    loaded = load_engine(engine_of(model, tmp_path / "engine", target_name="cuda").folder, target="torch")
+    first, second = ({**sized(model, 8, 8), "timestep": torch.full((2,), time)} for time in (0.9, 0.5))
+    exact = [forward(shallow_model("flux"), inputs) for inputs in (first, second)]
+    parts = [part for part in token_attentions(model).values() if isinstance(part, HeldTiles)]
+
+    def meant(inputs: Mapping[str, Any], turn: Turn) -> torch.Tensor:
+        for part in parts:
+            part.turn = turn
+        return forward(model, dict(inputs))
+
+    for _ in range(2):  # pictures
+        assert relative(loaded(**first).sample, exact[0]) < CLOSE  # attention to all
+        meant(first, Turn(0, "call", True))
+        found = loaded(**second).sample
+        assert relative(found, meant(second, Turn(1, "call", False))) < CLOSE
+        assert relative(found, exact[1]) > 100 * CLOSE

@@ -21,6 +21,7 @@ from ditq.kernels.on_gpu import as_wanted, to_gpu
 from ditq.kernels.traced import compiled
 from ditq.nn.answered_attention import unanswer
 from ditq.nn.structural.compressed_keys import CompressedKeys
+from ditq.nn.structural.held_tiles import HeldTiles
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.sparse_attention import SparseAttention
@@ -64,11 +65,12 @@ OTHERS: list[tuple[type[TokenAttention], dict[str, Any]]] = [
     (CompressedKeys, {"factor": 2}),
     (SparseAttention, {"tile": 4, "keep": 5}),
     (SparseAttention, {"tile": 4, "keep": 5, "means": True}),
+    (HeldTiles, {"tile": 4, "keep": 5, "every": 8, "means": True}),
 ]
 
 
 @pytest.mark.parametrize("text_first", [True, False])
-@pytest.mark.parametrize(("kind", "settings"), OTHERS, ids=["squares", "tiles", "tiles and means"])
+@pytest.mark.parametrize(("kind", "settings"), OTHERS, ids=["squares", "tiles", "tiles and means", "held tiles"])
 def test_other_parts_compute_in_bfloat16_what_they_mean(
     kind: type[TokenAttention], settings: dict[str, Any], text_first: bool
 ) -> None:

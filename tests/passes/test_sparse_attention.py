@@ -12,6 +12,7 @@ import torch
 from ditq.calibration.batches import CallBatch
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
+from ditq.nn.structural.held_tiles import HeldTiles
 from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.nn.structural.token_attention import token_attentions
 from ditq.numerics.sparse_attention import tile_probabilities
@@ -19,7 +20,7 @@ from ditq.passes import Context, attention_conversion
 from ditq.passes.attention_records import AttentionRecord, records_of
 from ditq.passes.rotate import Rotate
 from ditq.passes.smooth import Smooth
-from ditq.passes.sparse_attention import SparseAttentionPass
+from ditq.passes.sparse_attention import BLOCKS, RESTS, SparseAttentionPass
 from tests.families_small import FAMILIES, forward, small_graph, small_inputs, statistics_of
 from tests.nn.test_token_attention import sized
 from tests.passes.test_local_attention import Recorded, batches_of, recipe, run
@@ -35,12 +36,12 @@ def records(graph: DiTGraph, site: str) -> list[AttentionRecord]:
 def kept(graph: DiTGraph) -> dict[str, int]:
     found = {}
     for site, part in token_attentions(graph.model).items():
-        assert isinstance(part, SparseAttention)
+        assert isinstance(part, SparseAttention | HeldTiles)
         found[site] = part.keep
     return found
 
 
-@pytest.mark.parametrize("blocks", ["online", "calibrated"])
+@pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attentions_are_converted_at_the_cost_that_is_known_before(
     family: str, blocks: str, monkeypatch: pytest.MonkeyPatch
@@ -53,7 +54,7 @@ def test_attentions_are_converted_at_the_cost_that_is_known_before(
     assert all(0 < row["output error"] < 2 and blocks in row["attention is"] for row in report.rows)
 
 
-@pytest.mark.parametrize("blocks", ["online", "calibrated"])
+@pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_smoothing_and_rotation_pass_through_tiles_exactly(
     family: str, blocks: str, monkeypatch: pytest.MonkeyPatch
@@ -91,6 +92,16 @@ def test_calibrated_tiles_are_those_with_the_most_probability(monkeypatch: pytes
     assert torch.equal(part.seen.long().sort(-1).values, best.sort(-1).values)
 
 
+def test_the_mean_of_what_is_not_seen_loses_less_than_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = {}
+    for rest in RESTS:
+        report = run(
+            SparseAttentionPass(blocks="calibrated", tile=2, keep=3, rest=rest), small_graph("flux"), monkeypatch
+        )
+        lost[rest] = [row["output error"] for row in report.rows]
+    assert all(means < 0.1 * nothing for means, nothing in zip(lost["means"], lost["nothing"], strict=True))
+
+
 @pytest.mark.parametrize("blocks", ["online", "calibrated"])
 def test_mass_takes_the_least_number_that_has_it(blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     graph, tile, mass = small_graph("flux"), 2, 0.7
@@ -118,7 +129,7 @@ def test_mass_takes_the_least_number_that_has_it(blocks: str, monkeypatch: pytes
     assert seen_share(part.keep) >= mass > seen_share(part.keep - 1)
 
 
-@pytest.mark.parametrize("blocks", ["online", "calibrated"])
+@pytest.mark.parametrize("blocks", BLOCKS)
 def test_search_takes_the_least_number_within_the_error(blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
     errors: dict[int, dict[str, float]] = {}
     for number in (4, 6, 8, 12):
@@ -197,6 +208,8 @@ def test_exact_passes_are_judged_by_pictures_of_the_calibrated_size(
         ({"keep": "all"}, "must be a whole number or search or mass"),
         ({"mass": 1.0}, "mass must be between 0 and 1"),
         ({"blocks": "random"}, "blocks"),
+        ({"blocks": "searched", "every": 1}, "every must be at least 2"),
+        ({"rest": "zero"}, "rest"),
         ({"fit": 10}, "fit"),
     ],
 )

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
+from ditq.errors import DitqError
 from ditq.export.lowering.attention import put_in_place
 from ditq.export.lowering.token_attentions.tokens import Tokens
 from ditq.export.lowering.writer import Writer
@@ -46,6 +47,11 @@ def lower_token_attentions(model: ir.Model) -> dict[str, set[ir.Value]]:
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type == TOKEN_ATTENTION:
             kind, before = node.attributes["kind"].as_string(), set(model.graph)
+            if kind not in _lowerings:
+                raise DitqError(
+                    f"{node.attributes['site'].as_string()}: a graph has no form for {kind.replace('_', ' ')}; compile for "
+                    "another target, or take the pass out of the recipe"
+                )
             tokens = Tokens(writer, node, shared)
             put_in_place(writer, node, _lowerings[kind](tokens))
             new = set(model.graph) - before
