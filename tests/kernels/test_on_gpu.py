@@ -16,7 +16,7 @@ from tests.nn.test_token_attention import converted, sized
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")]
 
-from ditq.kernels.answered_attention import KINDS, tell_grids  # noqa: E402  triton first
+from ditq.kernels.answered_attention import KINDS, tell_grids, turns_of  # noqa: E402  triton first
 from ditq.kernels.captured import CapturedCalls  # noqa: E402
 from ditq.kernels.fast_linear import FastLinear  # noqa: E402
 from ditq.kernels.matmul import Product, experts_meaning  # noqa: E402
@@ -26,9 +26,11 @@ from ditq.kernels.storage import stack  # noqa: E402
 from ditq.kernels.traced import compiled  # noqa: E402
 from ditq.nn import ActivationFormat, InputTransform  # noqa: E402
 from ditq.nn.structural.compressed_keys import CompressedKeys  # noqa: E402
+from ditq.nn.structural.held_tiles import HeldTiles, Turn  # noqa: E402
 from ditq.nn.structural.linear_attention import LinearAttention  # noqa: E402
 from ditq.nn.structural.local_attention import LocalAttention  # noqa: E402
 from ditq.nn.structural.sparse_attention import SparseAttention  # noqa: E402
+from ditq.nn.structural.token_attention import token_attentions  # noqa: E402
 from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation  # noqa: E402
 from ditq.numerics.token_layout import Grid, TokenLayout  # noqa: E402
 from ditq.numerics.window import Window  # noqa: E402
@@ -165,6 +167,37 @@ def test_windows_and_linear_attention_compute_their_meaning(kind: Any, settings:
                 tensors = {name: v.cuda() for name, v in inputs.items() if isinstance(v, torch.Tensor)}
                 grids = tell_grids(fast, tensors)
                 assert relative(captured(tensors, *grids).float().cpu(), meant) < 0.05
+    assert len(captured.captured) == 2
+
+
+def test_recorded_calls_hold_tiles_from_step_to_step_of_a_picture() -> None:
+    """Two calls are recorded, the one that searches tiles and the one that sees them; two pictures replay both."""
+    model = quantize_blocks(converted(small_graph("flux"), HeldTiles, tile=2, keep=4, every=2, means=True))
+    parts = [part for part in token_attentions(model).values() if isinstance(part, HeldTiles)]
+    steps = [{**sized(model, 8, 8), "timestep": torch.full((2,), time)} for time in (0.9, 0.5)]
+    expected = []
+    for number, inputs in enumerate(steps):
+        for part in parts:
+            part.turn = Turn(number, "call", number == 0)
+        expected.append(forward(model, inputs))
+    for part in parts:
+        part.turn = None
+        part.held.clear()
+    fast = to_gpu(model, torch.device("cuda"))
+    call, turns = compiled(fast), turns_of(fast)
+    plain = {name: v for name, v in steps[0].items() if not isinstance(v, torch.Tensor)}
+
+    def run(tensors: Any) -> torch.Tensor:
+        wanted = {name: as_wanted(name, tensor) for name, tensor in tensors.items()}
+        return call(**wanted, **plain, return_dict=False)[0]
+
+    captured = CapturedCalls(run)
+    with torch.no_grad():
+        for _ in range(2):
+            for inputs, meant in zip(steps, expected, strict=True):
+                tensors = {name: v.cuda() for name, v in inputs.items() if isinstance(v, torch.Tensor)}
+                also = (*tell_grids(fast, tensors), turns.tell(tensors))
+                assert relative(captured(tensors, *also).float().cpu(), meant) < 0.05
     assert len(captured.captured) == 2
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ditq.numerics import sparse_attention as sparse
 from ditq.numerics.sparse_attention import (
     covered,
     number_of_tiles,
@@ -137,8 +138,12 @@ def test_means_are_exact_where_the_keys_of_a_tile_are_alike() -> None:
     assert (sparse_attention(query, alike, value, grid, SCALE, 2, 2) - exact).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("scores", [sparse.SCORES, 1000], ids=["at once", "in parts"])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_what_tiles_have_of_the_probability_is_measured(grid: Grid) -> None:
+def test_what_tiles_have_of_the_probability_is_measured(
+    grid: Grid, scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse, "SCORES", scores)
     tile, (query, key, _) = 3, tensors(grid)
     count = number_of_tiles(tile, grid.height, grid.width)
     found, text = tile_probabilities(query, key, grid, tile, SCALE)
