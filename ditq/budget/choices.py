@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ditq.budget.request import KEEP
+from ditq.budget.request import KEEP, Candidate
 from ditq.errors import DitqError
 from ditq.export.weights_file import narrowed
 from ditq.formats import NVFP4, BitFormat
@@ -38,7 +38,7 @@ class Choices:
 
     Attributes:
         sites: names of the linears, in the order of the model.
-        names: names of the candidates, `w4` or `keep`.
+        names: names of the candidates, `w4`, `w4r8` or `keep`.
         layers: for each site and candidate what would stand there; the linear itself for `keep`.
         weights: int64 [N], entries of each weight.
         bits: int64 [N, F], bits of each coded weight: codes, table, scales, multipliers, branch.
@@ -89,7 +89,7 @@ class Choices:
 
 
 def candidate_settings(settings: SiteSettings, name: str) -> SiteSettings:
-    """A site's settings with the candidate's bits in the place of its own; activations stay as the recipe has them."""
+    """A site's settings with the candidate's bits and rank in the place of its own; activations stay as the recipe has them."""
     if name == KEEP:
         return replace(settings, keep=True)
     if settings.format == NVFP4:
@@ -97,7 +97,9 @@ def candidate_settings(settings: SiteSettings, name: str) -> SiteSettings:
             "budget: chooses bits of weights, which nvfp4 fixes; set another format, or leave the budget out"
         )
     activation = BitFormat.parse(settings.format).activation
-    return replace(settings, format=f"{name}a{activation}")
+    wanted = Candidate.parse(name)
+    rank = settings.rank if wanted.rank is None else wanted.rank
+    return replace(settings, format=f"w{wanted.bits}a{activation}", rank=rank)
 
 
 def make_choices(

@@ -216,16 +216,17 @@ def _measure_jointly(
 
 
 def _rules(graph: DiTGraph, step: Quantize, formats: dict[str, str]) -> list[dict[str, Any]]:
-    """One rule for each format that some linears get other than by the recipe itself."""
-    rules: dict[str, list[str]] = {}
+    """One rule for each format, and rank, that some linears get other than by the recipe itself."""
+    rules: dict[tuple[tuple[str, Any], ...], list[str]] = {}
     plan = step.plan(graph)
     for site, name in formats.items():
         settings = candidate_settings(plan[site], name)
+        said: dict[str, Any] = {"keep": True} if settings.keep else {"format": settings.format}
+        if settings.rank != plan[site].rank:
+            said["rank"] = settings.rank
         if settings != plan[site]:
-            rules.setdefault(KEEP if settings.keep else settings.format, []).append(site)
-    return [
-        {"select": sites, **({"keep": True} if form == KEEP else {"format": form})} for form, sites in rules.items()
-    ]
+            rules.setdefault(tuple(said.items()), []).append(site)
+    return [{"select": sites, **dict(said)} for said, sites in rules.items()]
 
 
 def _report(

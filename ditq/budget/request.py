@@ -22,6 +22,7 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 _REQUEST = re.compile(
     r"\s*(?P<what>[a-z_]+)\s*(?P<sign>>=|<=|=)\s*(?P<number>[0-9]*\.?[0-9]+)\s*(?P<unit>[A-Za-z]*)\s*"
 )
+_CANDIDATE = re.compile(r"w(?P<bits>[2-8])(r(?P<rank>[1-9][0-9]{0,3}))?")
 _SIGNS: dict[str, tuple[str, ...]] = {
     "size": ("=", "<="),
     "bits": ("=", "<="),
@@ -36,7 +37,8 @@ class Budget:
     """At most `value` bytes of weights on disk ('size') or bits a weight ('bits'), or at least `value` dB ('psnr'); or at most
     that share of the multiply-adds of softmax attention ('attention_macs').
 
-    candidates: what a linear may become: `w2` .. `w8`, bits of its weights, or `keep`, as it is.
+    candidates: what a linear may become: `w2` .. `w8`, bits of its weights; `w4r8`, the same beside a low-rank branch of
+    rank 8; or `keep`, as it is.
     """
 
     kind: Kind
@@ -89,11 +91,38 @@ def parse_candidates(names: str | Iterable[str] | None) -> tuple[str, ...]:
     if names is None:
         return CANDIDATES
     given = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
-    known = [*(f"w{bits}" for bits in range(2, 9)), KEEP]
     for name in given:
-        if name not in known:
-            raise DitqError(f"budget: unknown candidate {name!r}; known: {', '.join(known)}")
-    chosen = tuple(name for name in known if name in given)
+        if name != KEEP:
+            Candidate.parse(name)
+    known = sorted({name for name in given if name != KEEP}, key=lambda name: Candidate.parse(name).order)
+    chosen = (*known, *([KEEP] if KEEP in given else []))
     if len(chosen) < 2:
         raise DitqError("budget: there is nothing to choose between; give at least two candidates, such as w3,w4,w6")
     return chosen
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Bits of weights, and the rank of the branch beside them; None is what the recipe says."""
+
+    bits: int
+    rank: int | None = None
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """By bits, then by rank."""
+        return self.bits, self.rank or 0
+
+    @classmethod
+    def parse(cls, name: str) -> Candidate:
+        """`w4`, or `w4r8` with the rank.
+
+        Raises:
+            DitqError: neither.
+        """
+        match = _CANDIDATE.fullmatch(name)
+        if match is None:
+            raise DitqError(
+                f"budget: unknown candidate {name!r}; known: w2 to w8, with a branch of any rank such as w4r8, keep"
+            )
+        return cls(int(match["bits"]), int(match["rank"]) if match["rank"] else None)

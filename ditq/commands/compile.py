@@ -22,7 +22,9 @@ from ditq.errors import DitqError
     help="Choose formats so that size=4.2MB, bits=3.5 or psnr>=24 holds; or attentions: attention_macs=0.3.",
 )
 @click.option(
-    "--candidates", metavar="LIST", help="What --budget chooses from: w2 .. w8, keep.  [default: w2 .. w6, w8]"
+    "--candidates",
+    metavar="LIST",
+    help="What --budget chooses from: w2 .. w8, w4r8 with a branch of rank 8, keep.  [default: w2 .. w6, w8]",
 )
 @click.option("-t", "--target", default="onnxruntime-cpu", show_default=True, help="See `ditq targets`.")
 @click.option("--gpu", "gpus", metavar="KIND", multiple=True, help=GPU_HELP)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,11 +40,15 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ditq.compiler.write_engine", lambda *_, **__: pytest.fail("reached the export"))
 
 
+def name_of(spec: dict[str, Any]) -> str:
+    return f"w{spec['bits']}" + (f"r{spec['rank']}" if spec["rank"] else "")
+
+
 def test_a_size_is_kept_and_the_written_recipe_alone_gives_the_same_engine(
     pipeline: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["compile", pipeline, "--stats", stats, "--evaluate", 0]
-    asked = ["--budget", "size=330KB", "--candidates", "w3,w4,w8"]
+    asked = ["--budget", "size=330KB", "--candidates", "w3,w3r2,w4,w4r4,w8"]
     ran = run(capsys, *command, "-o", tmp_path / "engine", *asked)
     assert ran.code == 0, ran.err
     assert "measured over predicted" in ran.out and (tmp_path / "engine" / "budget.png").stat().st_size > 1000
@@ -55,9 +60,9 @@ def test_a_size_is_kept_and_the_written_recipe_alone_gives_the_same_engine(
     assert [point["chosen"] for point in report["front"]].count(True) == 1
     formats = {row["site"]: row["chosen"] for row in report["rows"]}
     quantized = manifest["structure"]["quantized"]
-    assert {site: f"w{quantized[site]['bits']}" for site in formats} == formats
+    assert {site: name_of(quantized[site]) for site in formats} == formats
     assert formats.keys() == quantized.keys() and report["summary"]["errors are of"] == "the last latents"
-    assert len(set(formats.values())) > 1
+    assert len(set(formats.values())) > 1 and any("r" in name for name in formats.values())
     recipe = tmp_path / "fitted.yaml"
     recipe.write_text(yaml.safe_dump(manifest["recipe"]))
     shown = run(capsys, "inspect", pipeline, "--recipe", recipe)

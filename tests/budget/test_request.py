@@ -14,6 +14,7 @@ def test_sizes_bits_and_qualities_are_read() -> None:
     assert (Budget.parse("bits=3.5").kind, Budget.parse("bits<=3.5").value) == ("bits", 3.5)
     assert (Budget.parse("psnr>=24").kind, Budget.parse("psnr>=24.5dB").value) == ("psnr", 24.5)
     assert Budget.parse("bits=4", "keep, w8,w3").candidates == ("w3", "w8", "keep")
+    assert Budget.parse("bits=4", "w4r16,w4,w3r2,w4r8").candidates == ("w3r2", "w4", "w4r8", "w4r16")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,8 @@ def test_a_malformed_budget_is_one_line(text: str, says: str) -> None:
 
 
 def test_candidates_must_be_known_and_leave_a_choice() -> None:
-    with pytest.raises(DitqError, match="unknown candidate 'w9'; known: w2"):
-        Budget.parse("bits=4", "w3,w9")
+    for name in ("w9", "w4r0", "w4r", "r8", "keepr2"):
+        with pytest.raises(DitqError, match=f"unknown candidate '{name}'; known: w2"):
+            Budget.parse("bits=4", f"w3,{name}")
     with pytest.raises(DitqError, match="nothing to choose"):
         Budget.parse("bits=4", "w3")
