@@ -82,6 +82,7 @@ class Quantize(Pass):
     activation_clip: bool = setting(False, "search for each input how far its range reaches, 1 to 0.5 of the maximum")
     activation_unsigned: str = setting("never", "no codes for what an input does not reach below 0", UNSIGNED)
     rank: int = setting(0, "rank of the low-rank branch beside the codes; 0 is none")
+    rank_share: float = setting(0.0, "the rank as a share of a weight's shorter side, instead of rank")
     branch: str = setting("integer", "what the branch reads: the quantized input, or the input in float", BRANCHES)
     bias_correction: bool = setting(True, "put the mean error of the output into the bias")
     damping: float = setting(0.01, "GPTQ: share of the mean diagonal added to it")
@@ -117,7 +118,7 @@ class Quantize(Pass):
             raise DitqError("pass 'quantize': activation_group is for activation: group; set that or leave it out")
         if self.activation_noise:
             for item in self._asked():
-                if item.rank and item.branch == "float":
+                if item.has_branch and item.branch == "float":
                     raise DitqError(
                         "pass 'quantize': activation_noise counts on one input for codes and branch; "
                         "set branch: integer, or leave activation_noise out"
@@ -159,7 +160,9 @@ class Quantize(Pass):
         for rule in self.rules:
             for site in graph.select(rule["select"]):
                 plan[site] = replace(plan.get(site, self._base()), **overrides(rule))
-        plan = {site: plan[site].settled() for site in graph.sites if site in plan and not plan[site].keep}
+        sides = {site: (found.out_features, found.in_features) for site, found in graph.sites.items()}
+        kept = {site: plan[site] for site in graph.sites if site in plan and not plan[site].keep}
+        plan = {site: settings.settled().ranked(*sides[site]) for site, settings in kept.items()}
         for site, settings in plan.items():
             width = graph.sites[site].in_features
             settings.check_width(site, width)

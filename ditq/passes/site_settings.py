@@ -26,8 +26,13 @@ class SiteSettings(ActivationSettings):
     rounding: str = "gptq"
     group_size: int = 0
     rank: int = 0
+    rank_share: float = 0.0
     branch: str = "integer"
     keep: bool = False
+
+    @property
+    def has_branch(self) -> bool:
+        return bool(self.rank or self.rank_share)
 
     def words(self) -> list[str]:
         """For `ditq inspect`."""
@@ -36,6 +41,14 @@ class SiteSettings(ActivationSettings):
             return [self.format, self.rounding, *ranked]
         carrier = [] if self.carrier == INT8.name else [self.carrier]
         return [self.format, self.codebook, self.rounding, *carrier, *ranked, *self.activation_words()]
+
+    def ranked(self, out_features: int, in_features: int) -> SiteSettings:
+        """With the rank that `rank_share` means for a weight of these sides: a multiple of 8 from 8 on, as products want it."""
+        if not self.rank_share:
+            return self
+        wanted = self.rank_share * min(out_features, in_features)
+        rank = max(1, round(wanted)) if wanted < 8 else 8 * round(wanted / 8)
+        return replace(self, rank=rank, rank_share=0.0)
 
     def settled(self) -> SiteSettings:
         """With what the format says of itself: nvfp4 has FP4 levels, blocks of 16, and a calibrated scale of the input."""
@@ -58,8 +71,11 @@ def check_rule(rule: Any) -> None:
     for key, value in rule.items():
         if key not in (*known, "select"):
             raise DitqError(unknown_key(where, key, known))
-        if key != "select" and type(value) is not type(known[key]):
-            kind = {bool: "true or false", int: "a whole number", str: "a word", list: "a list"}[type(known[key])]
+        wanted = type(known.get(key, ""))
+        if key != "select" and type(value) is not wanted and not (wanted is float and type(value) is int):
+            kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", list: "a list"}[
+                wanted
+            ]
             raise DitqError(f"{where}: {key} is {value!r}, must be {kind}")
 
 
@@ -73,10 +89,14 @@ def check_site_settings(settings: SiteSettings) -> None:
         raise DitqError(f"pass 'quantize': group_size is {settings.group_size!r}, must be a whole number, 0 for none")
     if settings.rank < 0:
         raise DitqError(f"pass 'quantize': rank is {settings.rank!r}, must be a whole number, 0 for none")
+    if not 0 <= settings.rank_share <= 1 or (settings.rank and settings.rank_share):
+        raise DitqError(
+            f"pass 'quantize': rank_share is {settings.rank_share!r}, must be from 0 to 1, and 0 where rank is given"
+        )
     if settings.branch not in BRANCHES:
         raise DitqError(unknown_key("pass 'quantize': branch", settings.branch, list(BRANCHES)))
     carrier = settings.settled().carrier
-    if carrier != INT8.name and settings.rank and settings.bits < 16 and settings.branch == "integer":
+    if carrier != INT8.name and settings.has_branch and settings.bits < 16 and settings.branch == "integer":
         raise DitqError(
             f"pass 'quantize': a branch of int8 rows cannot read inputs on the carrier {carrier}; "
             "set branch: float, or rank: 0"
