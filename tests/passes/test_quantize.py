@@ -20,6 +20,7 @@ from ditq.nn import QuantLinear
 from ditq.passes import Context
 from ditq.passes.quantize import Quantize, quantized_layers, stored_bits
 from ditq.passes.reconstruct import Reconstruct
+from ditq.passes.site_settings import SiteSettings
 from ditq.recipe import DEFAULT, Recipe, load_recipe, shipped_recipes
 from ditq.site_cache import FolderSiteCache
 from tests.families_small import FAMILIES, forward, small_graph, small_inputs, small_model, statistics_of
@@ -251,11 +252,28 @@ def test_a_float_branch_spares_its_part_of_the_input_the_rounding() -> None:
     assert errors["float"] < 0.8 * errors["integer"] < errors[""]
 
 
+def test_a_share_is_a_rank_of_the_shorter_side() -> None:
+    """Of 192 and 3072 channels 2 % are 3.8 and 61.4; products want multiples of 8."""
+    few = SiteSettings(rank_share=0.02)
+    assert few.ranked(192, 768).rank == few.ranked(768, 192).rank == 4
+    assert few.ranked(12288, 3072).rank == 64 and few.ranked(16, 16).rank == 1
+    assert replace(few, rank_share=0.0, rank=3).ranked(192, 192).rank == 3
+    graph = small_graph("flux")
+    step = Quantize(rank_share=0.1, rules=[{"select": "kind:query", "rank_share": 0}])
+    for site, settings in step.plan(graph).items():
+        found = graph.sites[site]
+        shorter = min(found.in_features, found.out_features)
+        assert settings.rank == (0 if found.kind == "query" else round(0.1 * shorter)) and not settings.rank_share
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"rank": -1}, "rank is -1, must be a whole number, 0 for none"),
         ({"rank": 65}, "a rank of 65 is above its width, 64"),
+        ({"rank_share": 1.5}, "rank_share is 1.5, must be from 0 to 1"),
+        ({"rank": 2, "rank_share": 0.1}, "must be from 0 to 1, and 0 where rank is given"),
+        ({"rules": [{"select": "*", "rank_share": "few"}]}, "rank_share is 'few', must be a number"),
         ({"rules": [{"select": "*", "rank": "low"}]}, "rank is 'low', must be a whole number"),
         ({"rules": [{"select": "*", "branch": "int"}]}, "branch"),
     ],
