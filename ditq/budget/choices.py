@@ -20,6 +20,7 @@ from ditq.graph import DiTGraph
 from ditq.nn import InputTransform, QuantLinear
 from ditq.nn.call_timestep import ARGUMENT, tell_at_each_call
 from ditq.numerics.rotation import PermuteStep
+from ditq.parts import LinearSite
 from ditq.passes import Context
 from ditq.passes.activation_formats import InputFormats
 from ditq.passes.base import SiteCache
@@ -88,7 +89,7 @@ class Choices:
                 graph.replace(site, module)
 
 
-def candidate_settings(settings: SiteSettings, name: str) -> SiteSettings:
+def candidate_settings(settings: SiteSettings, name: str, site: LinearSite) -> SiteSettings:
     """A site's settings with the candidate's bits and rank in the place of its own; activations stay as the recipe has them."""
     if name == KEEP:
         return replace(settings, keep=True)
@@ -98,8 +99,12 @@ def candidate_settings(settings: SiteSettings, name: str) -> SiteSettings:
         )
     activation = BitFormat.parse(settings.format).activation
     wanted = Candidate.parse(name)
-    rank = settings.rank if wanted.rank is None else wanted.rank
-    return replace(settings, format=f"w{wanted.bits}a{activation}", rank=rank)
+    found = replace(settings, format=f"w{wanted.bits}a{activation}")
+    if wanted.rank is not None:
+        return replace(found, rank=wanted.rank)
+    if wanted.share is not None:
+        return replace(found, rank=0, rank_share=wanted.share).ranked(site.out_features, site.in_features)
+    return found
 
 
 def make_choices(
@@ -124,7 +129,7 @@ def make_choices(
         raise DitqError("budget: rules give the format of all that the recipe quantizes, so there is nothing to choose")
     for name in names:
         for site in plan.keys() - kept:
-            wanted = candidate_settings(plan[site], name)
+            wanted = candidate_settings(plan[site], name, graph.sites[site])
             check_codebook(
                 f"budget: candidate {name}", wanted.codebook, wanted.format, wanted.group_size, wanted.codebooks
             )
@@ -141,7 +146,8 @@ def make_choices(
             layers[site, name] = graph.linear(site)
             continue
         context.site_cache = cache(name)
-        layers[site, name], _ = step.layer_for(graph, context, site, candidate_settings(plan[site], name), formats)
+        wanted = candidate_settings(plan[site], name, graph.sites[site])
+        layers[site, name], _ = step.layer_for(graph, context, site, wanted, formats)
     table = tuple(tuple(layers[site, name] for name in names) for site in plan)
 
     def bits(site: str, name: str) -> int:

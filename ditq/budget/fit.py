@@ -220,7 +220,7 @@ def _rules(graph: DiTGraph, step: Quantize, formats: dict[str, str]) -> list[dic
     rules: dict[tuple[tuple[str, Any], ...], list[str]] = {}
     plan = step.plan(graph)
     for site, name in formats.items():
-        settings = candidate_settings(plan[site], name)
+        settings = candidate_settings(plan[site], name, graph.sites[site])
         said: dict[str, Any] = {"keep": True} if settings.keep else {"format": settings.format}
         if settings.rank != plan[site].rank:
             said["rank"] = settings.rank

@@ -22,7 +22,7 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 _REQUEST = re.compile(
     r"\s*(?P<what>[a-z_]+)\s*(?P<sign>>=|<=|=)\s*(?P<number>[0-9]*\.?[0-9]+)\s*(?P<unit>[A-Za-z]*)\s*"
 )
-_CANDIDATE = re.compile(r"w(?P<bits>[2-8])(r(?P<rank>[1-9][0-9]{0,3}))?")
+_CANDIDATE = re.compile(r"w(?P<bits>[2-8])(r(?P<rank>[1-9][0-9]{0,3})(?P<percent>%)?)?")
 _SIGNS: dict[str, tuple[str, ...]] = {
     "size": ("=", "<="),
     "bits": ("=", "<="),
@@ -38,7 +38,7 @@ class Budget:
     that share of the multiply-adds of softmax attention ('attention_macs').
 
     candidates: what a linear may become: `w2` .. `w8`, bits of its weights; `w4r8`, the same beside a low-rank branch of
-    rank 8; or `keep`, as it is.
+    rank 8, `w4r2%` of 2 % of the weight's shorter side; or `keep`, as it is.
     """
 
     kind: Kind
@@ -103,26 +103,31 @@ def parse_candidates(names: str | Iterable[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Bits of weights, and the rank of the branch beside them; None is what the recipe says."""
+    """Bits of weights, and the branch beside them: of a rank, or of a share of the shorter side; without both as the recipe
+    says."""
 
     bits: int
     rank: int | None = None
+    share: float | None = None
 
     @property
-    def order(self) -> tuple[int, int]:
-        """By bits, then by rank."""
-        return self.bits, self.rank or 0
+    def order(self) -> tuple[int, float, int]:
+        """By bits, then by what the branch takes."""
+        return self.bits, self.share or 0.0, self.rank or 0
 
     @classmethod
     def parse(cls, name: str) -> Candidate:
-        """`w4`, or `w4r8` with the rank.
+        """`w4`, `w4r8` with the rank, or `w4r2%` with a rank of 2 % of the shorter side.
 
         Raises:
-            DitqError: neither.
+            DitqError: neither of these.
         """
         match = _CANDIDATE.fullmatch(name)
         if match is None:
             raise DitqError(
-                f"budget: unknown candidate {name!r}; known: w2 to w8, with a branch of any rank such as w4r8, keep"
+                f"budget: unknown candidate {name!r}; known: w2 to w8, keep, and with a branch of any rank w4r8 or w4r2%"
             )
-        return cls(int(match["bits"]), int(match["rank"]) if match["rank"] else None)
+        bits, rank = int(match["bits"]), match["rank"]
+        if rank is None:
+            return cls(bits)
+        return cls(bits, share=int(rank) / 100) if match["percent"] else cls(bits, rank=int(rank))

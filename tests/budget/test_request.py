@@ -15,6 +15,7 @@ def test_sizes_bits_and_qualities_are_read() -> None:
     assert (Budget.parse("psnr>=24").kind, Budget.parse("psnr>=24.5dB").value) == ("psnr", 24.5)
     assert Budget.parse("bits=4", "keep, w8,w3").candidates == ("w3", "w8", "keep")
     assert Budget.parse("bits=4", "w4r16,w4,w3r2,w4r8").candidates == ("w3r2", "w4", "w4r8", "w4r16")
+    assert Budget.parse("bits=4", "w4r10%,w4,w4r2%").candidates == ("w4", "w4r2%", "w4r10%")
 
 
 @pytest.mark.parametrize(
