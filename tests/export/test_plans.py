@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import nn
 
+from ditq.budget.request import Candidate
 from ditq.calibration.statistics import Statistics
 from ditq.errors import DitqError
 from ditq.export import Engine, load_engine, model_agreement, site_agreement
@@ -121,12 +122,16 @@ def quantized(recipe: str) -> DiTGraph:
     for step in found.passes:
         if isinstance(step, Quantize) and found.budget is not None:
             sites = [site.name for site in graph.sites.values() if site.role in ("token", "modulation")]
-            bits = itertools.cycle((2, 3, 4, 5, 6, 8))
-            rules = [{"select": site, "format": f"w{next(bits)}a{_activation(graph, site, step)}"} for site in sites]
+            wanted = map(Candidate.parse, itertools.cycle(found.budget.candidates))
+            rules = [_rule(site, next(wanted), _activation(graph, site, step)) for site in sites]
             step = replace(step, rules=[*step.rules, *rules])
         if not isinstance(step, Reconstruct):
             step.run(graph, Context(statistics))
     return graph
+
+
+def _rule(site: str, wanted: Candidate, activation: str) -> dict[str, Any]:
+    return {"select": site, "format": f"w{wanted.bits}a{activation}", "rank_share": wanted.share or 0}
 
 
 def _activation(graph: DiTGraph, site: str, step: Quantize) -> str:
