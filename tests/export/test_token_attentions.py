@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,13 +20,14 @@ from ditq.export.session import open_session, session_options
 from ditq.export.targets.onnxruntime_cpu import lower
 from ditq.graph import DiTGraph
 from ditq.nn.structural.compressed_keys import CompressedKeys
-from ditq.nn.structural.held_tiles import HeldTiles, Turn
+from ditq.nn.structural.held_tiles import HeldTiles, Turn, Turns
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.nn.structural.token_attention import TokenAttention, token_attentions
 from ditq.numerics.token_layout import Grid, TokenLayout
 from ditq.numerics.window import Window
+from ditq.report.speed import called
 from tests.export.quantized import engine_of, relative, shallow_model
 from tests.families_small import forward, small_graph, small_inputs
 from tests.nn.test_token_attention import converted, mixed, sized
@@ -253,11 +255,15 @@ def test_an_engine_for_pictures_of_one_size_refuses_others_in_one_line(tmp_path:
             assert "\n" not in str(caught.value)
 
 
-def test_an_engine_holds_tiles_from_step_to_step_of_a_picture(tmp_path: Path) -> None:
+def test_an_engine_holds_tiles_from_step_to_step_of_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shallow = shallow_model("flux")
     model = converted(DiTGraph(shallow, small_inputs(shallow)), HeldTiles, tile=2, keep=2, every=2)
     with pytest.raises(DitqError, match=r"a graph has no form for held tiles; compile for another target"):
         engine_of(model, tmp_path / "graph")
+    told: list[TokenAttention] = []
+    monkeypatch.setattr(
+        importlib.import_module("ditq.export.targets.torch"), "Turns", lambda parts: Turns(told.extend(parts) or told)
+    )
     loaded = load_engine(engine_of(model, tmp_path / "engine", target_name="cuda").folder, target="torch")
     first, second = ({**sized(model, 8, 8), "timestep": torch.full((2,), time)} for time in (0.9, 0.5))
     exact = [forward(shallow_model("flux"), inputs) for inputs in (first, second)]
@@ -268,6 +274,13 @@ def test_an_engine_holds_tiles_from_step_to_step_of_a_picture(tmp_path: Path) ->
             part.turn = turn
         return forward(model, dict(inputs))
 
+    call, (part,) = called(loaded, first), [part for part in told if isinstance(part, HeldTiles)][:1]
+    searched = []
+    for _ in range(4):  # as `ditq bench` does
+        call()
+        assert part.turn is not None
+        searched.append(part.searches(part.turn))
+    assert searched == [True, False, True, False]
     for _ in range(2):  # pictures
         assert relative(loaded(**first).sample, exact[0]) < CLOSE  # attention to all
         meant(first, Turn(0, "call", True))
