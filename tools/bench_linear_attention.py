@@ -53,6 +53,10 @@ FORMS: dict[str, Form] = {
     "keys of 2 x 2": lambda heads, width, grid: CompressedKeys("bench", TokenLayout(), heads, width, False, 0, 2),
     "9 tiles of 8 x 8, online": lambda heads, width, grid: _sparse(heads, width, None),
     "9 tiles of 8 x 8, calibrated": lambda heads, width, grid: _sparse(heads, width, (grid.height, grid.width)),
+    "9 tiles of 8 x 8 and means, online": lambda heads, width, grid: _sparse(heads, width, None, True),
+    "9 tiles of 8 x 8 and means, calibrated": lambda heads, width, grid: _sparse(
+        heads, width, (grid.height, grid.width), True
+    ),
 }
 VIDEO_FORMS: dict[str, Form] = {
     DENSE: FORMS[DENSE],
@@ -70,10 +74,10 @@ def _local(heads: int, width: int, window: Window) -> TokenAttention:
     return LocalAttention("bench", TokenLayout(), heads, width, False, 0, window)
 
 
-def _sparse(heads: int, width: int, picture: tuple[int, int] | None) -> TokenAttention:
+def _sparse(heads: int, width: int, picture: tuple[int, int] | None, means: bool = False) -> TokenAttention:
     """Calibrated to any tiles: which ones makes no difference to the time."""
     keep = 9 if picture is None else min(9, number_of_tiles(8, *picture))
-    part = SparseAttention("bench", TokenLayout(), heads, width, False, 0, 8, keep, picture)
+    part = SparseAttention("bench", TokenLayout(), heads, width, False, 0, 8, keep, picture, means)
     if part.seen is not None:
         tiles, generator = part.seen.shape[1], torch.Generator().manual_seed(0)
         part.seen.copy_(torch.rand(heads, tiles, tiles, generator=generator).argsort(-1)[..., :keep])
