@@ -22,6 +22,7 @@ from ditq.passes.gate import limit_setting
 
 BLOCKS = ("online", "calibrated", "searched")
 RESTS = ("means", "nothing")
+EVERY = 8
 NUMBERS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # of tiles that `search` tries
 
 
@@ -48,7 +49,7 @@ class SparseAttentionPass(AttentionConversion):
         BLOCKS,
     )
     every: int = setting(
-        8, "with `searched`, in one of so many steps attention is to all and finds the tiles of the next ones"
+        EVERY, "with `searched`, in one of so many steps attention is to all and finds the tiles of the next ones"
     )
     tile: int = setting(8, "tokens along a side of a tile")
     keep: int = setting(
@@ -70,6 +71,8 @@ class SparseAttentionPass(AttentionConversion):
             raise DitqError("pass 'sparse_attention': tile, keep and error must be above 0")
         if not 0 < self.mass < 1:
             raise DitqError("pass 'sparse_attention': mass must be between 0 and 1")
+        if self.every != EVERY and self.blocks != "searched":
+            raise DitqError("pass 'sparse_attention': every is for blocks: searched; set that or leave it out")
         if self.every < 2:
             raise DitqError("pass 'sparse_attention': every must be at least 2, or no step uses what another found")
 

@@ -209,6 +209,7 @@ def test_exact_passes_are_judged_by_pictures_of_the_calibrated_size(
         ({"mass": 1.0}, "mass must be between 0 and 1"),
         ({"blocks": "random"}, "blocks"),
         ({"blocks": "searched", "every": 1}, "every must be at least 2"),
+        ({"every": 4}, "every is for blocks: searched"),
         ({"rest": "zero"}, "rest"),
         ({"fit": 10}, "fit"),
     ],
