@@ -258,8 +258,8 @@ def test_an_engine_for_pictures_of_one_size_refuses_others_in_one_line(tmp_path:
 def test_an_engine_holds_tiles_from_step_to_step_of_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shallow = shallow_model("flux")
     model = converted(DiTGraph(shallow, small_inputs(shallow)), HeldTiles, tile=2, keep=2, every=2)
-    with pytest.raises(DitqError, match=r"a graph has no form for held tiles; compile for another target"):
-        engine_of(model, tmp_path / "graph")
+    with pytest.raises(DitqError, match=r"site: a graph has no form for held tiles; compile for another target"):
+        graph_of(part_of(HeldTiles, True, tile=2, keep=2, every=2), grids(True)[0], fixed=True)
     told: list[TokenAttention] = []
     monkeypatch.setattr(
         importlib.import_module("ditq.export.targets.torch"), "Turns", lambda parts: Turns(told.extend(parts) or told)

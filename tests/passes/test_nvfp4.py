@@ -120,7 +120,7 @@ def test_one_target_multiplies_it_and_the_others_say_what_to_do() -> None:
 
 def test_a_budget_does_not_choose_bits_for_it() -> None:
     with pytest.raises(DitqError, match="budget: chooses bits of weights, which nvfp4 fixes"):
-        candidate_settings(SiteSettings(format="nvfp4"), "w3")
+        candidate_settings(SiteSettings(format="nvfp4"), "w3", next(iter(small_graph("flux").sites.values())))
 
 
 def test_rotations_are_judged_by_its_own_numbers() -> None:
