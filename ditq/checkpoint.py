@@ -5,6 +5,7 @@ Weights are read from safetensors alone, tensor by tensor when they are asked fo
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -58,6 +59,7 @@ class Checkpoint:
         files: the safetensors files that hold its tensors.
         pipeline_root: the pipeline folder around it, or None for a transformer alone.
         sampling: default arguments of the pipeline call (sampling.json in the pipeline folder; empty where there is none).
+        recorded: what recorded calls tell of it, where no family has its class (recorded_family.py).
     """
 
     name: str
@@ -67,6 +69,7 @@ class Checkpoint:
     files: tuple[TensorFile, ...]
     pipeline_root: Path | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    recorded: Family | None = None
 
     @classmethod
     def open(cls, path: str | Path, config: str | Path | None = None) -> Checkpoint:
@@ -134,8 +137,14 @@ class Checkpoint:
 
     @property
     def family(self) -> Family | None:
-        """The family that the transformer's class belongs to, if ditq has a file for it."""
-        return family_of(self.class_name)
+        """The family that the transformer's class belongs to, if ditq has a file for it; else what recorded calls tell."""
+        return family_of(self.class_name) or self.recorded
+
+    def told_by(self, recorded: Family) -> Checkpoint:
+        """The same with what recorded calls tell; what was read of it, such as its fingerprint, is known already."""
+        found = copy.copy(self)
+        object.__setattr__(found, "recorded", recorded)
+        return found
 
     @cached_property
     def _places(self) -> dict[str, TensorFile]:

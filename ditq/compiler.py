@@ -6,9 +6,10 @@ This file is the whole path at a glance; each step lives in its own module.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ditq import processes
 from ditq.budget import Budget
@@ -41,6 +42,7 @@ from ditq.passes.distill import Distill
 from ditq.passes.quantize import Quantize
 from ditq.progress import ProgressSetting
 from ditq.recipe import DEFAULT, Recipe, load_recipe
+from ditq.recorded_family import with_family
 from ditq.suggest import unknown_key
 
 OFFLOAD = (AUTO, "disk", "none")
@@ -132,14 +134,13 @@ def compile(
     clock = _Clock()
     with work_folder(out, options.resume) as work:
         checkpoint.check()
-        inputs = example_inputs(checkpoint)
-        # What passes would leave is seen without weights, so that while it is calibrated the model is in memory once.
-        sketch = DiTGraph(checkpoint.skeleton(), inputs)
-        recipe.preview(sketch)
-        _check_products(recipe, sketch, wanted, gpus if options.gpus else ())
+        checkpoint, statistics = _of_a_family(checkpoint, work, options)
+        clock.lap("calibrate")
+        inputs, family, fitted = example_inputs(checkpoint), checkpoint.family, None
+        assert family is not None
+        _check_recipe(recipe, checkpoint, inputs, wanted, gpus if options.gpus else ())
         clock.lap("structure")
-        statistics, fitted = None, None
-        if budget is not None or any(step.requires_statistics for step in recipe.passes):
+        if statistics is None and (budget is not None or any(step.requires_statistics for step in recipe.passes)):
             statistics = _statistics(checkpoint, work, options)
         clock.lap("calibrate")
         weights = _weights_folder(checkpoint, work, options.offload)
@@ -165,12 +166,13 @@ def compile(
             name=checkpoint.name,
             config=checkpoint.config,
             class_name=checkpoint.class_name,
-            family=checkpoint.family.name if checkpoint.family else None,
+            family=family.name,
             fingerprint=checkpoint.fingerprint(),
             recipe=recipe.to_json(),
             inputs=inputs,
-            axes=checkpoint.family.axes if checkpoint.family else {},
-            sizes=checkpoint.family.sizes(checkpoint.config) if checkpoint.family else None,
+            axes=family.axes,
+            sizes=family.sizes(checkpoint.config),
+            keep_example=checkpoint.recorded is not None,
             picture=_calibrated_picture(graph, statistics),
             target_name=options.target,
             reports=[report.to_json() for report in reports],
@@ -202,6 +204,8 @@ def take_part(
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     shared = max((number for number, step in enumerate(recipe.passes, 1) if isinstance(step, Distill)), default=0)
+    if checkpoint.family is None:
+        checkpoint = with_family(checkpoint, _trajectories(checkpoint, Path(), options))
     graph = DiTGraph(checkpoint.load_model(), example_inputs(checkpoint))
     statistics = Statistics.open(str(options.statistics), fingerprint=checkpoint.fingerprint(), graph=graph)
     few = replace(recipe, passes=recipe.passes[:shared])
@@ -248,8 +252,13 @@ def _kinds_of_gpu(wanted: Target, options: CompileOptions) -> list[str]:
     return kinds_of_gpu(options.gpus)
 
 
-def _check_products(recipe: Recipe, graph: DiTGraph, wanted: Target, gpus: Sequence[str]) -> None:
-    """Whether the target, and the GPUs asked for, can multiply what the recipe makes, before an hour is spent on making it."""
+def _check_recipe(
+    recipe: Recipe, checkpoint: Checkpoint, inputs: Mapping[str, Any], wanted: Target, gpus: Sequence[str]
+) -> None:
+    """Whether the recipe fits the model, and target and GPUs can multiply what it makes, before an hour is spent on that."""
+    # What passes would leave is seen without weights, so that while it is calibrated the model is in memory once.
+    graph = DiTGraph(checkpoint.skeleton(), inputs)
+    recipe.preview(graph)
     _check_state(recipe, wanted)
     for step, found in recipe.stages(graph):
         if isinstance(step, Quantize):
@@ -298,6 +307,20 @@ def _statistics(checkpoint: Checkpoint, work: Path, options: CompileOptions) -> 
     )
 
 
+def _trajectories(checkpoint: Checkpoint, work: Path, options: CompileOptions) -> Trajectories:
+    """The recorded calls beside the statistics."""
+    calibrated = work / "calibration" if options.statistics is None else Path(options.statistics)
+    return Trajectories.open(calibrated / TRAJECTORIES, checkpoint.fingerprint())
+
+
+def _of_a_family(checkpoint: Checkpoint, work: Path, options: CompileOptions) -> tuple[Checkpoint, Statistics | None]:
+    """The checkpoint with what its forward takes: where no family tells, the calls of its pipeline show it."""
+    if checkpoint.family is not None:
+        return checkpoint, None
+    statistics = _statistics(checkpoint, work, options)
+    return with_family(checkpoint, _trajectories(checkpoint, work, options)), statistics
+
+
 def _calibrated_picture(graph: DiTGraph, statistics: Statistics | None) -> tuple[int, int] | None:
     """Rows and columns of image tokens in the first recorded call, where token attentions read them off positions."""
     if graph.layout is None or graph.layout.positions is None or not token_attentions(graph.model):
@@ -319,8 +342,7 @@ def _fit(
     work: Path,
     options: CompileOptions,
 ) -> BudgetFit:
-    calibrated = work / "calibration" if options.statistics is None else Path(options.statistics)
-    trajectories = Trajectories.open(calibrated / TRAJECTORIES, checkpoint.fingerprint()).in_float32()
+    trajectories = _trajectories(checkpoint, work, options).in_float32()
     return fit_budget(checkpoint, graph, recipe, budget, statistics, trajectories, seed=options.seed, work=work,
                       progress=options.progress, device=device_of(options.device))  # fmt: skip
 
@@ -340,5 +362,5 @@ class _Clock:
 
     def lap(self, stage: str) -> None:
         now = time.perf_counter()
-        self.seconds[stage] = now - self._last
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now

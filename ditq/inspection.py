@@ -12,7 +12,7 @@ from ditq.calibration.collect import bytes_on_disk
 from ditq.checkpoint import Checkpoint
 from ditq.cost_model import GPUS, Costs, costs_after, costs_before, this_processor
 from ditq.errors import DitqError
-from ditq.families import SIDE, family_of
+from ditq.families import SIDE, Family, family_of
 from ditq.graph import DiTGraph
 from ditq.recipe import Recipe
 
@@ -130,7 +130,7 @@ def example_inputs(
     """Made-up inputs of the right shapes, by the checkpoint's family. Image tokens along a side, or rows and columns of the
     `picture`, if not the usual."""
     config = {**_defaults(checkpoint), **checkpoint.config} | ({} if side is None else {SIDE: side})
-    return made_up_inputs(checkpoint.name, checkpoint.class_name, config, batch, seed, picture)
+    return made_up_inputs(checkpoint.name, checkpoint.class_name, config, batch, seed, picture, checkpoint.family)
 
 
 def made_up_inputs(
@@ -140,13 +140,15 @@ def made_up_inputs(
     batch: int = 2,
     seed: int = 0,
     picture: tuple[int, int] | None = None,
+    family: Family | None = None,
 ) -> dict[str, Any]:
-    """The same for a transformer class with a full configuration; `name` is what an error calls it."""
-    family = family_of(class_name)
+    """The same for a transformer class with a full configuration; `name` is what an error calls it. family: if it is not to be
+    found by the class."""
+    family = family or family_of(class_name)
     if family is None:
         raise DitqError(
-            f"{name}: {class_name} is of no family that ditq knows inputs for; "
-            "add a file to ditq/families (docs/add-a-family.md)"
+            f"{name}: {class_name} is of no family that ditq knows inputs for; give --stats of a calibration, which shows "
+            "them, or add a file to ditq/families (docs/add-a-family.md)"
         )
     try:
         return family.inputs_of(config, batch, seed, picture)

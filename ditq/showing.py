@@ -6,13 +6,15 @@ import importlib
 import platform
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ditq.calibration.statistics import INDEX, Statistics
+from ditq.calibration.record import Trajectories
+from ditq.calibration.statistics import INDEX, TRAJECTORIES, Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError
 from ditq.export.agreement import model_agreement
@@ -26,6 +28,7 @@ from ditq.inspection import Inspection, inspect_checkpoint, made_up_inputs
 from ditq.passes import passes
 from ditq.passes.attention_conversion import SMALL_SHARE, AttentionConversion
 from ditq.recipe import Recipe, load_recipe
+from ditq.recorded_family import with_family
 from ditq.suggest import unknown_key
 
 Table = tuple[list[str], list[list[str]]]
@@ -46,16 +49,21 @@ PACKAGES = (
 )
 
 
-def show(what: str, recipe: str, config: Path | None = None, tokens: int | None = None) -> tuple[Lines, dict[str, Any]]:
+def show(
+    what: str, recipe: str, config: Path | None = None, tokens: int | None = None, stats: Path | None = None
+) -> tuple[Lines, dict[str, Any]]:
     """What `ditq inspect` prints, and the same as JSON, for a checkpoint, an engine or a statistics folder. `tokens`: image
-    tokens of the calls whose cost is counted.
+    tokens of the calls whose cost is counted; `stats`: of a calibration, which shows the calls of a model of no family.
     """
     folder = Path(what)
     if (folder / MANIFEST).is_file():
         return _show_engine(Engine.open(folder))
     if (folder / INDEX).is_file():
         return _show_statistics(Statistics.open(folder))
-    found = inspect_checkpoint(Checkpoint.open(what, config), load_recipe(recipe), tokens)
+    checkpoint = Checkpoint.open(what, config)
+    if stats is not None:
+        checkpoint = with_family(checkpoint, Trajectories.open(stats / TRAJECTORIES, checkpoint.fingerprint()))
+    found = inspect_checkpoint(checkpoint, load_recipe(recipe), tokens)
     values = found.to_json()
     total = max(sum(row["macs"] for row in values["roles"]), 1)
     roles = [
@@ -256,7 +264,7 @@ def diagnose(engine: str | None) -> tuple[list[str], bool]:
     if own.plans and not proven:
         lines.append(f"{engine}: has no plan yet; build one with: ditq plan {engine} --gpu sm89")
     model: Any = rebuild(opened)
-    inputs = made_up_inputs(opened.name, type(model).__name__, model.config, picture=only_picture(opened))
+    inputs = _a_call(opened, model)
     agreement = model_agreement(opened, inputs, model=model)
     runs = "" if own.available()[0] else f" (its graph run by ONNX Runtime, since {own.name} does not run here)"
     lines.append(f"{engine}: {agreement}{runs}")
@@ -291,7 +299,7 @@ def _without_graph(engine: Engine) -> tuple[str, bool]:
     if not works:
         return f"sound; it is for target {name}, which does not work here ({why}), so its answer was not checked", True
     model: Any = rebuild(engine)
-    inputs = made_up_inputs(engine.name, type(model).__name__, model.config)
+    inputs = _a_call(engine, model)
     meaning = model(**inputs, return_dict=False)[0]
     found = load_engine(engine.folder, name)(**inputs, return_dict=False)[0].to(meaning)
     error = float((found - meaning).norm() / meaning.norm())
@@ -299,6 +307,12 @@ def _without_graph(engine: Engine) -> tuple[str, bool]:
         f"target {name} differs from the exact meaning by {error:.1e}, at most {MOVED:.0e} is rounding",
         error < MOVED,
     )
+
+
+def _a_call(engine: Engine, model: Any) -> dict[str, Any]:
+    """Inputs to compare answers for."""
+    made_up = partial(made_up_inputs, engine.name, type(model).__name__, model.config, picture=only_picture(engine))
+    return engine.example or made_up()
 
 
 def _version(package: str) -> str:

@@ -13,9 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ditq.errors import DitqError
+from ditq.export.arguments import unflatten
 from ditq.export.engine_files import check_external_data, check_files
 from ditq.export.targets import PlannedMatMul
 from ditq.export.weights_file import WEIGHTS
@@ -23,6 +25,7 @@ from ditq.numerics.timestep_bins import bins_of
 
 MANIFEST = "engine.json"
 GRAPH = "model.onnx"
+EXAMPLE = "example.safetensors"
 TEXT_GRAPH = "text.onnx"
 FORMAT_VERSION = 1
 
@@ -92,6 +95,13 @@ class Engine:
             return ()
         main = (GRAPH,) if self.schedule is None else tuple(dict.fromkeys(self.schedule["graphs"]))
         return main if self.text is None else (*main, TEXT_GRAPH)
+
+    @property
+    def example(self) -> dict[str, Any] | None:
+        """Arguments of one call of the original, where the engine holds such: of a model that no family describes."""
+        if EXAMPLE not in self.manifest["files"]:
+            return None
+        return unflatten(load_file(self.folder / EXAMPLE), self.manifest["layout"])
 
     @property
     def schedule(self) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from ditq.errors import DitqError
-from ditq.export.arguments import Layout
+from ditq.export.arguments import collect
 from ditq.export.engine import Engine
 from ditq.export.targets import Runner, target
 from ditq.nn.structural.sparse_attention import SparseAttention, other_picture
@@ -103,7 +103,7 @@ class EngineTransformer(ModelMixin):
                 raise DitqError(f"{self.engine.name}: argument '{name}' is given twice")
             given[name] = value
         as_output = given.pop("return_dict", True)
-        found = _collect(given, self.engine.manifest["layout"], self.engine.name)
+        found = collect(given, self.engine.manifest["layout"], self.engine.name)
         check_picture(self.engine, given)
         inputs = _checked(found, self.engine.manifest["inputs"], self.engine.name, self._device)
         sample = _like(self._run(inputs), next(iter(found.values())))
@@ -116,7 +116,7 @@ def engine_inputs(engine: Engine, arguments: Mapping[str, Any]) -> dict[str, Ten
     Raises:
         DitqError: as `EngineTransformer.forward` does.
     """
-    found = _collect(arguments, engine.manifest["layout"], engine.name)
+    found = collect(arguments, engine.manifest["layout"], engine.name)
     check_picture(engine, arguments)
     return _checked(found, engine.manifest["inputs"], engine.name)
 
@@ -188,31 +188,6 @@ def _check_runs(name: str, engine: Engine) -> None:
             f"{engine.name}: was compiled for target '{made_for}' and holds no graph, which target '{name}' needs; "
             f"load it with target {' or '.join(_WITHOUT_GRAPH)}, or compile it with --target {name}"
         )
-
-
-def _is_empty(value: Any) -> bool:
-    return value is None or value is False or (isinstance(value, Mapping | list | tuple) and not value)
-
-
-def _collect(given: Mapping[str, Any], layout: Layout, engine: str, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors by flat name; everything that the engine does not take must be absent or empty."""
-    tensors: dict[str, Tensor] = {}
-    for argument, part in layout.items():
-        value, name = given.get(argument), prefix + argument
-        if "tensor" in part:
-            if not isinstance(value, Tensor):
-                raise DitqError(f"{engine}: argument '{name}' must be a tensor, not {type(value).__name__}")
-            tensors[name] = value
-        elif "values" in part:
-            tensors |= _collect(value if isinstance(value, Mapping) else {}, part["values"], engine, f"{name}.")
-        elif argument in given and not (_is_empty(value) and _is_empty(part["constant"])) and value != part["constant"]:
-            raise DitqError(
-                f"{engine}: was compiled with '{name}' = {part['constant']!r}; it cannot take another value"
-            )
-    for argument, value in given.items():
-        if argument not in layout and not _is_empty(value):
-            raise DitqError(f"{engine}: was compiled without '{prefix}{argument}', so it cannot be given")
-    return tensors
 
 
 def _checked(

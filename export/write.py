@@ -14,11 +14,12 @@ from typing import Any
 
 import onnx_ir as ir
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 from ditq.errors import DitqError
 from ditq.export.arguments import flatten
-from ditq.export.engine import FORMAT_VERSION, GRAPH, MANIFEST, TEXT_GRAPH, Engine, as_json, first_line
+from ditq.export.engine import EXAMPLE, FORMAT_VERSION, GRAPH, MANIFEST, TEXT_GRAPH, Engine, as_json, first_line
 from ditq.export.engine_files import hash_file
 from ditq.export.onnx_graph import OUTPUT, ROUNDED_ATTENTION, TOKEN_ATTENTION, Axes, export_what_varies
 from ditq.export.targets import PlannedMatMul, target
@@ -46,6 +47,7 @@ def write_engine(
     reports: Sequence[Any] = (),
     target_name: str = "onnxruntime-cpu",
     changing: Collection[str] | None = None,
+    keep_example: bool = False,
     force: bool = False,
 ) -> Engine:
     """Write `model` (with its QuantLinears) as an engine folder.
@@ -59,6 +61,7 @@ def write_engine(
         quality: what was measured of it, or None; reports: one JSON value a pass.
         changing: arguments that change from step to step. What depends on none of them becomes a graph of its own, of
             which the loader keeps the results. None: one graph for everything.
+        keep_example: whether `inputs` go into the engine, of a model for which they cannot be made up.
         force: replace an existing engine of that name.
 
     Raises:
@@ -90,7 +93,10 @@ def write_engine(
         write_weights(partial / WEIGHTS, model.state_dict(), list(graphs.values()), {"format": "pt"})
         for file_name, part in graphs.items():
             ir.save(part, partial / file_name)
-        (partial / WEIGHTS).chmod(partial.stat().st_mode & 0o666)  # safetensors makes it private
+        if keep_example:
+            save_file({key: tensor.contiguous() for key, tensor in flatten(inputs)[0].items()}, partial / EXAMPLE)
+        for file in partial.glob("*.safetensors"):
+            file.chmod(partial.stat().st_mode & 0o666)  # safetensors makes it private
         manifest = {
             "format_version": FORMAT_VERSION,
             "ditq_version": _version(),

@@ -94,7 +94,7 @@ def report_on(
             run = "ditq.report.engine_report:run"
             info["memory"] = {
                 ENGINE: peak_memory(f"{run}_engine_once", str(engine.folder), str(checkpoint.root)),
-                TORCH: peak_memory(f"{run}_original_once", str(checkpoint.root)),
+                TORCH: peak_memory(f"{run}_original_once", str(engine.folder), str(checkpoint.root)),
             }
     write_report(
         where or engine.folder, evaluation, info, engine.manifest.get("reports", []), engine.manifest["recipe"]
@@ -156,13 +156,14 @@ def draw(
 def run_engine_once(folder: str, original: str) -> None:
     """Load an engine and call it once, on its original's inputs; run in a process of its own to measure memory."""
     transformer = load_engine(folder)
-    called(transformer, example_inputs(Checkpoint.open(original), picture=only_picture(transformer.engine)))()
+    engine, checkpoint = transformer.engine, Checkpoint.open(original)
+    called(transformer, engine.example or example_inputs(checkpoint, picture=only_picture(engine)))()
 
 
-def run_original_once(path: str) -> None:
-    """Load an original and call it once; run in a process of its own to measure memory."""
-    checkpoint = Checkpoint.open(path)
-    called(checkpoint.load_model(), example_inputs(checkpoint))()
+def run_original_once(folder: str, original: str) -> None:
+    """Load the original of an engine and call it once; run in a process of its own to measure memory."""
+    checkpoint = Checkpoint.open(original)
+    called(checkpoint.load_model(), Engine.open(folder, verify=False).example or example_inputs(checkpoint))()
 
 
 def _finite(value: Any) -> Any:

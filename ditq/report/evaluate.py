@@ -318,7 +318,8 @@ def _measure_layers(
     if not quantized_sites(quantized):
         evaluation.notes.append("no layer was measured: the engine's torch form holds no quantized linear")
         return
-    graph = DiTGraph(original, calls[0] if checkpoint.family is None else example_inputs(checkpoint))
+    recorded = {name: value for name, value in calls[0].items() if name != "return_dict"}
+    graph = DiTGraph(original, recorded if checkpoint.family is None else example_inputs(checkpoint))
     evaluation.sites = per_layer_sqnr(
         original,
         quantized,

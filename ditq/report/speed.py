@@ -94,8 +94,9 @@ def _on_cpu(
         torch.set_num_threads(threads)
     original = checkpoint.load_model()
     with tempfile.TemporaryDirectory(prefix="ditq-baseline-") as folder:
-        axes = checkpoint.family.axes if checkpoint.family else {}
-        graph = float_onnx(original, example_inputs(checkpoint), axes, Path(folder) / "float.onnx")
+        family = checkpoint.family
+        made_up, axes = (inputs, {}) if family is None else (example_inputs(checkpoint), family.axes)
+        graph = float_onnx(original, made_up, axes, Path(folder) / "float.onnx")
         session = open_session(graph, session_options(threads))
         known = {item.name: item.type for item in session.get_inputs()}
         tensors = {name: tensor for name, tensor in flatten(inputs)[0].items() if name in known}
