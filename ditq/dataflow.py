@@ -19,15 +19,17 @@ ACTIVATIONS = {"gelu", "silu", "relu", "tanh", "sigmoid", "mish", "elu", "softpl
 
 
 class Dataflow:
-    """`trace` of `model`, with its linears and the call of each."""
+    """`trace` of `model`, with its linears and the first call of each. `repeated`: those that are called more than once."""
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         self.model, self.trace = model, trace
         self.linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         self.calls: dict[str, Call] = {}
+        self.repeated: set[str] = set()
         for call in trace.calls:
-            if call.function == "linear" and call.module in self.linears:
-                self.calls.setdefault(call.module, call)
+            of_linear = call.function == "linear" and call.module in self.linears
+            if of_linear and call is not self.calls.setdefault(call.module, call):
+                self.repeated.add(call.module)
         self._site_of = {call.outputs[0]: name for name, call in self.calls.items()}
 
     def _source(self, value: Value) -> Value:

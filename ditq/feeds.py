@@ -20,13 +20,15 @@ class Feeds(Dataflow):
             return None
         if call.function in NORMS:
             return self._own_norm(call)
+        if call.function == "mul" and (weight := self._weight_of_scaled(call)) is not None:
+            return NormModulation(weight, None)
         shifted = self._split_broadcast(value, "add")
         scaled = self._split_broadcast(shifted[0], "mul") if shifted else None
         if not shifted or not scaled:
             return None
         norm = self.trace.producer.get(self._source(scaled[0]))
         plus_one = self._sum_behind(scaled[1])
-        if norm is None or norm.function not in NORMS or plus_one is None:
+        if norm is None or plus_one is None or not (norm.function in NORMS or self._divides_by_rms(norm)):
             return None
         constants = [a for a in plus_one.arguments if not isinstance(a, Value)]
         if constants != [1] or len(plus_one.inputs) != 1:
@@ -55,6 +57,20 @@ class Feeds(Dataflow):
             return None
         return NormModulation(weight.parameter, bias.parameter if isinstance(bias, Value) else None)
 
+    def _divides_by_rms(self, call: Call) -> bool:
+        """Is it x * rsqrt(..), the last step of a norm that is written out?"""
+        behind = (self.trace.producer.get(self._source(value)) for value in call.inputs)
+        return call.function == "mul" and any(made is not None and made.function == "rsqrt" for made in behind)
+
+    def _weight_of_scaled(self, call: Call) -> str | None:
+        """The weight of a norm that is written out, of which `call` is the last product; None for anything else, or where
+        something else reads the weight too."""
+        weights = [value for value in call.inputs if value.parameter is not None]
+        others = [self.trace.producer.get(self._source(value)) for value in call.inputs if value.parameter is None]
+        if len(weights) != 1 or len(others) != 1 or others[0] is None or not self._divides_by_rms(others[0]):
+            return None
+        return weights[0].parameter if self._is_read_once(weights[0]) else None
+
     def _split_broadcast(self, value: Value, function: str) -> tuple[Value, Value] | None:
         """The token operand and the broadcast operand of the call that made `value`, if it is a `function` of two."""
         call = self.trace.producer.get(self._source(value))
@@ -80,14 +96,19 @@ class Feeds(Dataflow):
             value = call.inputs[0]
 
     def _modulation(self, vector: Value, shift: int, scale: int, width: int) -> Feed | None:
-        source, whole, alone = vector, size_of_value(vector), self._is_read_once(vector)
+        source, whole, alone, first = vector, size_of_value(vector), self._is_read_once(vector), 0
         while (call := self.trace.producer.get(source)) and call.function in VIEWS and source not in self._site_of:
+            if call.function in ("chunk", "split") and size_of_value(source) == whole and _cuts_channels(call):
+                # A piece of pieces, as Qwen-Image's: one half for the attention and one for the feed-forward.
+                before = call.outputs[: call.outputs.index(source)]
+                first += sum(piece.shape[-1] for piece in before)
+                whole = size_of_value(call.inputs[0])
             source = call.inputs[0]
             alone = alone and self._is_read_once(source)
         if source in self._site_of:
             # Where others read the linear's output too, such as other blocks, its rows are not this norm's alone.
-            own = alone and size_of_value(source) == whole
-            return LinearModulation(self._site_of[source], shift * width, scale * width) if own else None
+            own, site = alone and size_of_value(source) == whole, self._site_of[source]
+            return LinearModulation(site, first + shift * width, first + scale * width) if own else None
         if call is None or call.function != "add" or len(call.inputs) != 2:
             return None
         table, shared = None, None
@@ -120,3 +141,8 @@ class Feeds(Dataflow):
                 return None
             value = call.inputs[0]
         return arguments[value]
+
+
+def _cuts_channels(call: Call) -> bool:
+    """Does a split leave all sizes but the last one as they are?"""
+    return all(piece.shape[:-1] == call.inputs[0].shape[:-1] for piece in call.outputs)

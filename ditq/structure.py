@@ -213,7 +213,8 @@ class Structure(Feeds):
         groups = {}
         for value, sites in members.items():
             only_these = all(c.function == "linear" and c.module in sites for c in self._readers_of_rows(value))
-            feed = self._feed_of(value) if only_these else None
+            # What a linear reads in another call comes from elsewhere: CogView4's feed-forwards see picture and text in turn.
+            feed = self._feed_of(value) if only_these and self.repeated.isdisjoint(sites) else None
             groups[sites[0]] = InputGroup(sites[0], tuple(sites), value.shape[-1], feed)
         return groups
 

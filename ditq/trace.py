@@ -6,6 +6,7 @@ off the record.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -140,9 +141,16 @@ def trace_forward(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     with all_blocks(model):
         try:
             with quiet_fake_tensors():
-                return _record(model, inputs, FakeTensorMode(allow_non_fake_inputs=True))
+                return _record(_beside(model), inputs, FakeTensorMode(allow_non_fake_inputs=True))
         except (DataDependentOutputException, DynamicOutputShapeException):
             return _record(model, inputs, None)
+
+
+def _beside(model: nn.Module) -> nn.Module:
+    """A copy of it with the same tensors. What modules keep from call to call, as Qwen-Image's keep rotations, is then of fake
+    tensors in the copy alone."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _record(model: nn.Module, inputs: Mapping[str, Any], fake: FakeTensorMode | None) -> Trace:

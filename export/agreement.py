@@ -198,10 +198,12 @@ class _Comparison:
 
     def rounding(self, site: str, steps: Tensor) -> Tensor:
         """The engine's number where it is a rounding of `steps` up to the tolerance, else the nearest."""
-        place, number = self._left[site].pop(0), self._numbers.get(site, INTEGER)
+        form, number = self._formats.get(site), self._numbers.get(site, INTEGER)
+        if not self._left.get(site):  # a call whose output nothing reads, which the engine's graph is without
+            return nearest(steps, number) if form is None else form.nearest(steps)
+        place = self._left[site].pop(0)
         found = torch.cat([self._values[place.graph, value] for value in place.values], dim=-1)
         carriers = (found.to(steps.dtype) - place.zero_point).view(steps.shape)
-        form = self._formats.get(site)
         if form is not None and form.grid == FLOAT4.name:
             return self._in_blocks(site, steps, carriers, form)
         engine = form.rounded_from(carriers) if form is not None else carriers

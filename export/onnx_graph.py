@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ditq.errors import DitqError
 from ditq.export.arguments import Layout, flatten, unflatten
+from ditq.export.complex_numbers import has_complex, without_complex
 from ditq.nn import exporting
 from ditq.quiet import quiet_libraries
 
@@ -188,10 +189,14 @@ def export_what_varies(model: nn.Module, inputs: Mapping[str, Any], axes: Axes) 
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(wrapper, (tensors,), dynamic_shapes={"tensors": varying}, strict=False)
+            dropped = _fixed_axes(program, tensors, axes)
+            if has_complex(program):
+                for name, row in axes.items():
+                    varying[name] = {i: dim for i, dim in varying[name].items() if row[i] not in dropped}
+                program = without_complex(program, (tensors,), {"tensors": varying})
         except (RuntimeError, ValueError, TypeError, torch._dynamo.exc.TorchDynamoException) as error:
             raise DitqError(f"the model cannot be exported: {_first_line(error)}") from error
         graph = _translate(program, list(tensors))
-    dropped = _fixed_axes(program, tensors, axes)
     _name_dimensions(graph, tensors, axes, dropped)
     return graph, dropped
 
@@ -203,7 +208,9 @@ def _fixed_axes(program: Any, tensors: Mapping[str, Tensor], axes: Axes) -> list
     owners: dict[str, str] = {}
     for name, node in zip(tensors, placeholders, strict=True):
         for size, axis in zip(node.meta["val"].shape, axes.get(name, ()), strict=False):
-            if axis and (not isinstance(size, torch.SymInt) or owners.setdefault(str(size), axis) != axis):
+            # A number that the forward was asked for is a symbol yet, of a value that is known: 12, not s1.
+            known = not isinstance(size, torch.SymInt) or not size.node.expr.free_symbols
+            if axis and (known or owners.setdefault(str(size), axis) != axis):
                 fixed[axis] = None
     return list(fixed)
 
@@ -235,7 +242,10 @@ def _translate(program: Any, names: list[str]) -> ir.Model:
             },
         )
     except torch.onnx.OnnxExporterError as error:
-        raise DitqError(f"the model cannot be written as ONNX: {_first_line(error)}") from error
+        reason: BaseException = error
+        while reason.__cause__ is not None:  # what it says itself is how to report it
+            reason = reason.__cause__
+        raise DitqError(f"the model cannot be written as ONNX: {_first_line(reason)}") from error
     assert exported is not None
     graph = exported.model
     _drop_idle_squeezes(graph)

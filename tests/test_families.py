@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import onnx_ir as ir
 import pytest
 import torch
@@ -11,7 +14,8 @@ import torch
 from ditq.export import model_agreement
 from ditq.export.fusion import prove_fusion
 from ditq.export.onnx_graph import _choose_by_logic
-from ditq.parts import LinearModulation, TableModulation
+from ditq.graph import DiTGraph
+from ditq.parts import LinearModulation, NormModulation, TableModulation
 from ditq.pass_pipeline import run_passes
 from ditq.recipe import Recipe
 from tests.export.quantized import engine_of, quantize_blocks, shallow_model
@@ -38,6 +42,54 @@ def test_modulation_that_blocks_share_belongs_to_none_of_them() -> None:
     for family in ("wan", "sana"):
         feeds = [group.feed for group in small_graph(family).groups.values()]
         assert any(isinstance(feed, TableModulation) for feed in feeds)
+
+
+STRANGERS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], dict[type, int]]] = {
+    # a piece of a modulation is cut into pieces once more; one such in front of each attention and feed-forward
+    "qwen": (
+        diffusers.QwenImageTransformer2DModel,
+        {"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 32,
+         "num_attention_heads": 2, "joint_attention_dim": 24, "axes_dims_rope": (8, 12, 12)},
+        {"hidden_states": torch.randn(2, 16, 16), "encoder_hidden_states": torch.randn(2, 6, 24),
+         "timestep": torch.tensor([0.2, 0.9]), "img_shapes": [[(1, 4, 4)]] * 2},
+        {LinearModulation: 9, NormModulation: 1},
+    ),
+    # its norms are written out
+    "ltx": (
+        diffusers.LTXVideoTransformer3DModel,
+        {"in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 32, "cross_attention_dim": 64,
+         "num_layers": 2, "caption_channels": 24},
+        {"hidden_states": torch.randn(2, 32, 8), "encoder_hidden_states": torch.randn(2, 6, 24), "num_frames": 2,
+         "timestep": torch.tensor([200.0, 900.0]), "encoder_attention_mask": torch.ones(2, 6, dtype=torch.int64),
+         "height": 4, "width": 4, "rope_interpolation_scale": (0.3, 32, 32)},
+        {TableModulation: 4},
+    ),
+    # its feed-forwards see the picture and then the text, modulated in different ways
+    "cogview4": (
+        diffusers.CogView4Transformer2DModel,
+        {"patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2, "attention_head_dim": 32,
+         "num_attention_heads": 2, "text_embed_dim": 24, "time_embed_dim": 32, "condition_dim": 16, "sample_size": 8,
+         "pos_embed_max_size": 16, "rope_axes_dim": (16, 16)},
+        {"hidden_states": torch.randn(2, 4, 8, 8), "encoder_hidden_states": torch.randn(2, 16, 24),
+         "timestep": torch.tensor([200.0, 900.0]), "original_size": torch.full((2, 2), 64.0),
+         "target_size": torch.full((2, 2), 64.0), "crop_coords": torch.zeros(2, 2)},
+        {LinearModulation: 1},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_models_of_no_family_are_understood_by_their_structure(name: str) -> None:
+    builder, config, inputs, feeds = STRANGERS[name]
+    torch.manual_seed(0)
+    model = builder(**config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15 if parameter.dim() > 1 else 0.3)
+    graph = DiTGraph(model, inputs)
+    assert Counter(type(group.feed) for group in graph.groups.values() if group.feed) == feeds
+    expected = forward(model, inputs)
+    run_passes(graph, Recipe.from_dict(FOLDS, "test"), statistics_of(graph, inputs=[inputs]))
+    assert float((forward(model, inputs) - expected).norm() / expected.norm()) < 1e-5
 
 
 def test_an_output_that_reads_an_attention_in_two_parts_is_known_once() -> None:
