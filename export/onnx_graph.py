@@ -11,7 +11,8 @@ import ast
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from typing import Any
 
 import onnx_ir as ir
@@ -217,14 +218,18 @@ def _fixed_axes(program: Any, tensors: Mapping[str, Tensor], axes: Axes) -> list
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """The exporter notes on every run that torchvision is absent; ditq does without it."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """The exporter notes on every run that torchvision is absent, which ditq does without. What it cannot trace it prints, as
+    far as it came: pages, of which the error says the last line."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
     try:
-        yield
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with redirect_stderr(StringIO()):
+            yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _translate(program: Any, names: list[str]) -> ir.Model:

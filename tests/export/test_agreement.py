@@ -130,15 +130,15 @@ def test_a_recorded_call_is_taken_as_it_is(engine: Engine, inputs: dict[str, Any
 
 
 def test_the_built_in_model_agrees_up_to_ties_on_real_inputs(tmp_path: Path) -> None:
-    """Half of the blocks as w4a8, half as w4a4, since an export of mini takes most of the time; rounded to nearest."""
+    """Half of the blocks as w4a8, half as w4a4, since an export takes most of the time; rounded to nearest."""
     recipe = load_recipe("w4a8").to_json()
     quantize = recipe["passes"][-1]["quantize"]
-    coarse = {"select": "single_transformer_blocks.*", "format": "w4a4"}
+    coarse = {"select": "transformer_blocks.[345].*", "format": "w4a4"}
     quantize |= {"rounding": "nearest", "refine": 0, "rules": [coarse, *quantize["rules"]]}
     settings: dict[str, Any] = {"steps": 4, "prompts_limit": 2, "bins": 1, "step_weights": False, "progress": False}
-    ditq.calibrate("mini", tmp_path / "stats", **settings)
+    ditq.calibrate("mini-pixart", tmp_path / "stats", **settings)
     options = CompileOptions(statistics=tmp_path / "stats", progress=False)
-    compiled = ditq.compile("mini", tmp_path / "engine", Recipe.from_dict(recipe, "both"), options).engine
+    compiled = ditq.compile("mini-pixart", tmp_path / "engine", Recipe.from_dict(recipe, "both"), options).engine
     assert {spec["activation"]["bits"] for spec in compiled.sites.values()} == {4, 8, 16}
     calls = list(Trajectories.open(tmp_path / "stats" / "trajectories").calls())
     for call in (calls[0], calls[-1]):

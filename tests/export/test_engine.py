@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from ditq.errors import DitqError
 from ditq.export import load_engine, model_agreement, prove_fusion, site_agreement
+from ditq.export.onnx_graph import export_what_varies
 from ditq.nn import QuantLinear
 from tests.export.quantized import engine_of, quantize_blocks, relative, shallow_model
 from tests.families_small import FAMILIES, forward, small_inputs
@@ -48,3 +51,13 @@ def test_an_engine_computes_what_the_quantized_model_means(family: str, tmp_path
         own = max(relative(forward(model, nudged(inputs)), expected), 1e-4)
         assert relative(transformer(**inputs, return_dict=False)[0], expected) < 10 * own
         assert relative(exact(**inputs).sample, expected) < 10 * own
+
+
+def test_what_reads_values_of_its_inputs_is_refused_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    class Decides(nn.Module):
+        def forward(self, x: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
+            return (x if bool((x > 0).all()) else -x,)
+
+    with pytest.raises(DitqError, match=r"^the model cannot be exported: Could not guard on data-dependent"):
+        export_what_varies(Decides(), {"x": torch.ones(2, 3)}, {})
+    assert capfd.readouterr() == ("", "")
