@@ -32,7 +32,7 @@ def with_family(checkpoint: Checkpoint, trajectories: Trajectories) -> Checkpoin
     """The checkpoint itself, or, where no family has its class, with one of its recorded calls.
 
     Raises:
-        DitqError: an argument changes from step to step that is no tensor, which no engine can take.
+        DitqError: one step was recorded; or an argument changes from step to step that is no tensor, which no engine can take.
     """
     if checkpoint.family is not None:
         return checkpoint
@@ -100,6 +100,10 @@ def _told_apart(tensors: Tensors, varying: Mapping[tuple[str, int], str]) -> tup
 
 def _changing(name: str, trajectories: Trajectories) -> tuple[str, ...]:
     """Arguments that differ between the first and the last step of a trajectory."""
+    if trajectories.steps < 2:
+        raise DitqError(
+            f"{name}: one recorded step does not show what changes from step to step; calibrate with 2 or more"
+        )
     places = trajectories.places_of_calls()
     ends = places.index((0, 0)), places.index((0, trajectories.steps - 1))
     first, last = (_arguments(call.arguments) for call in trajectories.calls(chosen=frozenset(ends)))

@@ -146,7 +146,10 @@ class _Flat(nn.Module):
         self.model, self.layout = model, layout
 
     def forward(self, tensors: dict[str, Tensor]) -> Tensor:
-        return self.model(**unflatten(tensors, self.layout), return_dict=False)[0]
+        answer = self.model(**unflatten(tensors, self.layout), return_dict=False)[0]
+        if not isinstance(answer, Tensor):
+            raise TypeError(f"its answer is a {type(answer).__name__}, not one tensor")
+        return answer
 
 
 def to_onnx(model: nn.Module, inputs: Mapping[str, Any], axes: Axes) -> ir.Model:

@@ -125,3 +125,5 @@ def test_a_plain_number_that_changes_from_step_to_step_is_refused() -> None:
         recorded_family._changing("model", recorded)
     calls[1].arguments["t"], calls[1].arguments["x"] = 0.9, x + 1
     assert recorded_family._changing("model", recorded) == ("x",)
+    with pytest.raises(DitqError, match="one recorded step does not show what changes"):
+        recorded_family._changing("model", SimpleNamespace(steps=1))  # type: ignore[arg-type]

@@ -53,11 +53,23 @@ def test_an_engine_computes_what_the_quantized_model_means(family: str, tmp_path
         assert relative(exact(**inputs).sample, expected) < 10 * own
 
 
-def test_what_reads_values_of_its_inputs_is_refused_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
-    class Decides(nn.Module):
-        def forward(self, x: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
-            return (x if bool((x > 0).all()) else -x,)
+class Decides(nn.Module):
+    def forward(self, x: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
+        return (x if bool((x > 0).all()) else -x,)
 
-    with pytest.raises(DitqError, match=r"^the model cannot be exported: Could not guard on data-dependent"):
-        export_what_varies(Decides(), {"x": torch.ones(2, 3)}, {})
+
+class Lists(nn.Module):
+    def forward(self, x: torch.Tensor, return_dict: bool = False) -> tuple[list[torch.Tensor]]:
+        return (list(x),)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [(Decides(), "Could not guard on data-dependent"), (Lists(), "its answer is a list, not one tensor")],
+)
+def test_what_cannot_be_a_graph_is_refused_in_one_line(
+    model: nn.Module, says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(DitqError, match=f"^the model cannot be exported: {says}"):
+        export_what_varies(model, {"x": torch.ones(2, 3)}, {})
     assert capfd.readouterr() == ("", "")
