@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -83,9 +83,9 @@ def small_model(family: str, seed: int = 0) -> nn.Module:
 
 
 def small_inputs(model: nn.Module, batch: int = 2, seed: int = 0) -> dict[str, Any]:
-    family = family_of(type(model).__name__)
+    family, config = family_of(type(model).__name__), cast(Any, model.config)
     assert family is not None
-    return family.example_inputs(model.config, batch, seed)
+    return family.example_inputs(config, batch, seed)
 
 
 def small_graph(family: str) -> DiTGraph:
