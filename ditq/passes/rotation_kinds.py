@@ -28,16 +28,11 @@ class Making:
     seed: int = 0
 
 
-def _in_blocks(width: int, block: int, seed: int) -> Rotation | None:
-    """Of an odd number of channels, which cannot be cut into blocks, none."""
-    return block_hadamard_rotation(width, block, seed) if block > 1 else None
-
-
 # From cheapest to dearest in time: by products and permutations that read and write the whole input, then by their size.
 # Each makes its rotation of sampled rows [n, C]; those that look at nothing but C take no rows.
 KINDS: dict[str, Callable[[Tensor, Making], Rotation | None]] = {
     "identity": lambda rows, making: None,
-    "block_hadamard": lambda rows, making: _in_blocks(
+    "block_hadamard": lambda rows, making: block_hadamard_rotation(
         rows.shape[1], math.gcd(rows.shape[1], making.block), making.seed
     ),
     "regular": lambda rows, making: regular_rotation(rows.shape[1], regular_block(rows.shape[1], making.block)),
