@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,6 +25,7 @@ from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.passes import Context, PassReport
 from ditq.passes.base import Pass
+from ditq.report.feature_distance import lite0_frechet_distance
 from tools.measure_denoiser import Denoiser
 from tools.peers.draw import Drawn, draw
 
@@ -82,6 +84,12 @@ class HeldOut:
         a, b = (torch.from_numpy(found.pictures).double() for found in (self.wanted, drawn))
         errors = (a - b).square().flatten(1).mean(1).clamp_min(1e-3)
         return float((10 * torch.log10(255**2 / errors)).mean())
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> str:
+    """lite0-FD of pictures uint8 [N, H, W, 3], where its package is installed."""
+    found = lite0_frechet_distance(list(a), list(b))
+    return "" if found is None else f"{found:.1f}"
 
 
 class Changed:

@@ -6,7 +6,8 @@
 A method is one pass with its settings; of a share below 1 those attentions are converted that alone move the answer least.
 `--steps` are those of `distill` behind it, from one conversion; after those in `--quantized` the recipe is compiled into the
 model too. Rows without a method are of the original with that recipe alone. All are measured on held-out prompts: the
-denoiser's signal to error along the original's trajectories, and the PSNR of pictures from the same noise to the original's.
+denoiser's signal to error along the original's trajectories, the PSNR of pictures from the same noise to the original's, and
+the distance of all to those in features (lite0-FD; of few pictures it is large, so compare rows of equally many).
 With `--size` they are drawn larger or smaller than what was converted and learned on.
 Statistics for the recipe are gathered on the first prompts of `--stats`, of the model as it is then.
 """
@@ -33,7 +34,7 @@ from ditq.pass_pipeline import run_passes
 from ditq.passes import Context
 from ditq.recipe import Recipe, load_recipe
 from ditq.report.evaluate import heldout_conditions
-from tools.held_out import Changed, HeldOut, context_of
+from tools.held_out import Changed, HeldOut, context_of, distance
 from tools.measure_recipes import table
 
 
@@ -109,7 +110,8 @@ def main(
         nonlocal began
         level, drawn = held_out.of(graph.model)
         minutes = (time.perf_counter() - began) / 60
-        rows.append([*said, level, f"{held_out.psnr(drawn):.2f}", f"{minutes:.1f}"])
+        far = distance(held_out.wanted.pictures, drawn.pictures)
+        rows.append([*said, level, f"{held_out.psnr(drawn):.2f}", far, f"{minutes:.1f}"])
         click.echo("  ".join(rows[-1]), err=True)
         began = time.perf_counter()
 
@@ -125,7 +127,17 @@ def main(
                 measured(graph, *said, str(count), "")
                 if count in numbers(quantized):
                     with_recipe(graph, *said, str(count))
-    header = ["method", "attentions", "multiply-adds", "steps", "recipe", "denoiser, dB", "PSNR, dB", "minutes"]
+    header = [
+        "method",
+        "attentions",
+        "multiply-adds",
+        "steps",
+        "recipe",
+        "denoiser, dB",
+        "PSNR, dB",
+        "lite0-FD",
+        "minutes",
+    ]
     table(header, rows)
 
 

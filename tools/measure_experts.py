@@ -29,9 +29,8 @@ from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.recipe import Recipe
 from ditq.report.evaluate import heldout_conditions
-from ditq.report.feature_distance import lite0_frechet_distance
 from tools.emoji_data import load_emoji
-from tools.held_out import Changed, HeldOut, context_of
+from tools.held_out import Changed, HeldOut, context_of, distance
 from tools.measure_recipes import table
 
 
@@ -85,12 +84,6 @@ def real_pictures(folder: Path, conditions: list[str | int], size: int) -> np.nd
     data = load_emoji(folder, size)
     places = {caption: number for number, caption in reversed(list(enumerate(data.captions)))}
     return data.pictures[[places[str(condition)] for condition in conditions]].permute(0, 2, 3, 1).numpy()
-
-
-def distance(a: np.ndarray, b: np.ndarray) -> str:
-    """lite0-FD, where its package is installed."""
-    found = lite0_frechet_distance(list(a), list(b))
-    return "" if found is None else f"{found:.1f}"
 
 
 @click.command(help=__doc__)
