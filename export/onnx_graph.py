@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from typing import Any
@@ -79,6 +79,7 @@ _rounded_attention_schema = OpSchema(
         OpSchema.Attribute("number", OpSchema.AttrType.STRING),
         OpSchema.Attribute("parts", OpSchema.AttrType.STRING),
         OpSchema.Attribute("smooth_keys", OpSchema.AttrType.INT),
+        OpSchema.Attribute("scales", OpSchema.AttrType.FLOATS, required=False),
         OpSchema.Attribute("scale", OpSchema.AttrType.FLOAT),
     ],
 )
@@ -125,10 +126,12 @@ def _rounded_attention(
     number: str,
     parts: str,
     smooth_keys: bool,
+    scales: Sequence[float],
     scale: float,
 ) -> Any:
     settings = {"site": site, "number": number, "parts": parts, "smooth_keys": int(smooth_keys), "scale": scale}
-    return _rounded_attention_op(query, key, value, mask, **settings)
+    static = {"scales": tuple(scales)} if scales else {}  # an attribute cannot be an empty list
+    return _rounded_attention_op(query, key, value, mask, **settings, **static)
 
 
 def _token_attention(

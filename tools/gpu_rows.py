@@ -19,9 +19,13 @@ from ditq.kernels.captured import CapturedCalls
 from ditq.kernels.kernel_times import kernel_times, kind_of_kernel
 from ditq.kernels.on_gpu import to_gpu
 from ditq.kernels.traced import Compiler, compiled, inductor
+from ditq.nn import attention_rounding
+from ditq.nn.attention_rounding import watched
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.token_attention import attach
+from ditq.numerics.attention_rounding import FLOAT8 as E4M3
+from ditq.numerics.attention_rounding import PARTS, AttentionFormat
 from ditq.numerics.carrier import FLOAT8
 from ditq.numerics.token_layout import TokenLayout
 from ditq.numerics.window import Window
@@ -37,6 +41,7 @@ ATTENTIONS: dict[str, tuple[type[LocalAttention] | type[LinearAttention], dict[s
     "window 16": (LocalAttention, {"window": Window("circle", 16, 8)}),
     "linear attention": (LinearAttention, {"features": "softmax"}),
 }
+AND_ATTENTION = "and FP8 attention"
 
 
 @dataclass(frozen=True)
@@ -58,14 +63,14 @@ class Row:
     error: float
 
     HEAD = (
-        f"{'shape':14s} {'variant':24s} {'ms':>9s} {'speed':>7s} {'TFLOP/s':>9s} {'of peak':>8s} {'GB':>7s} "
+        f"{'shape':14s} {'variant':32s} {'ms':>9s} {'speed':>7s} {'TFLOP/s':>9s} {'of peak':>8s} {'GB':>7s} "
         f"{'prod/att/quan/dec/rest':>23s} {'error':>9s}"
     )
 
     def __str__(self) -> str:
         kinds = "-" if self.kinds is None else "/".join(f"{100 * share:.1f}" for share in self.kinds)
         return (
-            f"{self.shape:14s} {self.variant:24s} {self.milliseconds:9.3f} {self.speed:6.2f}x {self.teraflops:9.1f} "
+            f"{self.shape:14s} {self.variant:32s} {self.milliseconds:9.3f} {self.speed:6.2f}x {self.teraflops:9.1f} "
             f"{self.share:8.1%} {self.gigabytes:7.2f} {kinds:>23s} {self.error:9.2e}"
         )
 
@@ -101,7 +106,9 @@ def variants(shape: Shape, device: torch.device, inner: Compiler, mode: str) -> 
             if on_gpu:
                 major, minor = torch.cuda.get_device_capability(device)
                 capability = 10 * major + minor
-            if attention:
+            if attention == AND_ATTENTION:
+                round_attention(model, device)
+            elif attention:
                 put_attention(model, attention)
             fast = to_gpu(quantize(model, form, device), device, capability)
             for answer in answers_of(fast).values():
@@ -129,6 +136,8 @@ def variants(shape: Shape, device: torch.device, inner: Compiler, mode: str) -> 
     for name, form in FORMATS.items():
         number = "bf16" if form.activation.granularity == "none" else "fp8" if form.carrier is FLOAT8 else "int8"
         found[f"ditq {name}"] = Variant(number, ours(form))
+    for name, number in (("w4a8", "int8"), ("w4a8 FP8", "fp8")):
+        found[f"ditq {name} {AND_ATTENTION}"] = Variant(number, ours(FORMATS[name], AND_ATTENTION))
     return found
 
 
@@ -141,6 +150,16 @@ def put_attention(model: Denoiser, name: str) -> None:
             attach(
                 model, kind(site, TokenLayout(), shape.heads, shape.width // shape.heads, shape.text > 0, 0, **settings)
             )
+
+
+def round_attention(model: Denoiser, device: torch.device) -> None:
+    """FP8 attention, with static scales of what the model's attentions get."""
+    sites = [site for site, module in model.named_modules() if isinstance(module, Attention)]
+    with torch.no_grad(), watched(model, sites) as found:
+        model(**inputs_of(model.shape, device, torch.bfloat16))
+    for site, part in found.items():
+        form = AttentionFormat(E4M3, PARTS, False, part.scales(E4M3, 4.0))
+        attention_rounding.attach(model.get_submodule(site), site, form)
 
 
 def reference(shape: Shape, device: torch.device) -> Tensor:

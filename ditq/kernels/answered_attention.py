@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -25,6 +24,7 @@ from torch.library import custom_op
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from ditq.kernels.asked import asked
 from ditq.kernels.blocks import with_limits
 from ditq.nn.structural.compressed_keys import CompressedKeys
 from ditq.nn.structural.held_tiles import HeldTiles, Turns
@@ -41,8 +41,6 @@ from ditq.numerics.window import Side, Window, patches
 _BLOCK = 128
 _SQUARE, _CUBE = (1, 8, 16), (2, 8, 8)  # frames, rows and columns that are a block, of a picture and of a video
 _IMAGE, _TEXT, _POOLED = 0, 1, 2
-
-_asked: ContextVar[Sequence[Answer]] = ContextVar("the parts of the block that runs", default=())
 
 
 class Answer:
@@ -67,16 +65,6 @@ def answers_of(model: nn.Module) -> dict[str, Answer]:
     return found
 
 
-@contextmanager
-def answering(answers: Sequence[Answer]) -> Iterator[None]:
-    """Let these parts, each by its place among them, answer for the attentions that are computed meanwhile."""
-    before = _asked.set(answers)
-    try:
-        yield
-    finally:
-        _asked.reset(before)
-
-
 def tell_grids(model: nn.Module, given: Mapping[str, Any]) -> tuple[Grid, ...]:
     """Tell the parts the size of the picture of a call with these arguments. What was told: a recorded call is for that."""
     parts = [answer.part for answer in answers_of(model).values()]
@@ -93,7 +81,7 @@ def turns_of(model: nn.Module) -> Turns:
 def answered_attention(query: Tensor, key: Tensor, value: Tensor, place: int, scale: float | None) -> Tensor:
     """What the part at that place among those that are `answering` gives for query, key, value [B, h, N, d]."""
     with _as_outside_of_operators():
-        y = _asked.get()[place].part(query, key, value, None, scale)
+        y = asked()[place].part(query, key, value, None, scale)
     return y.transpose(1, 2).contiguous().transpose(1, 2)  # which is how the model reads it
 
 

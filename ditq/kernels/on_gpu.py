@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ditq.errors import DitqError
+from ditq.kernels import fp8_attention
 from ditq.kernels.answered_attention import KINDS, take_off
 from ditq.kernels.constants import keep_constants
 from ditq.kernels.fast_experts import FastMixture
@@ -25,10 +26,8 @@ def check(model: nn.Module, capability: int | None = None) -> None:
     for layer in model.modules():
         if isinstance(layer, QuantLinear) and (reason := why_no_kernel(layer, capability)):
             raise DitqError(f"{layer.site}: target 'cuda': {reason}")
-        if isinstance(layer, AttentionRounding):
-            raise DitqError(
-                f"{layer.site}: target 'cuda' has no kernel for rounded attention; leave the pass quantize_attention out"
-            )
+        if isinstance(layer, AttentionRounding) and (reason := fp8_attention.why_not(layer.form, capability)):
+            raise DitqError(f"{layer.site}: target 'cuda': {reason}")
         if isinstance(layer, TokenAttention) and type(layer) not in KINDS:
             raise DitqError(
                 f"{layer.site}: target 'cuda' has no kernel for {layer.what}; leave the pass {layer.kind} out"
@@ -60,6 +59,7 @@ def to_gpu(model: nn.Module, device: torch.device, capability: int | None = None
             model.set_submodule(name, FastMixture(layer, device))
     lay(model)
     take_off(model, device)
+    fp8_attention.take_off(model, device)
     keep_constants(model, device)
     return model.to(device, DTYPE)
 

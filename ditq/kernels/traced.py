@@ -9,7 +9,8 @@ rewrites of it are done before its own compiler goes on:
     3. What makes a quantized input goes into its kernel: an activation, layer_norm(z), layer_norm(z) (1 + gamma) + beta with
        gamma and beta of each sample, channels put behind others with or without an activation of theirs. The kernel then reads
        z in its place. What others read as well stays in the graph.
-    4. An attention that a part answers for becomes the part's operator (answered_attention.py).
+    4. An attention that a part answers for becomes the part's operator (answered_attention.py), a rounded one that of FP8
+       numbers (fp8_attention.py).
     5. Products of one input whose weights lie side by side become one (side_by_side.py).
 """
 
@@ -26,9 +27,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ditq.errors import DitqError
-from ditq.kernels import operators  # noqa: F401  registers what is looked for
-from ditq.kernels.answered_attention import Answer, answering, answers_of
+from ditq.kernels import fp8_attention, operators  # noqa: F401  operators are looked for
+from ditq.kernels.answered_attention import Answer, answers_of
+from ditq.kernels.asked import answering
 from ditq.kernels.blocks import Forward, blocks_of, in_blocks
+from ditq.kernels.fp8_attention import FP8Attention, roundings_of
 from ditq.kernels.side_by_side import Place, join_products, places
 from ditq.kernels.tuning import MANY
 from ditq.numerics.carrier import E4M3
@@ -42,12 +45,15 @@ _SAME = {"to", "contiguous", "float", "type_as"}
 
 
 Places = tuple[tuple[str, Place], ...]
+Site = tuple[str, bool]
+"""A module's name within its block, and whether its attention is one of FP8 numbers."""
 
 
-def rewrite(graph: fx.GraphModule, sites: Sequence[str] = (), where: Places = ()) -> fx.GraphModule:
+def rewrite(graph: fx.GraphModule, sites: Sequence[Site] = (), where: Places = ()) -> fx.GraphModule:
     """All rewrites, in place.
 
-    sites: the modules within the block whose attentions parts answer for, in the parts' order. where: its linears' weights lie.
+    sites: of the modules within the block whose attentions parts answer for, in the parts' order. where: its linears' weights
+    lie.
     """
     share_inputs(graph)
     fuse_behind(graph)
@@ -157,26 +163,32 @@ def fuse_before(graph: fx.GraphModule) -> None:
         node.args = tuple(arguments)
 
 
-def put_answers(graph: fx.GraphModule, sites: Sequence[str]) -> None:
+def put_answers(graph: fx.GraphModule, sites: Sequence[Site]) -> None:
     """Let parts answer for the attentions of these modules.
 
     Raises:
         DitqError: a part whose module computes no attention in this graph.
     """
-    found = set()
+    found, names = set(), [name for name, _ in sites]
     for node in graph.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
-        site = _module_of(node, sites)
+        site = _module_of(node, names)
         if site is None:
             continue
         found.add(site)
         given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
         given |= node.kwargs
         if given.get("attn_mask") is not None or given.get("dropout_p") or given.get("is_causal"):
-            raise DitqError(f"{site}: target 'cuda' has no windows and no linear attention with a mask or with dropout")
-        node.target = torch.ops.ditq.answered_attention.default
-        arguments = (given["query"], given["key"], given["value"], sites.index(site), given.get("scale"))
-        node.args, node.kwargs = arguments, {}
-    if missing := sorted(set(sites) - found):
+            raise DitqError(
+                f"{site}: target 'cuda' has no windows, no linear and no FP8 attention with a mask or with dropout"
+            )
+        place, scale = names.index(site), given.get("scale")
+        arguments = (given["query"], given["key"], given["value"])
+        if dict(sites)[site]:
+            fp8_attention.put(graph, node, arguments, place, scale)
+        else:
+            node.target = torch.ops.ditq.answered_attention.default
+            node.args, node.kwargs = (*arguments, place, scale), {}
+    if missing := sorted(set(names) - found):
         raise _no_attention(missing[0])
 
 
@@ -296,18 +308,18 @@ def compiled(model: nn.Module, inner: Compiler = inductor) -> Forward:
     Raises:
         DitqError: a part that answers for an attention outside of the blocks.
     """
-    answers = answers_of(model)
-    own: dict[str, dict[str, Answer]] = {name: {} for name in blocks_of(model)}
+    answers: dict[str, Answer | FP8Attention] = {**answers_of(model), **roundings_of(model)}
+    own: dict[str, dict[str, Answer | FP8Attention]] = {name: {} for name in blocks_of(model)}
     for site, answer in answers.items():
         block = next((name for name in own if not name or site.startswith(f"{name}.")), None)
         if block is None:
             raise _no_attention(site)
         own[block][site.removeprefix(f"{block}.")] = answer
-    backends: dict[tuple[tuple[str, ...], Places], Compiler] = {}
+    backends: dict[tuple[tuple[Site, ...], Places], Compiler] = {}
     where = {name: places(block) for name, block in blocks_of(model).items()}
 
     def compile_block(name: str, forward: Forward) -> Forward:
-        sites = tuple(own[name])
+        sites = tuple((site, isinstance(part, FP8Attention)) for site, part in own[name].items())
         backend = backends.setdefault((sites, where[name]), partial(_compile, sites, where[name], inner))
         traced: Forward = torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
         parts = tuple(own[name].values())
@@ -322,6 +334,6 @@ def compiled(model: nn.Module, inner: Compiler = inductor) -> Forward:
 
 
 def _compile(
-    sites: Sequence[str], where: Places, inner: Compiler, graph: fx.GraphModule, inputs: list[Tensor]
+    sites: Sequence[Site], where: Places, inner: Compiler, graph: fx.GraphModule, inputs: list[Tensor]
 ) -> Callable[..., Any]:
     return inner(rewrite(graph, sites, where), inputs)

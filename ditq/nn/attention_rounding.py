@@ -5,7 +5,8 @@ The call is answered by numerics/attention_rounding.py instead (nn/answered_atte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch.nn import functional as F
 
 from ditq.nn.answered_attention import AnswersAttention, answer
 from ditq.nn.quant_linear import Rounding
-from ditq.numerics.attention_rounding import AttentionFormat, rounded_attention
+from ditq.numerics.attention_rounding import LARGEST, AttentionFormat, rounded_attention
+from ditq.numerics.uniform import SMALLEST_SCALE
 
 ATTRIBUTE = "attention_rounding"
 
@@ -44,7 +46,7 @@ class AttentionRounding(AnswersAttention):
         form, rounding = self.form, self.rounding
         if self.exporting:
             return torch.ops.ditq.rounded_attention(
-                query, key, value, mask, self.site, form.number, form.parts, form.smooth_keys, scale
+                query, key, value, mask, self.site, form.number, form.parts, form.smooth_keys, form.scales, scale
             )
         take = None if rounding is None else lambda part, steps: rounding(f"{self.site}/{part}", steps)
         y = rounded_attention(query, key, value, mask, scale, form, take)
@@ -58,7 +60,8 @@ class AttentionRounding(AnswersAttention):
 
     def extra_repr(self) -> str:
         smooth = ", smooth keys" if self.form.smooth_keys and "k" in self.form.parts else ""
-        return f"{self.form.number} {self.form.parts}{smooth}"
+        static = ", static scales" if self.form.scales else ""
+        return f"{self.form.number} {self.form.parts}{smooth}{static}"
 
 
 def attach(attention: nn.Module, site: str, form: AttentionFormat) -> AttentionRounding:
@@ -66,6 +69,37 @@ def attach(attention: nn.Module, site: str, form: AttentionFormat) -> AttentionR
     rounding = AttentionRounding(site, form)
     answer(attention, ATTRIBUTE, rounding)
     return rounding
+
+
+class LargestNumbers(AnswersAttention):
+    """Computes the attention as it is, and remembers the largest number of its queries, of its keys and of its values."""
+
+    what = "watched"
+
+    def __init__(self, site: str) -> None:
+        super().__init__(site)
+        self.largest = [0.0, 0.0, 0.0]
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        found = (float(x.abs().max()) for x in (query, key, value))
+        self.largest = [max(pair) for pair in zip(self.largest, found, strict=True)]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+    def scales(self, number: str, margin: float) -> tuple[float, ...]:
+        """Static scales of q, k and v that reach `margin` times those numbers."""
+        return tuple(max(margin * x / LARGEST[number], SMALLEST_SCALE) for x in self.largest)
+
+
+@contextmanager
+def watched(model: nn.Module, sites: Iterable[str]) -> Iterator[dict[str, LargestNumbers]]:
+    """Within it the attentions of these modules are watched."""
+    found = {site: LargestNumbers(site) for site in sites}
+    undo = [answer(model.get_submodule(site), "watching", part) for site, part in found.items()]
+    try:
+        yield found
+    finally:
+        for each in undo:
+            each()
 
 
 @custom_op("ditq::rounded_attention", mutates_args=())
@@ -78,6 +112,7 @@ def _rounded_attention(
     number: str,
     parts: str,
     smooth_keys: bool,
+    scales: Sequence[float],
     scale: float,
 ) -> Tensor:
     """The opaque node that stands for a rounded attention in an exported graph; only its shape is ever computed."""
@@ -94,6 +129,7 @@ def _(
     number: str,
     parts: str,
     smooth_keys: bool,
+    scales: Sequence[float],
     scale: float,
 ) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))

@@ -1,4 +1,4 @@
-"""Attention with what it multiplies rounded to 8 bits: queries Q, keys K, values V and probabilities P.
+"""Attention with what it multiplies rounded to 8 bits: queries Q, keys K, values V and probabilities P; its output O as well.
 
     S = Q K^T / sqrt(d) + mask      P = exp(S - max_j S)      l = sum_j P      O = P V / l
 
@@ -9,7 +9,12 @@ The scales s lie where they can leave a product of the n: along its outputs, nev
 key have one each (per token and head), values one a channel and head: s = max|x| / largest n. P needs none of its own. It
 is taken before the division by l, where the largest of each query is exactly 1, so that s = 1/255 fits all; after it, the
 probabilities of 1,024 tokens are near 1/1,024 and would all be rounded to 0. It is never negative, so that int8's half for
-negative numbers would be lost on it: hence the 256 codes of uint8.
+negative numbers would be lost on it: hence the 256 codes of uint8. O is a mean of values and never larger than they are, so
+that it has their scale.
+
+Those are dynamic scales, of each call. Static ones are three numbers, for all queries, keys and values of an attention, found
+beforehand; what is beyond them is clipped. They are for float8, whose exponents make up for a scale that is too large, and
+what NVIDIA's kernels of FP8 attention take (cuDNN's, TensorRT's).
 
 Keys share a large offset, which would cost them their resolution. K - mean_j K (the mean over tokens) changes S by the same
 number for all keys of a query, which the softmax cancels: smoothing keys is exact.
@@ -32,7 +37,7 @@ from ditq.numerics.uniform import SMALLEST_SCALE, wide
 
 INTEGER, FLOAT8 = "int8", "float8_e4m3"
 FORMATS = (INTEGER, FLOAT8)
-PARTS = "qkvp"
+PARTS, MULTIPLIED = "qkvpo", "qkvp"
 LARGEST = {INTEGER: 127.0, FLOAT8: 448.0}  # n of queries, keys, values
 LARGEST_OF_P = {INTEGER: 255.0, FLOAT8: 448.0}
 OVER = {"q": -1, "k": -1, "v": -2}  # the dimension that shares a scale: channels, channels, tokens
@@ -46,22 +51,35 @@ PartRounding = Callable[[str, Tensor], Tensor]
 class AttentionFormat:
     """What of an attention is rounded, and to what.
 
-    number: `int8` or `float8_e4m3`. parts: letters of `qkvp`. smooth_keys: take the mean over tokens out of the keys before
-    they are rounded; nothing where they are not.
+    number: `int8` or `float8_e4m3`. parts: letters of `qkvpo`. smooth_keys: take the mean over tokens out of the keys before
+    they are rounded; nothing where they are not. scales: static ones of q, k and v; none where they are dynamic.
 
     Raises:
-        ValueError: another number format, or parts that are not letters of qkvp, each once.
+        ValueError: another number format; parts that are not letters of qkvpo, each once, or o without v; static scales that
+            are not three positive numbers, or of int8.
     """
 
     number: str = INTEGER
-    parts: str = PARTS
+    parts: str = MULTIPLIED
     smooth_keys: bool = True
+    scales: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.number not in FORMATS:
             raise ValueError(f"attention is rounded to {' or '.join(FORMATS)}, not {self.number}")
         if not self.parts or set(self.parts) - set(PARTS) or len(set(self.parts)) < len(self.parts):
             raise ValueError(f"parts of an attention are letters of {PARTS}, each once, not {self.parts!r}")
+        if "o" in self.parts and "v" not in self.parts:
+            raise ValueError("the output o of an attention is rounded by the scale of its values; round v as well")
+        object.__setattr__(self, "scales", tuple(self.scales))  # JSON has lists
+        if self.scales and (len(self.scales) != 3 or min(self.scales) <= 0 or self.number != FLOAT8):
+            raise ValueError(
+                f"static scales are three positive numbers for {FLOAT8}, not {self.scales} for {self.number}"
+            )
+
+    def static(self, part: str) -> float | None:
+        """The scale of queries, keys or values where it is static."""
+        return self.scales["qkv".index(part)] if self.scales else None
 
     def multiplies_integers(self, parts: str) -> bool:
         """Whether the product of these two parts is one of integers: `qk` or `pv`."""
@@ -118,12 +136,22 @@ def rounded_attention(
     parts = {"q": wide(query), "k": wide(key), "v": wide(value)}
     if form.smooth_keys and "k" in form.parts:
         parts["k"] = smoothed(parts["k"])
-    steps = {part: scale_of(x, part, form.number) for part, x in parts.items() if part in form.parts}
-    n = {part: take(part, x / steps[part]) if part in steps else x for part, x in parts.items()}
+    steps = {part: _step(x, part, form) for part, x in parts.items() if part in form.parts}
+    largest = LARGEST[form.number]
+    n = {
+        part: take(part, (x / steps[part]).clamp(-largest, largest)) if part in steps else x
+        for part, x in parts.items()
+    }
+
+    def as_output(y: Tensor) -> Tensor:
+        if "o" in form.parts:
+            y = take("o", (y / steps["v"]).clamp(-largest, largest)) * steps["v"]
+        return y.to(query.dtype)
+
     if "p" not in form.parts:
         q, k, v = (n[part] * steps[part] if part in steps else n[part] for part in "qkv")
         bias = mask if mask is None or mask.dtype == torch.bool else mask.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).to(query.dtype)
+        return as_output(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale))
     scores = n["q"] @ n["k"].transpose(-1, -2)  # of integers: exact in float32, as an integer kernel has it
     if "k" in steps:
         scores = scores * steps["k"].transpose(-1, -2)
@@ -135,4 +163,9 @@ def rounded_attention(
     step = 1 / LARGEST_OF_P[form.number]
     y = take("p", p / step) @ n["v"] * step
     y = y * steps["v"] if "v" in steps else y
-    return (y / p.sum(-1, keepdim=True)).to(query.dtype)
+    return as_output(y / p.sum(-1, keepdim=True))
+
+
+def _step(x: Tensor, part: str, form: AttentionFormat) -> Tensor:
+    static = form.static(part)
+    return scale_of(x, part, form.number) if static is None else x.new_full((1, 1), static)

@@ -1,10 +1,11 @@
-"""quantize_attention: what attentions multiply (queries, keys, values, probabilities) on a grid of 8 bits, at run time."""
+"""quantize_attention: what attentions multiply (queries, keys, values, probabilities) on a grid of 8 bits, at run time; and
+their outputs."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -16,14 +17,15 @@ from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn import attention_rounding
 from ditq.nn.answered_attention import answering
-from ditq.nn.attention_rounding import AttentionRounding
+from ditq.nn.attention_rounding import AttentionRounding, watched
 from ditq.numerics.attention_rounding import FORMATS, AttentionFormat
 from ditq.parts import Attention
 from ditq.passes.attention_conversion import CONVERSIONS
 from ditq.passes.base import Context, Pass, PassReport, register, setting
 from ditq.passes.block_records import call
 
-JUDGED = 8  # recorded calls that the report's errors are measured on
+JUDGED = 8  # recorded calls that static scales are found and the report's errors are measured on
+SCALES = ("dynamic", "static")
 
 
 @register
@@ -31,9 +33,11 @@ JUDGED = 8  # recorded calls that the report's errors are measured on
 class QuantizeAttention(Pass):
     """Round what attentions multiply to 8 bits: queries q, keys k, values v and the probabilities p of the softmax.
 
-    Scales are found at run time, one a token and head for q and k, one a channel and head for v; those of p are fixed. Where
-    both parts of a product are int8, onnxruntime-cpu multiplies integers. `smooth_keys` takes the mean over the tokens
-    out of the keys, which the softmax cancels. Weights stay as they are, so the pass may stand anywhere in a recipe;
+    Dynamic scales are found at run time, one a token and head for q and k, one a channel and head for v; those of p are
+    fixed. Static ones are the largest number of an attention's queries, of its keys and of its values in recorded calls, with
+    a margin. Outputs o are rounded by the scale of v. Where both parts of a product are int8, onnxruntime-cpu multiplies
+    integers; target cuda multiplies FP8 in `float8_e4m3` of parts `qkvpo` with static scales. `smooth_keys` takes the mean over
+    the tokens out of the keys, which the softmax cancels. Weights stay as they are, so the pass may stand anywhere in a recipe;
     `reconstruct` behind it learns with it.
 
     Source: SageAttention (Zhang 2024, arXiv 2410.02367). numerics/attention_rounding.py has the formulas.
@@ -46,22 +50,28 @@ class QuantizeAttention(Pass):
     name: ClassVar[str] = "quantize_attention"
     not_after: ClassVar[tuple[str, ...]] = ("quantize_attention", *CONVERSIONS)
     format: str = setting("int8", "the numbers that are multiplied", FORMATS)
-    parts: str = setting("qkvp", "what is rounded: letters for queries, keys, values, probabilities")
+    parts: str = setting("qkvp", "what is rounded: letters for queries, keys, values, probabilities, outputs")
     smooth_keys: bool = setting(True, "take the mean over the tokens out of the keys before they are rounded; exact")
+    scales: str = setting("dynamic", "dynamic: of each call; static: of recorded calls, for float8_e4m3", SCALES)
+    margin: float = setting(4.0, "how many times the largest recorded number a static scale reaches")
     select: list[str] = setting(["*"], "which attentions, as patterns of their modules' names")
 
     @property
     def requires_statistics(self) -> bool:
-        return False
+        return self.scales == "static"
 
     def check(self) -> None:
         try:
-            self._form()
+            self._form((1.0, 1.0, 1.0) if self.scales == "static" else ())
         except ValueError as error:
             raise DitqError(f"pass 'quantize_attention': {error}") from error
+        if not self.margin >= 1:
+            raise DitqError(
+                f"pass 'quantize_attention': margin {self.margin} is below 1 and would clip what was recorded"
+            )
 
-    def _form(self) -> AttentionFormat:
-        return AttentionFormat(self.format, self.parts, self.smooth_keys)
+    def _form(self, scales: tuple[float, ...] = ()) -> AttentionFormat:
+        return AttentionFormat(self.format, self.parts, self.smooth_keys, scales)
 
     def _selected(self, graph: DiTGraph) -> dict[str, list[Attention]]:
         """The attentions of each selected module, by the module's name.
@@ -101,15 +111,36 @@ class QuantizeAttention(Pass):
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
         selected, form = self._selected(graph), self._form()
-        made = {name: attention_rounding.attach(graph.model.get_submodule(name), name, form) for name in selected}
+        static: dict[str, tuple[float, ...]] = {}
+        if self.scales == "static":
+            static = _static_scales(graph.model, selected, context, self.format, self.margin)
+        made = {
+            name: attention_rounding.attach(
+                graph.model.get_submodule(name), name, self._form(static[name]) if static else form
+            )
+            for name in selected
+        }
         errors = _errors(graph.model, made, context) if context.has_trajectories else {}
         for name in selected:
             row = {"attention": name, "format": form.number, "parts": form.parts}
+            if static:
+                row["scales"] = ", ".join(f"{scale:.3g}" for scale in static[name])
             report.rows.append(row | ({"output error": errors[name]} if name in errors else {}))
         report.summary = {"attentions": len(selected)}
         if errors:
             report.summary["mean output error"] = sum(errors.values()) / len(errors)
         return report
+
+
+def _static_scales(
+    model: nn.Module, modules: Iterable[str], context: Context, number: str, margin: float
+) -> dict[str, tuple[float, ...]]:
+    """Those of each attention on recorded calls, as the model is now."""
+    batches = sampled_batches(context.trajectories(), JUDGED, JUDGED, context.seed)
+    with watched(model, modules) as found:
+        for batch in context.track("largest numbers of attentions", batches):
+            call(model, batch)
+    return {name: part.scales(number, margin) for name, part in found.items()}
 
 
 def _errors(model: nn.Module, roundings: Mapping[str, AttentionRounding], context: Context) -> dict[str, float]:

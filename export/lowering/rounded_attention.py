@@ -57,7 +57,10 @@ class _Lowering:
         attributes = node.attributes
         self.site = attributes["site"].as_string()
         self.form = AttentionFormat(
-            attributes["number"].as_string(), attributes["parts"].as_string(), bool(attributes["smooth_keys"].as_int())
+            attributes["number"].as_string(),
+            attributes["parts"].as_string(),
+            bool(attributes["smooth_keys"].as_int()),
+            tuple(attributes["scales"].as_floats()) if "scales" in attributes else (),
         )
         self.scale = np.float32(attributes["scale"].as_float())
         self.mask = node.inputs[3] if len(node.inputs) > 3 else None
@@ -83,20 +86,39 @@ class _Lowering:
             return self._values(scores, v)
         weights = writer.op("Softmax", scores, name="weights", axis=-1)
         y = writer.op("MatMul", weights, self._float(v, "v"), name="attention")
-        self._plan("values", "dequantized", "v", y, y)
-        return y
+        rounded = self._output(y, v)
+        self._plan("values", "dequantized", "vo", y, y)
+        return rounded
 
     def _rounded(self, x: ir.Value, part: str) -> _Rounded:
         """A part [batch, heads, tokens, channels] with its scale, or as it is."""
         if part not in self.form.parts:
             return _Rounded(x)
         writer, number = self.writer, self.form.number
+        static = self.form.static(part)
+        if static is not None:
+            step = writer.constant(static, np.float32, name=f"{part}.s")
+            return _Rounded(self._clipped(writer.op("Div", x, step, name="in_steps"), part), step)
         largest = largest_magnitude(writer, x, OVER[part])
         step = writer.op("Div", largest, writer.constant(LARGEST[number], np.float32, name="largest"), name="step")
         step = writer.op(
             "Max", step, writer.constant(SMALLEST_SCALE, np.float32, name="smallest_scale"), name=f"{part}.s"
         )
         return _Rounded(self._nearest(writer.op("Div", x, step, name="in_steps"), part), step)
+
+    def _clipped(self, steps: ir.Value, part: str) -> ir.Value:
+        """x / s, which may be too large -> n."""
+        largest = LARGEST[self.form.number]
+        ends = [self.writer.constant(end, np.float32, name="end") for end in (-largest, largest)]
+        return self._nearest(self.writer.op("Clip", steps, *ends, name="clipped"), part)
+
+    def _output(self, y: ir.Value, v: _Rounded) -> ir.Value:
+        """What is given where the output is rounded too, by the scale of the values."""
+        if "o" not in self.form.parts:
+            return y
+        assert v.step is not None
+        n = self._clipped(self.writer.op("Div", y, v.step, name="in_steps"), "o")
+        return self._float(_Rounded(n, v.step), "o")
 
     def _nearest(self, steps: ir.Value, part: str) -> ir.Value:
         """x / s -> n."""
@@ -129,8 +151,9 @@ class _Lowering:
             values.append(value)
         masks = [] if self.mask is None else [self.mask]
         y = self.writer.op("Attention", *values, *masks, name="attention", scale=float(self.scale))
-        self._plan("attention", "dequantized", "qkv", y, y)
-        return y
+        rounded = self._output(y, v)
+        self._plan("attention", "dequantized", "qkvo", y, y)
+        return rounded
 
     def _scores(self, q: _Rounded, k: _Rounded) -> ir.Value:
         """S [batch, heads, queries, tokens], without the mask."""
@@ -166,8 +189,9 @@ class _Lowering:
         else:
             product = writer.op("MatMul", self._float(_Rounded(n, s, 0), "p"), self._float(v, "v"), name="values")
         y = writer.op("Div", product, total, name="attention")
-        self._plan("values", kind, "pv", product, y)
-        return y
+        rounded = self._output(y, v)
+        self._plan("values", kind, "pvo", product, y)
+        return rounded
 
     def _turned(self, x: ir.Value) -> ir.Value:
         """[batch, heads, a, b] -> [batch, heads, b, a]."""

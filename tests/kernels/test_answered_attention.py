@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditq.errors import DitqError
 from ditq.kernels import answered_attention
-from ditq.kernels.answered_attention import KINDS, _compiled, answering, answers_of, laid_out, take_off, tell_grids
+from ditq.kernels.answered_attention import KINDS, _compiled, answers_of, laid_out, take_off, tell_grids
+from ditq.kernels.asked import answering
 from ditq.kernels.on_gpu import as_wanted, to_gpu
 from ditq.kernels.traced import compiled
 from ditq.nn.answered_attention import unanswer
