@@ -3,7 +3,8 @@
     O = n(n(P) n(V / s_v)) s_v,  P = exp(S - max S) / sum,  S = n(Q / s_q) n(K / s_k)^T s_q s_k / sqrt(d),  n: to e4m3
 
 The numbers are rounded in the traced graph, where torch's compiler puts that behind what makes them, such as a rotary
-embedding, and what reads the output multiplies it by s_v. In between is one operator. cuDNN's kernels want one scale a tensor,
+embedding, and what reads the output multiplies it by s_v: the kernel that rounds the next linear's input, where that alone
+reads it. In between is one operator. cuDNN's kernels want one scale a tensor,
 channels a multiple of 16, and on Hopper an output in FP8; a mean of values never exceeds them, so s_v is the output's scale
 too.
 
@@ -13,7 +14,8 @@ Needs `nvidia-cudnn-frontend` and compute capability 9.0. On a CPU the operator 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -80,8 +82,10 @@ def roundings_of(model: nn.Module) -> dict[str, FP8Attention]:
     return found
 
 
-def put(graph: fx.GraphModule, node: fx.Node, arguments: tuple[Any, Any, Any], place: int, scale: float | None) -> None:
-    """FP8 attention in the place of `node`, of these queries, keys and values, by the part at that place."""
+def put(
+    graph: fx.GraphModule, node: fx.Node, arguments: tuple[Any, Any, Any], place: int, scale: float | None
+) -> fx.Node:
+    """FP8 attention in the place of `node`, of these queries, keys and values, by the part at that place; its output."""
     ops, largest = torch.ops.ditq, LARGEST[FLOAT8]
     query = arguments[0]
     with graph.graph.inserting_before(node):
@@ -98,6 +102,47 @@ def put(graph: fx.GraphModule, node: fx.Node, arguments: tuple[Any, Any, Any], p
         y = graph.graph.call_function(torch.mul, (wide, of_values))
     node.replace_all_uses_with(y)
     graph.graph.erase_node(node)
+    return y
+
+
+_VIEWS = {
+    "transpose",
+    "permute",
+    "flatten",
+    "unflatten",
+    "reshape",
+    "view",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "narrow",
+}
+_SAME = {"to", "type_as", "contiguous"}
+
+
+def read_as_fp8(graph: fx.GraphModule, made: Iterable[fx.Node]) -> None:
+    """Let what rounds the outputs of FP8 attention for the next linear read them in FP8. made: what `put` has given."""
+    outputs = set(made)
+    for quantizer in graph.graph.find_nodes(op="call_function", target=torch.ops.ditq.quantized.default):
+        x, views = quantizer.args[0], []
+        while isinstance(x, fx.Node) and x not in outputs and _is_view(x):
+            views += [] if x.target in _SAME else [x]
+            x = x.args[0]
+        norm, keeps = quantizer.args[8], quantizer.args[21]
+        if x not in outputs or norm or keeps:
+            continue
+        (result, _), times = x.args[0].args, x.args[1]
+        with graph.graph.inserting_before(quantizer):
+            for view in reversed(views):
+                result = graph.graph.create_node(view.op, view.target, (result, *view.args[1:]), view.kwargs)
+            tail = quantizer.args[22] if len(quantizer.args) > 22 else None
+            quantizer.args = (result, *quantizer.args[1:22], tail, times)
+
+
+def _is_view(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _VIEWS | _SAME
+    return node.op == "call_function" and node.target in (operator.getitem, torch.flatten, torch.transpose, torch.split)
 
 
 def _part(place: int) -> FP8Attention:

@@ -48,10 +48,12 @@ def quantized(
     group: int,
     keep: bool,
     tail: Tensor | None = None,
+    times: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [..., n] -> (q [M, n], scales [M] or [M, G], the transformed input [M, n] in x's dtype where it is kept, else [0]).
 
-    The last of the n channels may be those of `tail` [..., m]; an activation is of these alone then.
+    The last of the n channels may be those of `tail` [..., m]; an activation is of these alone then. With `times`, x is of FP8
+    numbers, to be multiplied by it.
     """
     form = _form(bits, granularity, grid, group)
     width = a * b
@@ -60,7 +62,7 @@ def quantized(
     q, scales, kept = _made(x, tail, a, b, form, keep)
     plan = Online(width, a, b, first, second, size, start, stop, inverse_scale, shift, form, calibrated, limits)
     if len(q):
-        before = Before(norm, pieces[0], pieces[1], activation, epsilon)
+        before = Before(norm, pieces[0], pieces[1], activation, epsilon, times)
         quantize.launch(x, len(q) // samples, before, plan, q, scales, kept if keep else None, tail=tail)
     return q, scales, kept
 
@@ -79,7 +81,7 @@ def _made(
 @quantized.register_fake
 def _(
     x, gamma, beta, inverse_scale, shift, first, second, calibrated, norm, epsilon, activation, a, b, size, start, stop, bits,
-    granularity, grid, limits, group, keep, tail=None,
+    granularity, grid, limits, group, keep, tail=None, times=None,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
     return _made(x, tail, a, b, _form(bits, granularity, grid, group), keep)
 

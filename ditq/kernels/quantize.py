@@ -78,6 +78,14 @@ def _moments(away, squares, pivot, epsilon, n: tl.constexpr):
 
 
 @triton.jit
+def _read(x, channel, inside, times, TIMES: tl.constexpr):
+    z = tl.load(x + channel, mask=inside, other=0.0)
+    if TIMES:
+        z = (z.to(tl.float32) * tl.load(times)).to(tl.bfloat16)
+    return z
+
+
+@triton.jit
 def _modulation(piece, sample, channel, inside, n: tl.constexpr, GIVEN: tl.constexpr):
     return tl.load(piece + sample * n + channel, mask=inside, other=0.0) if GIVEN else 0.0
 
@@ -154,16 +162,16 @@ def _written(
 
 @triton.jit
 def _sizes(
-    largest, x, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size, offset, start: tl.constexpr,
+    largest, x, times, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size, offset, start: tl.constexpr,
     stop: tl.constexpr, n: tl.constexpr, a: tl.constexpr, b: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr,
     NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr,
     SHIFTED: tl.constexpr, STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr, START: tl.constexpr,
-    STOP: tl.constexpr, GRID: tl.constexpr,
+    STOP: tl.constexpr, GRID: tl.constexpr, TIMES: tl.constexpr,
 ):  # fmt: skip
     """`largest` [ROWS, B] and what decides on the scale in rows start to stop, whose channels lie at x."""
     for chunk in range((stop - start + ROWS - 1) // ROWS):
         i, channel, inside = _places(chunk, start, stop, b, ROWS, B)
-        z = tl.load(x + channel, mask=inside, other=0.0)
+        z = _read(x, channel, inside, times, TIMES)
         factor = _modulation(gamma, sample, channel, inside, n, GAMMA)
         summand = _modulation(beta, sample, channel, inside, n, BETA)
         z = _moved(z, i, channel, inside, mean, spread, factor, summand, inverse_scale, shift, matrix, size, a, NORM,
@@ -174,17 +182,17 @@ def _sizes(
 
 @triton.jit
 def _rounded(
-    x, s, token, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales, kept, size, epsilon,
+    x, times, s, token, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales, kept, size, epsilon,
     divisor, offset, maximum, start: tl.constexpr, stop: tl.constexpr, n: tl.constexpr, a: tl.constexpr, b: tl.constexpr,
     ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr,
     SCALED: tl.constexpr, SHIFTED: tl.constexpr, STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr,
     START: tl.constexpr, STOP: tl.constexpr, GRID: tl.constexpr, GRANULARITY: tl.constexpr, KEEP: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr, TIMES: tl.constexpr,
 ):  # fmt: skip
     """Store rows start to stop, whose channels lie at x, and return their scale. WHOLE: they are all of a token."""
     for chunk in range((stop - start + ROWS - 1) // ROWS):
         i, channel, inside = _places(chunk, start, stop, b, ROWS, B)
-        z = tl.load(x + channel, mask=inside, other=0.0)
+        z = _read(x, channel, inside, times, TIMES)
         # Asked for before the norm is known, for which all of the token is waited for.
         factor = _modulation(gamma, sample, channel, inside, n, GAMMA)
         summand = _modulation(beta, sample, channel, inside, n, BETA)
@@ -215,16 +223,17 @@ def _rounded(
 
 @triton.jit
 def quantize_kernel(
-    x, tail, gamma, beta, inverse_scale, shift, first, second, calibrated, limits, q, scales, kept,
+    x, tail, gamma, beta, inverse_scale, shift, first, second, calibrated, limits, q, scales, kept, times,
     size, epsilon, maximum, tokens_a_sample, x_row, tail_row,
     n: tl.constexpr, a: tl.constexpr, b: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr,
     GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
     STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr, START: tl.constexpr, STOP: tl.constexpr,
-    GRID: tl.constexpr, GRANULARITY: tl.constexpr, KEEP: tl.constexpr, OWN: tl.constexpr,
+    GRID: tl.constexpr, GRANULARITY: tl.constexpr, KEEP: tl.constexpr, OWN: tl.constexpr, TIMES: tl.constexpr,
 ):  # fmt: skip
     """One token, in chunks of ROWS rows of b channels. B: b padded to a power of two. GRID '': only `kept` is written.
 
     OWN: rows that are x's; those after it are the tail's, which alone are activated then. x_row, tail_row: from token to token.
+    TIMES: x is of FP8 numbers, which are multiplied by `times` first.
     A token of several chunks is read, from the cache, and transformed once more for each thing that must be known of all of
     it; that costs less than registers for the whole token would, as the few tokens that then fit wait for memory.
     """
@@ -255,21 +264,21 @@ def quantize_kernel(
         s = tl.load(calibrated)
     if GRANULARITY == "token" and not WHOLE:
         largest = tl.full((ROWS, B), float("-inf"), tl.float32)
-        largest = _sizes(largest, x, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size, offset, 0,
+        largest = _sizes(largest, x, times, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size, offset, 0,
                          OWN, n, a, b, ROWS, B, NORM, GAMMA, BETA, OF_X, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP,
-                         GRID)  # fmt: skip
+                         GRID, TIMES)  # fmt: skip
         if OWN < a:
-            largest = _sizes(largest, tail, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
+            largest = _sizes(largest, tail, times, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
                              offset, OWN, a, n, a, b, ROWS, B, NORM, GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS,
-                             SIGNS, HALF, START, STOP, GRID)  # fmt: skip
+                             SIGNS, HALF, START, STOP, GRID, False)  # fmt: skip
         s = tl.maximum(tl.max(tl.max(largest, 1), 0) / divisor, _SMALLEST)
-    s = _rounded(x, s, token, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales, kept, size,
-                 epsilon, divisor, offset, maximum, 0, OWN, n, a, b, ROWS, B, NORM, GAMMA, BETA, OF_X, SCALED, SHIFTED, STEPS,
-                 SIGNS, HALF, START, STOP, GRID, GRANULARITY, KEEP, WHOLE)  # fmt: skip
+    s = _rounded(x, times, s, token, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales, kept,
+                 size, epsilon, divisor, offset, maximum, 0, OWN, n, a, b, ROWS, B, NORM, GAMMA, BETA, OF_X, SCALED, SHIFTED, STEPS,
+                 SIGNS, HALF, START, STOP, GRID, GRANULARITY, KEEP, WHOLE, TIMES)  # fmt: skip
     if OWN < a:
-        s = _rounded(tail, s, token, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales, kept,
-                     size, epsilon, divisor, offset, maximum, OWN, a, n, a, b, ROWS, B, NORM, GAMMA, BETA, ACTIVATION, SCALED,
-                     SHIFTED, STEPS, SIGNS, HALF, START, STOP, GRID, GRANULARITY, KEEP, WHOLE)  # fmt: skip
+        s = _rounded(tail, times, s, token, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales,
+                     kept, size, epsilon, divisor, offset, maximum, OWN, a, n, a, b, ROWS, B, NORM, GAMMA, BETA, ACTIVATION, SCALED,
+                     SHIFTED, STEPS, SIGNS, HALF, START, STOP, GRID, GRANULARITY, KEEP, WHOLE, False)  # fmt: skip
     if GRANULARITY != "group" and GRID != "":
         tl.store(scales + token, s * 0.5 if GRID == "midrise" else s)
 
@@ -278,7 +287,8 @@ def quantize_kernel(
 class Before:
     """What stands between the tensor that is read and the transform: a norm with its modulation, or an activation.
 
-    gamma, beta [B, n]: of each sample, or None. epsilon: of the norm.
+    gamma, beta [B, n]: of each sample, or None. epsilon: of the norm. times [1]: x, but not the channels behind it, is of FP8
+    numbers to be multiplied by it, into bfloat16.
     """
 
     norm: bool = False
@@ -286,19 +296,25 @@ class Before:
     beta: Tensor | None = None
     activation: str = ""
     epsilon: float = 1e-6
+    times: Tensor | None = None
 
 
-def as_read(x: Tensor, tail: Tensor | None, plan: Online) -> tuple[Tensor, Tensor | None]:
-    """x [.., k] and the channels behind it [.., n - k] or None, as rows [M, k] and [M, n - k] that the kernel can read.
+def as_read(
+    x: Tensor, tail: Tensor | None, plan: Online, times: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x [.., k] and the channels behind it [.., n - k] or None, as rows [M, k] and [M, n - k] that the kernel can read; and
+    what it multiplies x by.
 
     Copied only where they do not lie so.
     """
-    if tail is not None and (x.shape[-1] % plan.b or plan.second is not None or tail.dtype != x.dtype):
+    mixed = tail is not None and times is None and tail.dtype != x.dtype
+    if tail is not None and (x.shape[-1] % plan.b or plan.second is not None or mixed):
+        x, times = (x, None) if times is None else ((x.float() * times).to(tail.dtype), None)
         x, tail = torch.cat((x, tail), dim=-1), None
     rows = [None if piece is None else piece.flatten(0, -2) for piece in (x, tail)]
     made = [piece if piece is None or piece.stride(-1) == 1 else piece.contiguous() for piece in rows]
     assert made[0] is not None
-    return made[0], made[1]
+    return made[0], made[1], times
 
 
 def arguments(
@@ -315,10 +331,10 @@ def arguments(
     """(what the kernel takes, what it is compiled for) for tokens x [M, n], or as `as_read` takes them."""
     form = plan.form
     grid = "" if q is None else form.grid
-    x, tail = as_read(x, tail, plan)
+    x, tail, times = as_read(x, tail, plan, before.times)
     given = (
         x, tail, before.gamma, before.beta, plan.inverse_scale, plan.shift, plan.first, plan.second, plan.calibrated,
-        plan.limits, q, scales, kept,
+        plan.limits, q, scales, kept, times,
     )  # fmt: skip
     values: list[Tensor | int | float] = [x if tensor is None else tensor for tensor in given]
     values += [plan.size, before.epsilon, float(form.maximum if q is not None else 1), tokens_a_sample]
@@ -329,9 +345,9 @@ def arguments(
         "GAMMA": before.gamma is not None,
         "BETA": before.beta is not None, "ACTIVATION": before.activation, "SCALED": plan.inverse_scale is not None,
         "SHIFTED": plan.shift is not None, "STEPS": (plan.first is not None) + (plan.second is not None),
-        "SIGNS": plan.first is not None and plan.first.dtype == torch.bfloat16, "HALF": x.dtype == torch.bfloat16,
+        "SIGNS": plan.first is not None and plan.first.dtype == torch.bfloat16, "HALF": x.dtype in (torch.bfloat16, E4M3),
         "START": plan.start, "STOP": plan.stop, "GRID": grid, "GRANULARITY": form.granularity, "KEEP": kept is not None,
-        "OWN": plan.a if tail is None else x.shape[1] // plan.b,
+        "OWN": plan.a if tail is None else x.shape[1] // plan.b, "TIMES": times is not None,
         "num_warps": cut.warps, "num_stages": cut.stages,
     }  # fmt: skip
     return values, constants
@@ -360,7 +376,7 @@ def number_type(form: ActivationFormat) -> torch.dtype:
 
 def before_meaning(x: Tensor, tokens_a_sample: int, before: Before) -> Tensor:
     """z in float64."""
-    z = x.double()
+    z = x.double() if before.times is None else (x.float() * before.times).to(torch.bfloat16).double()
     if before.norm:
         z = F.layer_norm(z, (z.shape[-1],), eps=before.epsilon)
     sample = torch.arange(len(z), device=z.device) // tokens_a_sample
@@ -377,7 +393,7 @@ def quantize_meaning(
     z = before_meaning(x, tokens_a_sample, before)
     if transform is not None:
         z = InputTransform(transform.inverse_scale, transform.shift)(z)
-        for start, stop, rotation in transform.rotations if x.dtype == torch.bfloat16 else ():
+        for start, stop, rotation in transform.rotations if x.dtype in (torch.bfloat16, E4M3) else ():
             step = rotation.steps[0]
             if isinstance(step, BlockStep) and matrix_of(step)[0].dtype == torch.bfloat16:
                 z[:, start:stop] = z[:, start:stop].to(torch.bfloat16)

@@ -169,7 +169,7 @@ def put_answers(graph: fx.GraphModule, sites: Sequence[Site]) -> None:
     Raises:
         DitqError: a part whose module computes no attention in this graph.
     """
-    found, names = set(), [name for name, _ in sites]
+    found, outputs, names = set(), [], [name for name, _ in sites]
     for node in graph.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
         site = _module_of(node, names)
         if site is None:
@@ -184,10 +184,11 @@ def put_answers(graph: fx.GraphModule, sites: Sequence[Site]) -> None:
         place, scale = names.index(site), given.get("scale")
         arguments = (given["query"], given["key"], given["value"])
         if dict(sites)[site]:
-            fp8_attention.put(graph, node, arguments, place, scale)
+            outputs.append(fp8_attention.put(graph, node, arguments, place, scale))
         else:
             node.target = torch.ops.ditq.answered_attention.default
             node.args, node.kwargs = (*arguments, place, scale), {}
+    fp8_attention.read_as_fp8(graph, outputs)
     if missing := sorted(set(names) - found):
         raise _no_attention(missing[0])
 
