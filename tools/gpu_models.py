@@ -1,7 +1,7 @@
 """Denoisers with generated weights for bench_gpu.py: blocks as FLUX, SD3.5 and DiT-XL have them, and a whole FLUX.
 
-What counts for time is there: linears of the real sizes, modulation, norms, attention over all tokens, rotary embeddings,
-gates.
+What counts for time is there: linears of the real sizes, modulation, norms, those of queries and keys among them, attention
+over all tokens, rotary embeddings, gates; each written as diffusers has it in FLUX.
 """
 
 from __future__ import annotations
@@ -65,10 +65,11 @@ SHAPES = {
 
 
 class Stream(nn.Module):
-    """Modulation, q, k, v, output and feed-forward of one stream of tokens."""
+    """Modulation, q, k, v, norms of their heads, output and feed-forward of one stream of tokens."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
+        self.norm_q, self.norm_k = (nn.RMSNorm(width // heads, eps=1e-6) for _ in range(2))
         self.modulation = nn.Linear(width, 6 * width)
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -80,10 +81,10 @@ def heads_of(x: Tensor, heads: int) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs of channels of [B, T, heads, d] by angles given as cos and sin [T, d / 2]."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+    """Rotate pairs of channels of [B, T, heads, d] by angles given as cos and sin [T, d]."""
+    a, b = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+    turned = torch.stack([-b, a], dim=-1).flatten(3)
+    return (x.float() * cos[None, :, None] + turned.float() * sin[None, :, None]).to(x.dtype)
 
 
 def normed(x: Tensor) -> Tensor:
@@ -104,14 +105,15 @@ class DoubleBlock(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.image, self.text, self.attention = Stream(width), Stream(width), Attention()
+        self.image, self.text, self.attention = Stream(width, heads), Stream(width, heads), Attention()
 
     def forward(self, image: Tensor, text: Tensor, time: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         pieces, joined = [], []
         for stream, x in ((self.text, text), (self.image, image)):
             six = stream.modulation(F.silu(time)).chunk(6, dim=1)
             z = normed(x) * (1 + six[1][:, None]) + six[0][:, None]
-            joined.append([heads_of(linear(z), self.heads) for linear in (stream.to_q, stream.to_k, stream.to_v)])
+            q, k, v = (heads_of(linear(z), self.heads) for linear in (stream.to_q, stream.to_k, stream.to_v))
+            joined.append([stream.norm_q(q), stream.norm_k(k), v])
             pieces.append(six)
         q, k, v = (torch.cat(parts, dim=1) for parts in zip(*joined, strict=True))
         mixed = self.attention(rotary(q, cos, sin), rotary(k, cos, sin), v)
@@ -137,6 +139,7 @@ class SingleBlock(nn.Module):
         self.heads = heads
         self.modulation = nn.Linear(width, 3 * width)
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.norm_q, self.norm_k = (nn.RMSNorm(width // heads, eps=1e-6) for _ in range(2))
         self.up, self.out = nn.Linear(width, 4 * width), nn.Linear(5 * width, width)
         self.attention = Attention()
 
@@ -144,6 +147,7 @@ class SingleBlock(nn.Module):
         shift, scale, gate = self.modulation(F.silu(time)).chunk(3, dim=1)
         z = normed(x) * (1 + scale[:, None]) + shift[:, None]
         q, k, v = (heads_of(linear(z), self.heads) for linear in (self.to_q, self.to_k, self.to_v))
+        q, k = self.norm_q(q), self.norm_k(k)
         mixed = self.attention(rotary(q, cos, sin), rotary(k, cos, sin), v)
         both = torch.cat((mixed, F.gelu(self.up(z), approximate="tanh")), dim=2)
         return x + gate[:, None] * self.out(both)
@@ -154,7 +158,7 @@ class PlainBlock(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.stream, self.attention = heads, Stream(width), Attention()
+        self.heads, self.stream, self.attention = heads, Stream(width, heads), Attention()
 
     def forward(self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         stream = self.stream
@@ -212,9 +216,9 @@ class Denoiser(nn.Module):
     def generate(self, seed: int = 0) -> Denoiser:
         generator = torch.Generator(device=next(self.parameters()).device).manual_seed(seed)
         with torch.no_grad():
-            for parameter in self.parameters():
+            for name, parameter in self.named_parameters():
                 spread = parameter.shape[1] ** -0.5 if parameter.dim() == 2 else 0.02
-                parameter.normal_(0, spread, generator=generator)
+                parameter.normal_(1.0 if "norm" in name else 0.0, spread, generator=generator)
         return self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor, text: Tensor, time: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -242,7 +246,8 @@ def inputs_of(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int 
         10000.0 ** -torch.linspace(0, 1, shape.width // shape.heads // 2, device=device),
     )
     given = {"image": image * large, "text": text * large, "time": tokens(shape.batch, shape.width)}
-    return {name: value.to(dtype) for name, value in given.items()} | {"cos": angles.cos(), "sin": angles.sin()}
+    both = angles.repeat_interleave(2, 1)  # the two channels of a pair
+    return {name: value.to(dtype) for name, value in given.items()} | {"cos": both.cos(), "sin": both.sin()}
 
 
 def multiply_adds(model: Denoiser) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ditq.kernels import decode, matmul, quantize, tma_matmul, vector
+from ditq.kernels import decode, heads, matmul, quantize, tma_matmul, vector
 from ditq.kernels.matmul import Tile
 from ditq.kernels.online import Online, online
 from ditq.kernels.quantize import Before
@@ -120,7 +120,7 @@ def _quantizer(name: str, width: int, full: bool, before: Before, form: Activati
     rotation = hadamard_rotation(width) if full else block_hadamard_rotation(width, 64)
     plan = online(InputTransform(rotations=[(0, width, rotation)]), form, None, width)
     assert isinstance(plan, Online)
-    x = torch.empty(64, width, dtype=torch.bfloat16)
+    x = torch.empty(64, width, dtype=torch.bfloat16 if before.times is None else E4M3)
     q = torch.empty(64, width, dtype=quantize.number_type(form))
     values, constants = quantize.arguments(x, 64, before, plan, q, torch.empty(64), None)
     return Case(
@@ -130,6 +130,15 @@ def _quantizer(name: str, width: int, full: bool, before: Before, form: Activati
         constants,
         89 if form.grid == "float8_e4m3" else 80,
     )
+
+
+def _heads(name: str, float8: bool) -> Case:
+    x = torch.empty(1, 4096, 24, 128, dtype=torch.bfloat16)
+    table, weight = torch.empty(4608, 128), torch.empty(128, dtype=torch.bfloat16)
+    y = torch.empty(1, 4608, 24, 128, dtype=E4M3 if float8 else torch.bfloat16)
+    factor = torch.empty(1) if float8 else None
+    values, constants = heads.arguments(x, weight, 1e-6, table, table, factor, y, 512)
+    return Case(name, heads.heads_kernel, values, constants, 89 if float8 else 80)
 
 
 def cases(capability: int) -> Iterator[Case]:
@@ -184,6 +193,14 @@ def cases(capability: int) -> Iterator[Case]:
     yield _quantizer("GELU, block Hadamard, int8", 12288, False, Before(activation="gelu_tanh"), token)
     yield _quantizer("GELU, full Hadamard, int8", 4608, True, Before(activation="gelu_tanh"), token)
     yield _quantizer("block Hadamard, int8", 15360, False, Before(), token)
+    yield _quantizer(
+        "FP8 attention, block Hadamard, FP8",
+        3072,
+        False,
+        Before(times=torch.empty(1)),
+        ActivationFormat(8, "token", "float8_e4m3"),
+    )
+    yield from (_heads("norm and rotary embedding of heads", False), _heads("the same, to FP8", True))
 
 
 def compile_case(case: Case, capability: int) -> tuple[Any, Resources]:
@@ -233,7 +250,7 @@ def _resources(compiled: Any, capability: int) -> Resources:
 def sources() -> str:
     """Short hash of the kernels' code, so that a table of other kernels is noticed."""
     folder = Path(matmul.__file__).parent
-    names = ["activation", "decode", "decoding", "matmul", "online", "quantize", "storage", "tma_matmul", "tuning",
+    names = ["activation", "decode", "decoding", "heads", "matmul", "online", "quantize", "storage", "tma_matmul", "tuning",
              "vector"]  # fmt: skip
     return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()[:16]
 

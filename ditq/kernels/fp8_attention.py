@@ -25,6 +25,7 @@ from torch.library import custom_op
 
 from ditq.errors import DitqError
 from ditq.kernels.asked import asked
+from ditq.kernels.traced_heads import rounded
 from ditq.nn.answered_attention import unanswer
 from ditq.nn.attention_rounding import AttentionRounding
 from ditq.numerics.attention_rounding import FLOAT8, LARGEST, LARGEST_OF_P, PARTS, AttentionFormat, rounded_attention
@@ -92,6 +93,9 @@ def put(
         factors = graph.graph.call_function(ops.attention_factors.default, (query, place))
         eight = []
         for number, x in enumerate(arguments):
+            if number < 2 and (made := rounded(graph, x, factors, number)) is not None:
+                eight.append(made)
+                continue
             factor = graph.graph.call_method("select", (factors, 0, number))
             steps = graph.graph.call_function(torch.mul, (x, factor))
             kept = graph.graph.call_function(torch.clamp, (steps, -largest, largest))

@@ -273,12 +273,12 @@ def quantize_kernel(
                              SIGNS, HALF, START, STOP, GRID, False)  # fmt: skip
         s = tl.maximum(tl.max(tl.max(largest, 1), 0) / divisor, _SMALLEST)
     s = _rounded(x, times, s, token, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales, kept,
-                 size, epsilon, divisor, offset, maximum, 0, OWN, n, a, b, ROWS, B, NORM, GAMMA, BETA, OF_X, SCALED, SHIFTED, STEPS,
-                 SIGNS, HALF, START, STOP, GRID, GRANULARITY, KEEP, WHOLE, TIMES)  # fmt: skip
+                 size, epsilon, divisor, offset, maximum, 0, OWN, n, a, b, ROWS, B, NORM, GAMMA, BETA, OF_X, SCALED, SHIFTED,
+                 STEPS, SIGNS, HALF, START, STOP, GRID, GRANULARITY, KEEP, WHOLE, TIMES)  # fmt: skip
     if OWN < a:
         s = _rounded(tail, times, s, token, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales,
-                     kept, size, epsilon, divisor, offset, maximum, OWN, a, n, a, b, ROWS, B, NORM, GAMMA, BETA, ACTIVATION, SCALED,
-                     SHIFTED, STEPS, SIGNS, HALF, START, STOP, GRID, GRANULARITY, KEEP, WHOLE, False)  # fmt: skip
+                     kept, size, epsilon, divisor, offset, maximum, OWN, a, n, a, b, ROWS, B, NORM, GAMMA, BETA, ACTIVATION,
+                     SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP, GRID, GRANULARITY, KEEP, WHOLE, False)  # fmt: skip
     if GRANULARITY != "group" and GRID != "":
         tl.store(scales + token, s * 0.5 if GRID == "midrise" else s)
 

@@ -1,6 +1,6 @@
 """Each block of a denoiser as a traced graph for the GPU: inputs quantized once, norm, modulation, activation in that kernel.
 
-torch.compile traces a block's forward, whole or not at all, into a graph of torch's functions, one for all equal blocks. Four
+torch.compile traces a block's forward, whole or not at all, into a graph of torch's functions, one for all equal blocks. Six
 rewrites of it are done before its own compiler goes on:
 
     1. Of several `ditq::quantized` with the same arguments, as q, k and v have them, one is left.
@@ -11,7 +11,8 @@ rewrites of it are done before its own compiler goes on:
        z in its place. What others read as well stays in the graph.
     4. An attention that a part answers for becomes the part's operator (answered_attention.py), a rounded one that of FP8
        numbers (fp8_attention.py).
-    5. Products of one input whose weights lie side by side become one (side_by_side.py).
+    5. What makes queries and keys goes into one kernel (traced_heads.py).
+    6. Products of one input whose weights lie side by side become one (side_by_side.py).
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ditq.errors import DitqError
-from ditq.kernels import fp8_attention, operators  # noqa: F401  operators are looked for
+from ditq.kernels import fp8_attention, heads, operators  # noqa: F401  operators are looked for
 from ditq.kernels.answered_attention import Answer, answers_of
 from ditq.kernels.asked import answering
 from ditq.kernels.blocks import Forward, blocks_of, in_blocks
 from ditq.kernels.fp8_attention import FP8Attention, roundings_of
 from ditq.kernels.side_by_side import Place, join_products, places
+from ditq.kernels.traced_heads import fuse_heads
 from ditq.kernels.tuning import MANY
 from ditq.numerics.carrier import E4M3
 
@@ -58,6 +60,7 @@ def rewrite(graph: fx.GraphModule, sites: Sequence[Site] = (), where: Places = (
     share_inputs(graph)
     fuse_behind(graph)
     fuse_before(graph)
+    fuse_heads(graph)
     put_answers(graph, sites)
     names = [name for name, _ in where]
     products = graph.graph.find_nodes(op="call_function", target=torch.ops.ditq.product.default)

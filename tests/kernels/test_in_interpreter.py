@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 FILES = (
     ("matmul", "quantize", "bench"),
-    ("fast_linear", "experts", "denoiser", "side_by_side", "vector"),
+    ("fast_linear", "experts", "denoiser", "side_by_side", "vector", "heads"),
 )  # each a process
 
 

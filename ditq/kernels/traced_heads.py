@@ -1,0 +1,173 @@
+"""In a traced block, what makes the queries and keys of an attention, found and replaced by one kernel (heads.py).
+
+    x.unflatten(-1, (h, d)) -> rms_norm -> cat of text and image -> rotary embedding of neighbouring channels -> permute
+
+as FLUX has it in diffusers. Of norm, cat and rotary embedding any may be absent, but not norm and rotary embedding both.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What `ditq::heads` takes, but for the rounding."""
+
+    pieces: list[fx.Node]
+    weights: list[fx.Node]
+    epsilon: float
+    cos: fx.Node | None
+    sin: fx.Node | None
+
+
+def fuse_heads(graph: fx.GraphModule) -> None:
+    """Let one kernel make each query and key of which all is known, wherever torch's attention reads it."""
+    for node in graph.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
+        for place, name in enumerate(("query", "key")):
+            given = node.args[place] if len(node.args) > place else node.kwargs.get(name)
+            made = _found(given)
+            if made is None:
+                continue
+            with graph.graph.inserting_before(node):
+                arguments = (made.pieces, made.weights, made.epsilon, made.cos, made.sin, None, 0)
+                heads = graph.graph.call_function(torch.ops.ditq.heads.default, arguments)
+                turned = graph.graph.call_method("transpose", (heads, 1, 2))
+            node.replace_input_with(given, turned)
+
+
+def rounded(graph: fx.GraphModule, x: Any, factors: fx.Node, which: int) -> fx.Node | None:
+    """x in FP8 by the kernel that makes it, times that one of the factors; None where none does."""
+    heads = x.args[0] if isinstance(x, fx.Node) and x.target == "transpose" else None
+    if not isinstance(heads, fx.Node) or heads.target is not torch.ops.ditq.heads.default:
+        return None
+    made = graph.graph.call_function(torch.ops.ditq.heads.default, (*heads.args[:5], factors, which))
+    return graph.graph.call_method("transpose", (made, 1, 2))
+
+
+def _found(given: Any) -> _Made | None:
+    """How a query or key [B, h, T, d] of an attention is made."""
+    if not isinstance(given, fx.Node) or not _heads_and_tokens_swapped(given):
+        return None
+    x, shape = given.args[0], _shape(given)
+    cos = sin = None
+    rotary = _rotary(x)
+    if rotary is not None:
+        x, cos, sin = rotary
+        if any(_numel(table) != shape[2] * shape[3] for table in (cos, sin)):
+            return None
+    pieces = [x]
+    if _is(x, torch.cat) and _argument(x, 1, "dim", 0) == 1:
+        pieces = list(x.args[0])
+    norms = [_norm(piece) for piece in pieces]
+    if all(norm is None for norm in norms):
+        return None if rotary is None else _Made(pieces, [], -1.0, cos, sin)
+    if any(norm is None for norm in norms):
+        return _Made([x], [], -1.0, cos, sin) if rotary is not None else None
+    sources, weights, epsilons = zip(*(norm for norm in norms if norm is not None), strict=True)
+    own = [weight for weight in weights if weight is not None]
+    if len(set(epsilons)) > 1 or len(own) not in (0, len(weights)):
+        return None
+    return _Made(list(sources), own, epsilons[0], cos, sin)
+
+
+def _heads_and_tokens_swapped(node: fx.Node) -> bool:
+    if node.op != "call_method" or len(_shape(node)) != 4:
+        return False
+    if node.target == "permute":
+        order = node.args[1:] if len(node.args) > 2 else node.args[1]
+        return tuple(order) == (0, 2, 1, 3)  # type: ignore[arg-type]
+    return node.target == "transpose" and set(node.args[1:]) == {1, 2}
+
+
+def _rotary(node: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """(x, cos, sin) of (x cos + (-x_1, x_0, ..) sin) in x's dtype."""
+    total = node.args[0] if _calls(node, "to") else None
+    if not _is(total, operator.add):
+        return None
+    products = [product for product in total.args if _is(product, operator.mul)]
+    if len(products) != 2:
+        return None
+    for plain, turned in (products, products[::-1]):
+        x, cos = (_without_float(factor) for factor in plain.args)
+        pairs, sin = (_without_float(factor) for factor in turned.args)
+        if isinstance(x, fx.Node) and _turned(pairs) is x and _dtype(node) == _dtype(x):
+            return x, cos, sin
+    return None
+
+
+def _turned(node: Any) -> fx.Node | None:
+    """x of stack((-x_1, x_0), -1).flatten: neighbouring channels as real and imaginary parts."""
+    stack = node.args[0] if _calls(node, "flatten") else None
+    if not _is(stack, torch.stack) or _argument(stack, 1, "dim", 0) not in (-1, 4):
+        return None
+    negative, real = stack.args[0]
+    if not _is(negative, operator.neg):
+        return None
+    parts = [negative.args[0], real]
+    if not all(_is(part, operator.getitem) for part in parts) or [part.args[1] for part in parts] != [1, 0]:
+        return None
+    unbound = parts[0].args[0]
+    if (
+        unbound is not parts[1].args[0]
+        or not _calls(unbound, "unbind")
+        or _argument(unbound, 1, "dim", 0) not in (-1, 4)
+    ):
+        return None
+    split = unbound.args[0]
+    shaped = (_calls(split, "reshape") or _calls(split, "unflatten")) and _shape(split)[-1] == 2
+    return split.args[0] if shaped else None
+
+
+def _norm(node: Any) -> tuple[fx.Node, fx.Node | None, float] | None:
+    """(x, weight, epsilon) of an RMS norm over the channels of each head."""
+    if not (_is(node, torch.rms_norm) or _is(node, F.rms_norm)):
+        return None
+    epsilon = _argument(node, 3, "eps", None)
+    one = len(_argument(node, 1, "normalized_shape", ())) == 1
+    return (node.args[0], _argument(node, 2, "weight", None), float(epsilon)) if one and epsilon is not None else None
+
+
+def _without_float(node: Any) -> Any:
+    while _calls(node, "float") or (_calls(node, "to") and _dtype(node) in (torch.float32, _dtype(node.args[0]))):
+        node = node.args[0]
+    return node
+
+
+def _is(node: Any, function: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is function
+
+
+def _calls(node: Any, method: str) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_method" and node.target == method
+
+
+def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
+def _value(node: Any) -> Tensor | None:
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def _shape(node: Any) -> Sequence[int]:
+    value = _value(node)
+    return () if value is None else tuple(value.shape)
+
+
+def _numel(node: Any) -> int:
+    value = _value(node)
+    return -1 if value is None else value.numel()
+
+
+def _dtype(node: Any) -> torch.dtype | None:
+    value = _value(node)
+    return None if value is None else value.dtype
