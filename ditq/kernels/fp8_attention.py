@@ -88,9 +88,8 @@ def put(
 ) -> fx.Node:
     """FP8 attention in the place of `node`, of these queries, keys and values, by the part at that place; its output."""
     ops, largest = torch.ops.ditq, LARGEST[FLOAT8]
-    query = arguments[0]
     with graph.graph.inserting_before(node):
-        factors = graph.graph.call_function(ops.attention_factors.default, (query, place))
+        factors = graph.graph.call_function(ops.attention_factors.default, (arguments[2], place))
         eight = []
         for number, x in enumerate(arguments):
             if number < 2 and (made := rounded(graph, x, factors, number)) is not None:
@@ -101,7 +100,7 @@ def put(
             kept = graph.graph.call_function(torch.clamp, (steps, -largest, largest))
             eight.append(graph.graph.call_method("to", (kept, E4M3)))
         result = graph.graph.call_function(ops.fp8_attention.default, (*eight, place, scale))
-        wide = graph.graph.call_method("type_as", (result, query))
+        wide = graph.graph.call_method("type_as", (result, arguments[2]))
         of_values = graph.graph.call_method("select", (factors, 0, 5))
         y = graph.graph.call_function(torch.mul, (wide, of_values))
     node.replace_all_uses_with(y)
@@ -156,14 +155,14 @@ def _part(place: int) -> FP8Attention:
 
 
 @custom_op("ditq::attention_factors", mutates_args=())
-def attention_factors(query: Tensor, place: int) -> Tensor:
-    """`factors` [6] of the part at that place among those that are `answering`; the query tells the device alone."""
+def attention_factors(value: Tensor, place: int) -> Tensor:
+    """`factors` [6] of the part at that place among those that are `answering`; the values tell the device alone."""
     return _part(place).factors.clone()
 
 
 @attention_factors.register_fake
-def _(query: Tensor, place: int) -> Tensor:
-    return query.new_empty((6,), dtype=torch.float32)
+def _(value: Tensor, place: int) -> Tensor:
+    return value.new_empty((6,), dtype=torch.float32)
 
 
 @custom_op("ditq::fp8_attention", mutates_args=())

@@ -25,7 +25,7 @@ from ditq.nn.attention_rounding import attach
 from ditq.numerics.attention_rounding import AttentionFormat, rounded_attention
 from tests.export.quantized import engine_of, quantize_blocks, relative, shallow_model
 from tests.families_small import FAMILIES, forward, small_graph, small_inputs
-from tests.numerics.test_attention_rounding import PARTS
+from tests.numerics.test_attention_rounding import PARTS, STATIC
 
 SCALE = 0.3
 
@@ -38,7 +38,8 @@ def graph_of(form: AttentionFormat, mask: ir.DataType | None) -> ir.Model:
     given = [
         ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(types[name])) for name, shape in shapes.items()
     ]
-    attributes = {"site": "site", "number": form.number, "parts": form.parts, "scale": SCALE}
+    attributes: dict[str, Any] = {"site": "site", "number": form.number, "parts": form.parts, "scale": SCALE}
+    attributes |= {"scales": list(form.scales)} if form.scales else {}
     node = ir.node("RoundedAttention", given, {**attributes, "smooth_keys": int(form.smooth_keys)}, domain=DOMAIN)
     y = node.outputs[0]
     y.name, y.type, y.shape = "y", ir.TensorType(ir.DataType.FLOAT), ir.Shape([2, 3, "queries", 16])
@@ -59,10 +60,11 @@ def tensors(masked: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-@pytest.mark.parametrize("number", ["int8", "float8_e4m3"])
+@pytest.mark.parametrize("number", ["int8", "float8_e4m3", "float8_e4m3 static"])
 @pytest.mark.parametrize("parts", PARTS)
 def test_every_form_computes_what_it_means(parts: str, number: str, masked: bool, tmp_path: Path) -> None:
-    form = AttentionFormat(number, parts)
+    number, _, static = number.partition(" ")
+    form = AttentionFormat(number, parts, not static, STATIC if static else ())
     model = graph_of(form, ir.DataType.FLOAT if masked else None)
     planned = lower(model, {})
     given = tensors(masked)
@@ -127,7 +129,8 @@ def test_an_engine_with_integer_attention_agrees_with_torch_up_to_ties(family: s
 
 
 def test_a_float8_engine_that_keeps_the_keys_of_the_text_agrees_too(tmp_path: Path) -> None:
-    model = rounded(quantize_blocks(shallow_model("pixart")), "pixart", AttentionFormat("float8_e4m3"))
+    form = AttentionFormat("float8_e4m3", "qkvpo", False, (0.01, 0.01, 0.01))
+    model = rounded(quantize_blocks(shallow_model("pixart")), "pixart", form)
     engine = engine_of(model, tmp_path / "engine", changing=CHANGING)
     in_text = {entry.site.rpartition(".")[2] for entry in engine.planned if entry.graph == TEXT_GRAPH}
     assert in_text == {"to_k", "to_v"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -100,10 +101,14 @@ def recipe(*passes: Any) -> Recipe:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"parts": "qx"}, "letters of qkvp, each once, not 'qx'"),
+        ({"parts": "qx"}, "letters of qkvpo, each once, not 'qx'"),
         ({"parts": ""}, "letters of qkvp"),
         ({"parts": "qq"}, "letters of qkvp"),
         ({"format": "int4"}, "int4"),
+        ({"parts": "po"}, "round v as well"),
+        ({"scales": "static"}, "static scales are three positive numbers for float8_e4m3"),
+        ({"scales": "calibrated"}, "calibrated"),
+        ({"margin": 0.5}, "margin 0.5 is below 1"),
         ({"part": "q"}, "no setting 'part'; did you mean 'parts'"),
     ],
 )
@@ -159,14 +164,51 @@ def test_causal_attention_is_refused_before_and_while_it_runs() -> None:
     assert found.shape == (1, 1, 3, 4)
 
 
-def test_the_error_of_each_attention_is_measured_on_recorded_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    graph, context = small_graph("dit"), Context()
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], Context]:
+    """A context with one recorded call, of these arguments."""
+
+    def context(arguments: dict[str, Any]) -> Context:
+        batch = type("Batch", (), {"arguments": arguments})()
+        monkeypatch.setattr(Context, "has_trajectories", True)
+        monkeypatch.setattr(Context, "trajectories", lambda self: None)
+        monkeypatch.setattr("ditq.passes.quantize_attention.sampled_batches", lambda *_: [batch])
+        return Context()
+
+    return context
+
+
+def test_static_scales_are_those_of_the_largest_recorded_numbers(recorded: Callable[..., Context]) -> None:
+    graph = small_graph("sd3")
     arguments = small_inputs(graph.model)
-    batch = type("Batch", (), {"arguments": arguments})()
-    monkeypatch.setattr(Context, "has_trajectories", True)
-    monkeypatch.setattr(Context, "trajectories", lambda self: None)
-    monkeypatch.setattr("ditq.passes.quantize_attention.sampled_batches", lambda *_: [batch])
-    report = QuantizeAttention().run(graph, context)
+    seen: list[list[float]] = []
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **keywords: Any) -> Tensor:
+        seen.append([float(x.abs().max()) for x in (query, key, value)])
+        return plain(query, key, value)
+
+    plain = F.scaled_dot_product_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", attention)
+        forward(graph.model, arguments)
+    settings: dict[str, Any] = {"format": "float8_e4m3", "parts": "qkvpo", "scales": "static", "smooth_keys": False}
+    step = QuantizeAttention(**settings, margin=2.0)
+    assert step.requires_statistics and not QuantizeAttention().requires_statistics
+    report = step.run(graph, recorded(arguments))
+    found = [module.form for module in graph.model.modules() if isinstance(module, AttentionRounding)]
+    expected = [[2 * x / 448 for x in largest] for largest in seen]
+    ordered = [torch.tensor(sorted(scales)) for scales in ([list(form.scales) for form in found], expected)]
+    torch.testing.assert_close(*ordered)
+    assert all(0 < row["output error"] < 0.02 and row["scales"].count(",") == 2 for row in report.rows)
+    fresh = small_model("sd3", seed=1)
+    rebuild(fresh, json.loads(json.dumps(describe(graph.model))), graph.model.state_dict())
+    assert torch.equal(forward(fresh, arguments), forward(graph.model, arguments))
+
+
+def test_the_error_of_each_attention_is_measured_on_recorded_calls(recorded: Callable[..., Context]) -> None:
+    graph = small_graph("dit")
+    arguments = small_inputs(graph.model)
+    report = QuantizeAttention().run(graph, recorded(arguments))
     first = report.rows[0]["output error"]
 
     seen: list[tuple[Tensor, Tensor]] = []
