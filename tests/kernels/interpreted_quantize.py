@@ -9,6 +9,8 @@ from torch import Tensor
 from ditq.kernels.online import Cut, Online, online
 from ditq.kernels.quantize import Before, before_meaning, launch, number_type, quantize_meaning
 from ditq.nn import ActivationFormat, InputTransform
+from ditq.numerics.activation_format import Grid
+from ditq.numerics.carrier import E4M3
 from ditq.numerics.rotation import (
     BlockStep,
     Rotation,
@@ -190,3 +192,26 @@ def test_what_has_no_form_in_the_kernel_is_told() -> None:
     ):
         assert online(transform, form, None, width) is None
     assert isinstance(online(None, TOKEN, None, 24), Online)
+
+
+@pytest.mark.parametrize("grid", ["symmetric", "float8_e4m3"])
+@pytest.mark.parametrize("behind", [0, 64, 40], ids=["alone", "rows of its own", "joined first"])
+def test_fp8_numbers_of_an_attention_are_multiplied_as_they_are_read(behind: int, grid: Grid) -> None:
+    """Alone, and with channels behind them that do and do not fill rows of their own."""
+    width = 128 + behind
+    transform = None if behind == 40 else rotated(width, block_hadamard_rotation(width, 64))
+    form, times = ActivationFormat(8, "token", grid), torch.tensor([0.03])
+    x = (20 * tokens(7, 128, torch.float32)).to(E4M3)
+    if not behind:
+        check(x, transform, form, Before(times=times))
+        return
+    tail = tokens(7, behind, seed=1)
+    plan = online(transform, form, None, width)
+    assert plan is not None
+    joined = torch.cat(((x.float() * times).bfloat16(), tail), -1)
+    found = []
+    for first, last, before in ((x, tail, Before(times=times)), (joined, None, Before())):
+        q, scales = torch.full((7, width), -128, dtype=torch.int8).view(number_type(form)), torch.full((7,), torch.nan)
+        launch(first, 7, before, plan, q, scales, None, tail=last)
+        found.append((q.float(), scales))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
