@@ -80,6 +80,7 @@ _rounded_attention_schema = OpSchema(
         OpSchema.Attribute("parts", OpSchema.AttrType.STRING),
         OpSchema.Attribute("smooth_keys", OpSchema.AttrType.INT),
         OpSchema.Attribute("scales", OpSchema.AttrType.FLOATS, required=False),
+        OpSchema.Attribute("rotate", OpSchema.AttrType.INT),
         OpSchema.Attribute("scale", OpSchema.AttrType.FLOAT),
     ],
 )
@@ -127,9 +128,11 @@ def _rounded_attention(
     parts: str,
     smooth_keys: bool,
     scales: Sequence[float],
+    rotate: bool,
     scale: float,
 ) -> Any:
-    settings = {"site": site, "number": number, "parts": parts, "smooth_keys": int(smooth_keys), "scale": scale}
+    settings = {"site": site, "number": number, "parts": parts, "smooth_keys": int(smooth_keys), "rotate": int(rotate)}
+    settings["scale"] = scale
     static = {"scales": tuple(scales)} if scales else {}  # an attribute cannot be an empty list
     return _rounded_attention_op(query, key, value, mask, **settings, **static)
 

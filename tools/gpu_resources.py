@@ -137,7 +137,8 @@ def _heads(name: str, float8: bool) -> Case:
     table, weight = torch.empty(4608, 128), torch.empty(128, dtype=torch.bfloat16)
     y = torch.empty(1, 4608, 24, 128, dtype=E4M3 if float8 else torch.bfloat16)
     factor = torch.empty(1) if float8 else None
-    values, constants = heads.arguments(x, weight, 1e-6, table, table, factor, y, 512)
+    rotation = heads.signs_of_heads(128, torch.device("cpu")) if float8 else None
+    values, constants = heads.arguments(x, weight, 1e-6, table, table, factor, rotation, y, 512)
     return Case(name, heads.heads_kernel, values, constants, 89 if float8 else 80)
 
 
@@ -200,7 +201,7 @@ def cases(capability: int) -> Iterator[Case]:
         Before(times=torch.empty(1)),
         ActivationFormat(8, "token", "float8_e4m3"),
     )
-    yield from (_heads("norm and rotary embedding of heads", False), _heads("the same, to FP8", True))
+    yield from (_heads("norm and rotary embedding of heads", False), _heads("the same, rotated, to FP8", True))
 
 
 def compile_case(case: Case, capability: int) -> tuple[Any, Resources]:

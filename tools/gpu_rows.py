@@ -155,10 +155,10 @@ def put_attention(model: Denoiser, name: str) -> None:
 def round_attention(model: Denoiser, device: torch.device) -> None:
     """FP8 attention, with static scales of what the model's attentions get."""
     sites = [site for site, module in model.named_modules() if isinstance(module, Attention)]
-    with torch.no_grad(), watched(model, sites) as found:
+    with torch.no_grad(), watched(model, sites, rotate=True) as found:
         model(**inputs_of(model.shape, device, torch.bfloat16))
     for site, part in found.items():
-        form = AttentionFormat(E4M3, PARTS, False, part.scales(E4M3, 4.0))
+        form = AttentionFormat(E4M3, PARTS, False, part.scales(E4M3, 4.0), rotate=True)
         attention_rounding.attach(model.get_submodule(site), site, form)
 
 

@@ -2,11 +2,10 @@
 
     O = n(n(P) n(V / s_v)) s_v,  P = exp(S - max S) / sum,  S = n(Q / s_q) n(K / s_k)^T s_q s_k / sqrt(d),  n: to e4m3
 
-The numbers are rounded in the traced graph, where torch's compiler puts that behind what makes them, such as a rotary
-embedding, and what reads the output multiplies it by s_v: the kernel that rounds the next linear's input, where that alone
-reads it. In between is one operator. cuDNN's kernels want one scale a tensor,
-channels a multiple of 16, and on Hopper an output in FP8; a mean of values never exceeds them, so s_v is the output's scale
-too.
+Queries and keys are rounded by the kernel that makes them (heads.py), values in the traced graph. What reads the output
+multiplies it by s_v: the kernel that rounds the next linear's input, where that alone reads it. In between is one operator.
+cuDNN's kernels want one scale a tensor, channels a multiple of 16, and on Hopper an output in FP8; a mean of values never
+exceeds them, so s_v is the output's scale too.
 
 Needs `nvidia-cudnn-frontend` and compute capability 9.0. On a CPU the operator computes its meaning.
 """
@@ -16,6 +15,7 @@ from __future__ import annotations
 import importlib
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -33,13 +33,13 @@ from ditq.numerics.carrier import E4M3
 
 INSTALL = "pip install nvidia-cudnn-frontend==1.24.1"
 LEAST = 90  # compute capability 9.0
-_SETTINGS = "{format: float8_e4m3, parts: qkvpo, scales: static, smooth_keys: false}"
+_SETTINGS = "{format: float8_e4m3, parts: qkvpo, scales: static, smooth_keys: false, rotate: true}"
 
 
 def why_not(form: AttentionFormat, capability: int | None = None) -> str | None:
     """In one line why attention so rounded has no kernel, or None. capability: of the GPU, 90 for 9.0, or not known."""
     if form.number != FLOAT8 or not form.scales or form.smooth_keys or set(form.parts) != set(PARTS):
-        return f"rounded attention has a kernel for quantize_attention: {_SETTINGS} alone"
+        return f"rounded attention has a kernel for quantize_attention: {_SETTINGS} alone, rotated or not"
     if capability is None:
         return None
     if capability < LEAST:
@@ -55,11 +55,13 @@ class FP8Attention:
     """A rounded attention as the operator finds it.
 
     Attributes:
+        rotates: whether queries and keys are rotated before they are rounded.
         factors: float32 [6] on the device: 1/s of q, k, v, and their s.
     """
 
     def __init__(self, rounding: AttentionRounding, device: torch.device) -> None:
-        self.site, self.form = rounding.site, rounding.form
+        self.site, self.rotates = rounding.site, rounding.form.turns
+        self.form = replace(rounding.form, rotate=False)  # what the operator is given is rotated already
         scales = torch.tensor(rounding.form.scales, dtype=torch.float32, device=device)
         self.factors = torch.cat((scales.reciprocal(), scales))
         of_p = LARGEST_OF_P[FLOAT8]
@@ -84,21 +86,25 @@ def roundings_of(model: nn.Module) -> dict[str, FP8Attention]:
 
 
 def put(
-    graph: fx.GraphModule, node: fx.Node, arguments: tuple[Any, Any, Any], place: int, scale: float | None
+    graph: fx.GraphModule,
+    node: fx.Node,
+    arguments: tuple[Any, Any, Any],
+    place: int,
+    scale: float | None,
+    rotate: bool,
 ) -> fx.Node:
-    """FP8 attention in the place of `node`, of these queries, keys and values, by the part at that place; its output."""
+    """FP8 attention in the place of `node`, of these queries, keys and values, by the part at that place; its output.
+
+    rotate: whether queries and keys are rotated before they are rounded.
+    """
     ops, largest = torch.ops.ditq, LARGEST[FLOAT8]
     with graph.graph.inserting_before(node):
         factors = graph.graph.call_function(ops.attention_factors.default, (arguments[2], place))
-        eight = []
-        for number, x in enumerate(arguments):
-            if number < 2 and (made := rounded(graph, x, factors, number)) is not None:
-                eight.append(made)
-                continue
-            factor = graph.graph.call_method("select", (factors, 0, number))
-            steps = graph.graph.call_function(torch.mul, (x, factor))
-            kept = graph.graph.call_function(torch.clamp, (steps, -largest, largest))
-            eight.append(graph.graph.call_method("to", (kept, E4M3)))
+        eight = [rounded(graph, x, factors, number, rotate) for number, x in enumerate(arguments[:2])]
+        factor = graph.graph.call_method("select", (factors, 0, 2))
+        steps = graph.graph.call_function(torch.mul, (arguments[2], factor))
+        kept = graph.graph.call_function(torch.clamp, (steps, -largest, largest))
+        eight.append(graph.graph.call_method("to", (kept, E4M3)))
         result = graph.graph.call_function(ops.fp8_attention.default, (*eight, place, scale))
         wide = graph.graph.call_method("type_as", (result, arguments[2]))
         of_values = graph.graph.call_method("select", (factors, 0, 5))

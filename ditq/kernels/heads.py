@@ -1,16 +1,18 @@
-"""Queries and keys as an attention reads them, in one pass: norm of each head, rotary embedding, and rounding to FP8.
+"""Queries and keys as an attention reads them, in one pass: norm of each head, rotary embedding; rotation, rounding to FP8.
 
     z  = x w / sqrt(mean(x^2) + epsilon)         of each head's channels; or x
     y  = z cos + (-z_1, z_0, -z_3, z_2, ..) sin  cos, sin [T, d] of each token; or z
-    y' = clip(y f, 448) in e4m3                  f one over the scale of FP8 attention; or y in x's dtype
+    y' = clip(y R f, 448) in e4m3                f one over the scale of FP8 attention, R its rotation; or y in x's dtype
 
 The tokens of several tensors, such as text and image, are put one behind the other. torch's compiler makes several passes of
-this, and one of its pairs of channels reads each number several times. `heads_meaning` is the same in plain torch.
+this, and one of its pairs of channels reads each number several times. What is rotated is rounded to bfloat16 once, in which
+signs are exact. `heads_meaning` is the same in plain torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton
@@ -18,11 +20,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from ditq.numerics.attention_rounding import FLOAT8, LARGEST
+from ditq.numerics.attention_rounding import FLOAT8, LARGEST, rotation_of_heads
 from ditq.numerics.carrier import E4M3
 
 _LARGEST = tl.constexpr(LARGEST[FLOAT8])
 TOKENS, HEADS, WARPS = 16, 4, 4  # of a program
+_LEAST = 16  # channels of a padded head that tensor cores multiply
 
 
 @triton.jit
@@ -33,11 +36,12 @@ def _pairs(tile, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def heads_kernel(
-    x, weight, cos, sin, factor, y, tokens, first, all_tokens, heads, x_sample, x_token, x_head, epsilon,
+    x, weight, cos, sin, factor, matrix, y, tokens, first, all_tokens, heads, x_sample, x_token, x_head, epsilon, size,
     d: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, ROTARY: tl.constexpr,
-    ROUND: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    ROTATED: tl.constexpr, ROUND: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """TOKENS tokens and HEADS heads of one sample. first: place of x's first token among all of y's. WIDTH: d, padded."""
+    """TOKENS tokens and HEADS heads of one sample. first: place of x's first token among all of y's. WIDTH: d, padded. R is
+    `matrix` [d, d] of signs, times `size`."""
     token, sample = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(2).to(tl.int64)
     channel = tl.arange(0, WIDTH)[None, :]
     inside = (token < tokens)[:, None] & (channel < d)
@@ -50,6 +54,9 @@ def heads_kernel(
         sin_even, sin_odd = _pairs(tl.load(sin + at, mask=inside, other=0.0), TOKENS, WIDTH)
     if WEIGHT:
         w_even, w_odd = _pairs(tl.load(weight + channel, mask=channel < d, other=0.0), 1, WIDTH)
+    if ROTATED:
+        row = tl.arange(0, WIDTH)[:, None]
+        signs = tl.load(matrix + row * d + channel, mask=(row < d) & (channel < d), other=0.0)
     if ROUND:
         times = tl.load(factor)
     for i in range(HEADS):
@@ -57,13 +64,15 @@ def heads_kernel(
         here = (token < tokens)[:, None] & (channel < tl.where(head < heads, d, 0))
         even, odd = _pairs(tl.load(x + of_x + head * x_head, mask=here, other=0.0), TOKENS, WIDTH)
         if NORM:
-            size = tl.rsqrt(tl.sum(even * even + odd * odd, 1) / d + epsilon)[:, None]
-            even, odd = even * size, odd * size
+            spread = tl.rsqrt(tl.sum(even * even + odd * odd, 1) / d + epsilon)[:, None]
+            even, odd = even * spread, odd * spread
         if WEIGHT:
             even, odd = even * w_even, odd * w_odd
         if ROTARY:
             even, odd = even * cos_even - odd * sin_even, odd * cos_odd + even * sin_odd
         z = tl.reshape(tl.join(even, odd), (TOKENS, WIDTH))
+        if ROTATED:
+            z = tl.dot(z.to(tl.bfloat16), signs) * size
         if ROUND:
             z = tl.minimum(tl.maximum(z * times, -_LARGEST), _LARGEST)
         tl.store(y + of_y + head * d, z.to(y.dtype.element_ty), mask=here)
@@ -76,31 +85,46 @@ def launch(
     cos: Tensor | None,
     sin: Tensor | None,
     factor: Tensor | None,
+    rotation: tuple[Tensor, float] | None,
     y: Tensor,
 ) -> None:
     """Fill y [B, T, h, d] from pieces [B, T_i, h, d], of which channels lie side by side.
 
-    weights: of the norm [d], one a piece, or none. epsilon: of the norm, negative for none.
+    weights: of the norm [d], one a piece, or none. epsilon: of the norm, negative for none. rotation: see `signs_of_heads`.
     """
     first = 0
     for number, x in enumerate(pieces):
-        values, constants = arguments(x, weights[number] if weights else None, epsilon, cos, sin, factor, y, first)
+        weight = weights[number] if weights else None
+        values, constants = arguments(x, weight, epsilon, cos, sin, factor, rotation, y, first)
         samples, tokens, heads = x.shape[:3]
         heads_kernel[(triton.cdiv(tokens, TOKENS), triton.cdiv(heads, HEADS), samples)](*values, **constants)
         first += tokens
 
 
 def arguments(
-    x: Tensor, weight: Tensor | None, epsilon: float, cos: Tensor | None, sin: Tensor | None, factor: Tensor | None, y: Tensor,
-    first: int,
+    x: Tensor, weight: Tensor | None, epsilon: float, cos: Tensor | None, sin: Tensor | None, factor: Tensor | None,
+    rotation: tuple[Tensor, float] | None, y: Tensor, first: int,
 ) -> tuple[list[Tensor | int | float], dict[str, object]]:  # fmt: skip
     """(what the kernel takes, what it is compiled for) for one piece, whose first token has that place in y."""
     _, tokens, heads, width = x.shape
-    given = [x if tensor is None else tensor for tensor in (weight, cos, sin, factor)]
-    values: list[Tensor | int | float] = [x, *given, y, tokens, first, y.shape[1], heads, *x.stride()[:3], epsilon]
+    matrix, size = (None, 1.0) if rotation is None else rotation
+    given = [x if tensor is None else tensor for tensor in (weight, cos, sin, factor, matrix)]
+    values: list[Tensor | int | float] = [
+        x,
+        *given,
+        y,
+        tokens,
+        first,
+        y.shape[1],
+        heads,
+        *x.stride()[:3],
+        epsilon,
+        size,
+    ]
     constants = {
-        "d": width, "WIDTH": max(triton.next_power_of_2(width), 2), "NORM": epsilon >= 0, "WEIGHT": weight is not None,
-        "ROTARY": cos is not None, "ROUND": factor is not None, "TOKENS": TOKENS, "HEADS": HEADS, "num_warps": WARPS,
+        "d": width, "WIDTH": max(triton.next_power_of_2(width), _LEAST), "NORM": epsilon >= 0, "WEIGHT": weight is not None,
+        "ROTARY": cos is not None, "ROTATED": matrix is not None, "ROUND": factor is not None, "TOKENS": TOKENS,
+        "HEADS": HEADS, "num_warps": WARPS,
     }  # fmt: skip
     return values, constants
 
@@ -112,6 +136,7 @@ def heads_meaning(
     cos: Tensor | None,
     sin: Tensor | None,
     factor: Tensor | None,
+    rotation: tuple[Tensor, float] | None = None,
 ) -> Tensor:
     """y [B, T, h, d] in float64, before it is rounded to what it is stored in."""
     normed = []
@@ -125,6 +150,8 @@ def heads_meaning(
         even, odd = z.unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack((-odd, even), -1).flatten(-2)
         z = z * cos.double()[:, None] + turned * sin.double()[:, None]
+    if rotation is not None:
+        z = z.float().to(torch.bfloat16).double() @ rotation[0].double() * rotation[1]
     return z if factor is None else (z * factor.double()).clamp(-LARGEST[FLOAT8], LARGEST[FLOAT8])
 
 
@@ -137,20 +164,29 @@ def heads(
     sin: Tensor | None,
     factors: Tensor | None,
     which: int,
+    rotate: bool,
 ) -> Tensor:
     """[B, T, h, d] of pieces [B, T_i, h, d], in e4m3 with `factors` [..], of which `which` is taken, else in their dtype.
 
-    cos and sin have T d numbers, in any shape. On a CPU the meaning is computed.
+    rotate: by `rotation_of_heads`. cos and sin have T d numbers, in any shape. On a CPU the meaning is computed.
     """
     made = _made(pieces, factors)
     tokens, width = made.shape[1], made.shape[3]
     tables = [None if table is None else table.reshape(tokens, width).contiguous() for table in (cos, sin)]
     factor = None if factors is None else factors[which : which + 1]
+    rotation = signs_of_heads(width, made.device) if rotate else None
     if made.is_cuda:
         rows = [piece if piece.stride(-1) == 1 else piece.contiguous() for piece in pieces]
-        launch(rows, [weight.contiguous() for weight in weights], epsilon, *tables, factor, made)
+        launch(rows, [weight.contiguous() for weight in weights], epsilon, *tables, factor, rotation, made)
         return made
-    return heads_meaning(pieces, weights, epsilon, *tables, factor).float().to(made.dtype)
+    return heads_meaning(pieces, weights, epsilon, *tables, factor, rotation).float().to(made.dtype)
+
+
+@cache
+def signs_of_heads(width: int, device: torch.device) -> tuple[Tensor, float]:
+    """(signs [d, d] in bfloat16, 0 between its blocks, their common size) of numerics' `rotation_of_heads`."""
+    matrix = rotation_of_heads(width)
+    return matrix.sign().to(device, torch.bfloat16), float(matrix.abs().max())
 
 
 def _made(pieces: Sequence[Tensor], factors: Tensor | None) -> Tensor:
@@ -160,5 +196,5 @@ def _made(pieces: Sequence[Tensor], factors: Tensor | None) -> Tensor:
 
 
 @heads.register_fake
-def _(pieces, weights, epsilon, cos, sin, factors, which):  # type: ignore[no-untyped-def]
+def _(pieces, weights, epsilon, cos, sin, factors, which, rotate):  # type: ignore[no-untyped-def]
     return _made(pieces, factors)

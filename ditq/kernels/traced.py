@@ -47,8 +47,8 @@ _SAME = {"to", "contiguous", "float", "type_as"}
 
 
 Places = tuple[tuple[str, Place], ...]
-Site = tuple[str, bool]
-"""A module's name within its block, and whether its attention is one of FP8 numbers."""
+Site = tuple[str, bool | None]
+"""A module's name within its block, and whether its FP8 attention rotates queries and keys; None: it is another attention."""
 
 
 def rewrite(graph: fx.GraphModule, sites: Sequence[Site] = (), where: Places = ()) -> fx.GraphModule:
@@ -186,8 +186,9 @@ def put_answers(graph: fx.GraphModule, sites: Sequence[Site]) -> None:
             )
         place, scale = names.index(site), given.get("scale")
         arguments = (given["query"], given["key"], given["value"])
-        if dict(sites)[site]:
-            outputs.append(fp8_attention.put(graph, node, arguments, place, scale))
+        rotate = dict(sites)[site]
+        if rotate is not None:
+            outputs.append(fp8_attention.put(graph, node, arguments, place, scale, rotate))
         else:
             node.target = torch.ops.ditq.answered_attention.default
             node.args, node.kwargs = (*arguments, place, scale), {}
@@ -323,7 +324,9 @@ def compiled(model: nn.Module, inner: Compiler = inductor) -> Forward:
     where = {name: places(block) for name, block in blocks_of(model).items()}
 
     def compile_block(name: str, forward: Forward) -> Forward:
-        sites = tuple((site, isinstance(part, FP8Attention)) for site, part in own[name].items())
+        sites = tuple(
+            (site, part.rotates if isinstance(part, FP8Attention) else None) for site, part in own[name].items()
+        )
         backend = backends.setdefault((sites, where[name]), partial(_compile, sites, where[name], inner))
         traced: Forward = torch.compile(forward, backend=backend, fullgraph=True, dynamic=False)
         parts = tuple(own[name].values())

@@ -37,18 +37,20 @@ def fuse_heads(graph: fx.GraphModule) -> None:
             if made is None:
                 continue
             with graph.graph.inserting_before(node):
-                arguments = (made.pieces, made.weights, made.epsilon, made.cos, made.sin, None, 0)
+                arguments = (made.pieces, made.weights, made.epsilon, made.cos, made.sin, None, 0, False)
                 heads = graph.graph.call_function(torch.ops.ditq.heads.default, arguments)
                 turned = graph.graph.call_method("transpose", (heads, 1, 2))
             node.replace_input_with(given, turned)
 
 
-def rounded(graph: fx.GraphModule, x: Any, factors: fx.Node, which: int) -> fx.Node | None:
-    """x in FP8 by the kernel that makes it, times that one of the factors; None where none does."""
-    heads = x.args[0] if isinstance(x, fx.Node) and x.target == "transpose" else None
-    if not isinstance(heads, fx.Node) or heads.target is not torch.ops.ditq.heads.default:
-        return None
-    made = graph.graph.call_function(torch.ops.ditq.heads.default, (*heads.args[:5], factors, which))
+def rounded(graph: fx.GraphModule, x: fx.Node, factors: fx.Node, which: int, rotate: bool) -> fx.Node:
+    """x [B, h, T, d] in FP8, rotated or not, times that one of the factors: by the kernel that makes x, where one does."""
+    heads = x.args[0] if _calls(x, "transpose") else None
+    if isinstance(heads, fx.Node) and heads.target is torch.ops.ditq.heads.default:
+        arguments = heads.args[:5]
+    else:
+        arguments = ([graph.graph.call_method("transpose", (x, 1, 2))], [], -1.0, None, None)
+    made = graph.graph.call_function(torch.ops.ditq.heads.default, (*arguments, factors, which, rotate))
     return graph.graph.call_method("transpose", (made, 1, 2))
 
 

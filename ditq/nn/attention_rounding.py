@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ditq.nn.answered_attention import AnswersAttention, answer
 from ditq.nn.quant_linear import Rounding
-from ditq.numerics.attention_rounding import LARGEST, AttentionFormat, rounded_attention
+from ditq.numerics.attention_rounding import LARGEST, AttentionFormat, rounded_attention, turned
 from ditq.numerics.uniform import SMALLEST_SCALE
 
 ATTRIBUTE = "attention_rounding"
@@ -46,7 +46,17 @@ class AttentionRounding(AnswersAttention):
         form, rounding = self.form, self.rounding
         if self.exporting:
             return torch.ops.ditq.rounded_attention(
-                query, key, value, mask, self.site, form.number, form.parts, form.smooth_keys, form.scales, scale
+                query,
+                key,
+                value,
+                mask,
+                self.site,
+                form.number,
+                form.parts,
+                form.smooth_keys,
+                form.scales,
+                form.rotate,
+                scale,
             )
         take = None if rounding is None else lambda part, steps: rounding(f"{self.site}/{part}", steps)
         y = rounded_attention(query, key, value, mask, scale, form, take)
@@ -61,7 +71,8 @@ class AttentionRounding(AnswersAttention):
     def extra_repr(self) -> str:
         smooth = ", smooth keys" if self.form.smooth_keys and "k" in self.form.parts else ""
         static = ", static scales" if self.form.scales else ""
-        return f"{self.form.number} {self.form.parts}{smooth}{static}"
+        turned = ", rotated" if self.form.turns else ""
+        return f"{self.form.number} {self.form.parts}{smooth}{static}{turned}"
 
 
 def attach(attention: nn.Module, site: str, form: AttentionFormat) -> AttentionRounding:
@@ -72,16 +83,21 @@ def attach(attention: nn.Module, site: str, form: AttentionFormat) -> AttentionR
 
 
 class LargestNumbers(AnswersAttention):
-    """Computes the attention as it is, and remembers the largest number of its queries, of its keys and of its values."""
+    """Computes the attention as it is, and remembers the largest number of its queries, of its keys and of its values.
+
+    rotate: of the rotated queries and keys.
+    """
 
     what = "watched"
 
-    def __init__(self, site: str) -> None:
+    def __init__(self, site: str, rotate: bool) -> None:
         super().__init__(site)
+        self.rotate = rotate
         self.largest = [0.0, 0.0, 0.0]
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-        found = (float(x.abs().max()) for x in (query, key, value))
+        rounded = (turned(query), turned(key), value) if self.rotate else (query, key, value)
+        found = (float(x.abs().max()) for x in rounded)
         self.largest = [max(pair) for pair in zip(self.largest, found, strict=True)]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
@@ -91,9 +107,9 @@ class LargestNumbers(AnswersAttention):
 
 
 @contextmanager
-def watched(model: nn.Module, sites: Iterable[str]) -> Iterator[dict[str, LargestNumbers]]:
+def watched(model: nn.Module, sites: Iterable[str], rotate: bool = False) -> Iterator[dict[str, LargestNumbers]]:
     """Within it the attentions of these modules are watched."""
-    found = {site: LargestNumbers(site) for site in sites}
+    found = {site: LargestNumbers(site, rotate) for site in sites}
     undo = [answer(model.get_submodule(site), "watching", part) for site, part in found.items()]
     try:
         yield found
@@ -113,6 +129,7 @@ def _rounded_attention(
     parts: str,
     smooth_keys: bool,
     scales: Sequence[float],
+    rotate: bool,
     scale: float,
 ) -> Tensor:
     """The opaque node that stands for a rounded attention in an exported graph; only its shape is ever computed."""
@@ -130,6 +147,7 @@ def _(
     parts: str,
     smooth_keys: bool,
     scales: Sequence[float],
+    rotate: bool,
     scale: float,
 ) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))

@@ -19,7 +19,12 @@ what NVIDIA's kernels of FP8 attention take (cuDNN's, TensorRT's).
 Keys share a large offset, which would cost them their resolution. K - mean_j K (the mean over tokens) changes S by the same
 number for all keys of a query, which the softmax cancels: smoothing keys is exact.
 
-Source: SageAttention (Zhang 2024, arXiv 2410.02367), 4.2 for smoothing keys and 4.3 for P; float8 as in SageAttention2
+A few channels of queries and keys are often far larger than the others and decide on most scores, with their own rounding
+error. Q R and K R, with one orthogonal R for both, have the same scores, (Q R)(K R)^T = Q K^T; a Hadamard matrix spreads what
+they hold over all channels, so that their errors average out.
+
+Source: FlashAttention-3 (Shah 2024, arXiv 2407.08608), 3.3, for the rotation, which it calls incoherent processing.
+SageAttention (Zhang 2024, arXiv 2410.02367), 4.2 for smoothing keys and 4.3 for P; float8 as in SageAttention2
 (Zhang 2024, arXiv 2411.10958). They share scales by blocks of tokens, and P has int8 there, because one GPU kernel goes
 over blocks.
 """
@@ -28,11 +33,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ditq.numerics.rotation import block_hadamard_rotation
 from ditq.numerics.uniform import SMALLEST_SCALE, wide
 
 INTEGER, FLOAT8 = "int8", "float8_e4m3"
@@ -52,7 +59,8 @@ class AttentionFormat:
     """What of an attention is rounded, and to what.
 
     number: `int8` or `float8_e4m3`. parts: letters of `qkvpo`. smooth_keys: take the mean over tokens out of the keys before
-    they are rounded; nothing where they are not. scales: static ones of q, k and v; none where they are dynamic.
+    they are rounded; nothing where they are not. scales: static ones of q, k and v; none where they are dynamic. rotate: both
+    queries and keys, before either is rounded.
 
     Raises:
         ValueError: another number format; parts that are not letters of qkvpo, each once, or o without v; static scales that
@@ -63,6 +71,7 @@ class AttentionFormat:
     parts: str = MULTIPLIED
     smooth_keys: bool = True
     scales: tuple[float, ...] = ()
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         if self.number not in FORMATS:
@@ -77,6 +86,11 @@ class AttentionFormat:
                 f"static scales are three positive numbers for {FLOAT8}, not {self.scales} for {self.number}"
             )
 
+    @property
+    def turns(self) -> bool:
+        """Whether queries and keys are rotated."""
+        return self.rotate and bool({"q", "k"} & set(self.parts))
+
     def static(self, part: str) -> float | None:
         """The scale of queries, keys or values where it is static."""
         return self.scales["qkv".index(part)] if self.scales else None
@@ -84,6 +98,22 @@ class AttentionFormat:
     def multiplies_integers(self, parts: str) -> bool:
         """Whether the product of these two parts is one of integers: `qk` or `pv`."""
         return self.number == INTEGER and set(parts) <= set(self.parts)
+
+
+@cache
+def rotation_of_heads(width: int) -> Tensor:
+    """R [d, d] in float64 for heads of that many channels: random Hadamard blocks of the largest power of two in d, up to 128.
+
+    The identity for an odd number of channels, which has none.
+    """
+    if width % 2:
+        return torch.eye(width, dtype=torch.float64)
+    return block_hadamard_rotation(width).apply(torch.eye(width, dtype=torch.float64))
+
+
+def turned(x: Tensor) -> Tensor:
+    """Queries or keys [.., tokens, channels] times R."""
+    return x @ rotation_of_heads(x.shape[-1]).to(x)
 
 
 def nearest(steps: Tensor, number: str) -> Tensor:
@@ -134,6 +164,8 @@ def rounded_attention(
     """
     take: PartRounding = rounding or (lambda _, steps: nearest(steps, form.number))
     parts = {"q": wide(query), "k": wide(key), "v": wide(value)}
+    if form.turns:
+        parts["q"], parts["k"] = turned(parts["q"]), turned(parts["k"])
     if form.smooth_keys and "k" in form.parts:
         parts["k"] = smoothed(parts["k"])
     steps = {part: _step(x, part, form) for part, x in parts.items() if part in form.parts}

@@ -34,13 +34,15 @@ class QuantizeAttention(Pass):
     """Round what attentions multiply to 8 bits: queries q, keys k, values v and the probabilities p of the softmax.
 
     Dynamic scales are found at run time, one a token and head for q and k, one a channel and head for v; those of p are
-    fixed. Static ones are the largest number of an attention's queries, of its keys and of its values in recorded calls, with
+    fixed. `rotate` spreads what a few channels of queries and keys hold over all of them, which leaves their products as they
+    are. Static ones are the largest number of an attention's queries, of its keys and of its values in recorded calls, with
     a margin. Outputs o are rounded by the scale of v. Where both parts of a product are int8, onnxruntime-cpu multiplies
     integers; target cuda multiplies FP8 in `float8_e4m3` of parts `qkvpo` with static scales. `smooth_keys` takes the mean over
     the tokens out of the keys, which the softmax cancels. Weights stay as they are, so the pass may stand anywhere in a recipe;
     `reconstruct` behind it learns with it.
 
-    Source: SageAttention (Zhang 2024, arXiv 2410.02367). numerics/attention_rounding.py has the formulas.
+    Source: SageAttention (Zhang 2024, arXiv 2410.02367); for the rotation FlashAttention-3 (Shah 2024, arXiv 2407.08608).
+    numerics/attention_rounding.py has the formulas.
 
     Example:
         - quantize: {format: w4a8}
@@ -52,6 +54,7 @@ class QuantizeAttention(Pass):
     format: str = setting("int8", "the numbers that are multiplied", FORMATS)
     parts: str = setting("qkvp", "what is rounded: letters for queries, keys, values, probabilities, outputs")
     smooth_keys: bool = setting(True, "take the mean over the tokens out of the keys before they are rounded; exact")
+    rotate: bool = setting(True, "multiply queries and keys by one Hadamard matrix before they are rounded; exact")
     scales: str = setting("dynamic", "dynamic: of each call; static: of recorded calls, for float8_e4m3", SCALES)
     margin: float = setting(4.0, "how many times the largest recorded number a static scale reaches")
     select: list[str] = setting(["*"], "which attentions, as patterns of their modules' names")
@@ -71,7 +74,7 @@ class QuantizeAttention(Pass):
             )
 
     def _form(self, scales: tuple[float, ...] = ()) -> AttentionFormat:
-        return AttentionFormat(self.format, self.parts, self.smooth_keys, scales)
+        return AttentionFormat(self.format, self.parts, self.smooth_keys, scales, self.rotate)
 
     def _selected(self, graph: DiTGraph) -> dict[str, list[Attention]]:
         """The attentions of each selected module, by the module's name.
@@ -113,7 +116,7 @@ class QuantizeAttention(Pass):
         selected, form = self._selected(graph), self._form()
         static: dict[str, tuple[float, ...]] = {}
         if self.scales == "static":
-            static = _static_scales(graph.model, selected, context, self.format, self.margin)
+            static = _static_scales(graph.model, selected, context, form, self.margin)
         made = {
             name: attention_rounding.attach(
                 graph.model.get_submodule(name), name, self._form(static[name]) if static else form
@@ -133,14 +136,14 @@ class QuantizeAttention(Pass):
 
 
 def _static_scales(
-    model: nn.Module, modules: Iterable[str], context: Context, number: str, margin: float
+    model: nn.Module, modules: Iterable[str], context: Context, form: AttentionFormat, margin: float
 ) -> dict[str, tuple[float, ...]]:
     """Those of each attention on recorded calls, as the model is now."""
     batches = sampled_batches(context.trajectories(), JUDGED, JUDGED, context.seed)
-    with watched(model, modules) as found:
+    with watched(model, modules, form.turns) as found:
         for batch in context.track("largest numbers of attentions", batches):
             call(model, batch)
-    return {name: part.scales(number, margin) for name, part in found.items()}
+    return {name: part.scales(form.number, margin) for name, part in found.items()}
 
 
 def _errors(model: nn.Module, roundings: Mapping[str, AttentionRounding], context: Context) -> dict[str, float]:

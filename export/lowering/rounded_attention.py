@@ -22,7 +22,7 @@ from ditq.export.lowering.attention import with_mask
 from ditq.export.lowering.writer import MICROSOFT, Writer
 from ditq.export.onnx_graph import DOMAIN, ROUNDED_ATTENTION
 from ditq.export.targets import PlannedMatMul
-from ditq.numerics.attention_rounding import FLOAT8, LARGEST, LARGEST_OF_P, OVER, AttentionFormat
+from ditq.numerics.attention_rounding import FLOAT8, LARGEST, LARGEST_OF_P, OVER, AttentionFormat, rotation_of_heads
 from ditq.numerics.uniform import SMALLEST_SCALE
 
 ONE = np.float32(1)
@@ -61,6 +61,7 @@ class _Lowering:
             attributes["parts"].as_string(),
             bool(attributes["smooth_keys"].as_int()),
             tuple(attributes["scales"].as_floats()) if "scales" in attributes else (),
+            bool(attributes["rotate"].as_int()),
         )
         self.scale = np.float32(attributes["scale"].as_float())
         self.mask = node.inputs[3] if len(node.inputs) > 3 else None
@@ -72,6 +73,11 @@ class _Lowering:
         writer = self.writer
         query, key, value = self.node.inputs[:3]
         assert query is not None and key is not None and value is not None
+        if self.form.turns:
+            width = key.shape[-1] if key.shape is not None else None
+            assert isinstance(width, int)
+            matrix = writer.constant(rotation_of_heads(width).float().numpy(), name="rotation")
+            query, key = (writer.op("MatMul", x, matrix, name="rotated") for x in (query, key))
         if self.form.smooth_keys and "k" in self.form.parts:
             tokens = writer.constant([-2], np.int64, name="axis")
             mean = writer.op("ReduceMean", key, tokens, name="mean_key", keepdims=1)

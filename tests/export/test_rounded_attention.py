@@ -40,6 +40,7 @@ def graph_of(form: AttentionFormat, mask: ir.DataType | None) -> ir.Model:
     ]
     attributes: dict[str, Any] = {"site": "site", "number": form.number, "parts": form.parts, "scale": SCALE}
     attributes |= {"scales": list(form.scales)} if form.scales else {}
+    attributes["rotate"] = int(form.rotate)
     node = ir.node("RoundedAttention", given, {**attributes, "smooth_keys": int(form.smooth_keys)}, domain=DOMAIN)
     y = node.outputs[0]
     y.name, y.type, y.shape = "y", ir.TensorType(ir.DataType.FLOAT), ir.Shape([2, 3, "queries", 16])
@@ -64,7 +65,7 @@ def tensors(masked: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize("parts", PARTS)
 def test_every_form_computes_what_it_means(parts: str, number: str, masked: bool, tmp_path: Path) -> None:
     number, _, static = number.partition(" ")
-    form = AttentionFormat(number, parts, not static, STATIC if static else ())
+    form = AttentionFormat(number, parts, not static, STATIC if static else (), rotate=bool(static))
     model = graph_of(form, ir.DataType.FLOAT if masked else None)
     planned = lower(model, {})
     given = tensors(masked)
@@ -129,7 +130,7 @@ def test_an_engine_with_integer_attention_agrees_with_torch_up_to_ties(family: s
 
 
 def test_a_float8_engine_that_keeps_the_keys_of_the_text_agrees_too(tmp_path: Path) -> None:
-    form = AttentionFormat("float8_e4m3", "qkvpo", False, (0.01, 0.01, 0.01))
+    form = AttentionFormat("float8_e4m3", "qkvpo", False, (0.01, 0.01, 0.01), rotate=True)
     model = rounded(quantize_blocks(shallow_model("pixart")), "pixart", form)
     engine = engine_of(model, tmp_path / "engine", changing=CHANGING)
     in_text = {entry.site.rpartition(".")[2] for entry in engine.planned if entry.graph == TEXT_GRAPH}

@@ -35,7 +35,7 @@ def test_it_is_as_near_to_exact_attention_as_its_meaning(size: tuple[int, ...]) 
     batch, count, queries, keys, width = size
     generator = torch.Generator("cuda").manual_seed(0)
     given = [torch.randn(batch, count, n, width, device="cuda", generator=generator) for n in (queries, keys, keys)]
-    scales = tuple(4 * float(x.abs().max()) / 448 for x in given)
+    scales = tuple(4 * float(x.abs().max()) / 448 for x in given)  # as if rotated before
     form = AttentionFormat(FLOAT8, PARTS, False, scales)
     part = fp8_attention.FP8Attention(AttentionRounding("site", form), torch.device("cuda"))
     eight = [(x / s).to(E4M3) for x, s in zip(given, scales, strict=True)]
@@ -57,9 +57,10 @@ def test_heads_of_flux_are_their_meaning(float8: bool) -> None:
     weights = [torch.rand(128, device="cuda", generator=generator).bfloat16() + 0.5 for _ in pieces]
     angles = torch.rand(4608, 64, device="cuda", generator=generator).repeat_interleave(2, 1) * 6
     factors = torch.tensor([20.0, 60.0], device="cuda") if float8 else None
-    found = torch.ops.ditq.heads(pieces, weights, 1e-6, angles.cos(), angles.sin(), factors, 1)
+    found = torch.ops.ditq.heads(pieces, weights, 1e-6, angles.cos(), angles.sin(), factors, 1, float8)
     factor = None if factors is None else factors[1:]
-    meant = heads.heads_meaning(pieces, weights, 1e-6, angles.cos(), angles.sin(), factor)
+    rotation = heads.signs_of_heads(128, torch.device("cuda")) if float8 else None
+    meant = heads.heads_meaning(pieces, weights, 1e-6, angles.cos(), angles.sin(), factor, rotation)
     assert relative(found.double(), meant) < (0.03 if float8 else 3e-3)
 
 
@@ -69,10 +70,10 @@ def test_a_denoiser_with_fp8_attention_compiled_and_replayed_computes_its_meanin
     examples = [small_inputs(model, batch=batch, seed=seed) for batch, seed in ((2, 0), (2, 1))]
     exact = [forward(model, inputs) for inputs in examples]
     sites = [name for name, _ in model.named_modules() if name.endswith(".attn")]
-    with watched(model, sites) as found:
+    with watched(model, sites, rotate=True) as found:
         forward(model, examples[0])
     for site, part in found.items():
-        form = AttentionFormat(FLOAT8, PARTS, False, part.scales(FLOAT8, 4.0))
+        form = AttentionFormat(FLOAT8, PARTS, False, part.scales(FLOAT8, 4.0), rotate=True)
         attention_rounding.attach(model.get_submodule(site), site, form)
     meant = [forward(model, inputs) for inputs in examples]
     call = compiled(to_gpu(model, device, 90))

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ditq.numerics.attention_rounding import FORMATS, AttentionFormat, nearest, rounded_attention, spacing
+from ditq.numerics.attention_rounding import (
+    FORMATS,
+    AttentionFormat,
+    nearest,
+    rotation_of_heads,
+    rounded_attention,
+    spacing,
+    turned,
+)
 
 FLOAT8_NUMBERS = sorted(
     {0.0}
@@ -108,6 +116,29 @@ def test_smoothing_keys_changes_nothing_but_the_rounding() -> None:
         rounded_attention(query, key, value, None, 6**-0.5, AttentionFormat("int8", "k", on)) for on in (False, True)
     )
     assert (better - exact).norm() < 0.5 * (plain - exact).norm()
+
+
+def test_rotation_changes_nothing_but_the_rounding_and_helps_where_few_channels_are_large() -> None:
+    query, key, value = inputs(width=48)
+    exact = F.scaled_dot_product_attention(query, key, value)
+    turned_scores = F.scaled_dot_product_attention(turned(query), turned(key), value)
+    torch.testing.assert_close(turned_scores, exact, rtol=1e-12, atol=1e-12)
+    assert float(rotation_of_heads(48).abs().max()) == pytest.approx(16**-0.5)  # blocks of 16
+    assert torch.equal(rotation_of_heads(5), torch.eye(5, dtype=torch.float64))
+    large = torch.where(torch.arange(48) % 16 == 3, 8.0, 1.0)
+    query, key = query * large, (key - key.mean(-2, keepdim=True)) * large / 40  # scores of a softmax that is not sharp
+    exact = F.scaled_dot_product_attention(query, key, value)
+    for number in FORMATS:
+        plain, better = (
+            rounded_attention(query, key, value, None, 48**-0.5, AttentionFormat(number, "qk", False, (), on))
+            for on in (False, True)
+        )
+        assert (better - exact).norm() < 0.7 * (plain - exact).norm()
+    form = AttentionFormat("int8", "v", rotate=True)  # neither is rounded, so neither is rotated
+    assert torch.equal(
+        rounded_attention(query, key, value, None, 0.1, form),
+        rounded_attention(query, key, value, None, 0.1, AttentionFormat("int8", "v")),
+    )
 
 
 def test_probabilities_of_many_tokens_are_not_rounded_away() -> None:

@@ -16,7 +16,7 @@ from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn import AttentionRounding, describe, rebuild
 from ditq.nn.attention_rounding import attach
-from ditq.numerics.attention_rounding import AttentionFormat, rounded_attention
+from ditq.numerics.attention_rounding import AttentionFormat, rounded_attention, turned
 from ditq.passes import Context
 from ditq.passes.quantize_attention import QuantizeAttention
 from ditq.recipe import Recipe
@@ -54,7 +54,7 @@ def test_every_attention_of_a_family_is_rounded(family: str, monkeypatch: pytest
     found = forward(graph.model, inputs)
     assert {row["attention"] for row in report.rows} == set(graph.attentions)
     assert not torch.equal(found, plain)
-    replaced = Replaced(monkeypatch, AttentionFormat())
+    replaced = Replaced(monkeypatch, AttentionFormat(rotate=True))
     assert torch.equal(forward(small_model(family), inputs), found)
     assert replaced.calls == len(graph.attentions)
 
@@ -184,7 +184,7 @@ def test_static_scales_are_those_of_the_largest_recorded_numbers(recorded: Calla
     seen: list[list[float]] = []
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **keywords: Any) -> Tensor:
-        seen.append([float(x.abs().max()) for x in (query, key, value)])
+        seen.append([float(x.abs().max()) for x in (turned(query), turned(key), value)])
         return plain(query, key, value)
 
     plain = F.scaled_dot_product_attention
