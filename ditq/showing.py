@@ -44,6 +44,7 @@ PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "triton",
+    "nvidia-cudnn-frontend",
     "tensorrt",
     "tensorrt_rtx",
 )

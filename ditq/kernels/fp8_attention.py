@@ -31,7 +31,7 @@ from ditq.nn.attention_rounding import AttentionRounding
 from ditq.numerics.attention_rounding import FLOAT8, LARGEST, LARGEST_OF_P, PARTS, AttentionFormat, rounded_attention
 from ditq.numerics.carrier import E4M3
 
-INSTALL = "pip install nvidia-cudnn-frontend==1.24.1"
+INSTALL = "pip install 'ditq[fp8-attention]'"
 LEAST = 90  # compute capability 9.0
 _SETTINGS = "{format: float8_e4m3, parts: qkvpo, scales: static, smooth_keys: false, rotate: true}"
 

@@ -172,14 +172,14 @@ def heads(
     """
     made = _made(pieces, factors)
     tokens, width = made.shape[1], made.shape[3]
-    tables = [None if table is None else table.reshape(tokens, width).contiguous() for table in (cos, sin)]
+    cos, sin = (None if table is None else table.reshape(tokens, width).contiguous() for table in (cos, sin))
     factor = None if factors is None else factors[which : which + 1]
     rotation = signs_of_heads(width, made.device) if rotate else None
     if made.is_cuda:
         rows = [piece if piece.stride(-1) == 1 else piece.contiguous() for piece in pieces]
-        launch(rows, [weight.contiguous() for weight in weights], epsilon, *tables, factor, rotation, made)
+        launch(rows, [weight.contiguous() for weight in weights], epsilon, cos, sin, factor, rotation, made)
         return made
-    return heads_meaning(pieces, weights, epsilon, *tables, factor, rotation).float().to(made.dtype)
+    return heads_meaning(pieces, weights, epsilon, cos, sin, factor, rotation).float().to(made.dtype)
 
 
 @cache

@@ -92,9 +92,9 @@ class _Lowering:
             return self._values(scores, v)
         weights = writer.op("Softmax", scores, name="weights", axis=-1)
         y = writer.op("MatMul", weights, self._float(v, "v"), name="attention")
-        rounded = self._output(y, v)
+        output = self._output(y, v)
         self._plan("values", "dequantized", "vo", y, y)
-        return rounded
+        return output
 
     def _rounded(self, x: ir.Value, part: str) -> _Rounded:
         """A part [batch, heads, tokens, channels] with its scale, or as it is."""
@@ -157,9 +157,9 @@ class _Lowering:
             values.append(value)
         masks = [] if self.mask is None else [self.mask]
         y = self.writer.op("Attention", *values, *masks, name="attention", scale=float(self.scale))
-        rounded = self._output(y, v)
+        output = self._output(y, v)
         self._plan("attention", "dequantized", "qkvo", y, y)
-        return rounded
+        return output
 
     def _scores(self, q: _Rounded, k: _Rounded) -> ir.Value:
         """S [batch, heads, queries, tokens], without the mask."""
@@ -195,9 +195,9 @@ class _Lowering:
         else:
             product = writer.op("MatMul", self._float(_Rounded(n, s, 0), "p"), self._float(v, "v"), name="values")
         y = writer.op("Div", product, total, name="attention")
-        rounded = self._output(y, v)
+        output = self._output(y, v)
         self._plan("values", kind, "pvo", product, y)
-        return rounded
+        return output
 
     def _turned(self, x: ir.Value) -> ir.Value:
         """[batch, heads, a, b] -> [batch, heads, b, a]."""
