@@ -58,7 +58,8 @@ def _found(given: Any) -> _Made | None:
     """How a query or key [B, h, T, d] of an attention is made."""
     if not isinstance(given, fx.Node) or not _heads_and_tokens_swapped(given):
         return None
-    x, shape = given.args[0], _shape(given)
+    x: Any = given.args[0]
+    shape = _shape(given)
     cos = sin = None
     rotary = _rotary(x)
     if rotary is not None:
@@ -91,7 +92,7 @@ def _heads_and_tokens_swapped(node: fx.Node) -> bool:
 
 def _rotary(node: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """(x, cos, sin) of (x cos + (-x_1, x_0, ..) sin) in x's dtype."""
-    total = node.args[0] if _calls(node, "to") else None
+    total: Any = node.args[0] if _calls(node, "to") else None
     if not _is(total, operator.add):
         return None
     products = [product for product in total.args if _is(product, operator.mul)]
@@ -107,7 +108,7 @@ def _rotary(node: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
 
 def _turned(node: Any) -> fx.Node | None:
     """x of stack((-x_1, x_0), -1).flatten: neighbouring channels as real and imaginary parts."""
-    stack = node.args[0] if _calls(node, "flatten") else None
+    stack: Any = node.args[0] if _calls(node, "flatten") else None
     if not _is(stack, torch.stack) or _argument(stack, 1, "dim", 0) not in (-1, 4):
         return None
     negative, real = stack.args[0]
