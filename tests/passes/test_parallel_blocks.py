@@ -26,7 +26,7 @@ from ditq.pass_pipeline import run_passes
 from ditq.passes.gate import ERROR
 from ditq.passes.parallel_blocks import Pair, ParallelBlocks
 from ditq.recipe import Recipe
-from tests.export.quantized import engine_of, quantize_blocks
+from tests.export.quantized import engine_of, quantize_blocks, relative
 from tests.families_small import FAMILIES, forward, small_graph, small_inputs, small_model, statistics_of
 from tests.small_checkpoint import write_pipeline
 
@@ -198,4 +198,5 @@ def test_blocks_of_a_pair_are_compiled_one_by_one_as_the_target_cuda_does(family
     call = compiled(graph.model, lambda traced, _: traced.forward)
     with torch.no_grad():
         for inputs, wanted in [*zip(calls, expected, strict=True)] * 2:
-            assert torch.equal(call(**inputs, return_dict=False)[0], wanted)
+            answer = call(**inputs, return_dict=False)[0]
+            assert relative(answer, wanted) < 1e-6  # what makes queries and keys is added up by its kernel's meaning
