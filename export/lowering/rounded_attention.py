@@ -104,7 +104,7 @@ class _Lowering:
         static = self.form.static(part)
         if static is not None:
             step = writer.constant(static, np.float32, name=f"{part}.s")
-            return _Rounded(self._clipped(writer.op("Div", x, step, name="in_steps"), part), step)
+            return _Rounded(self._nearest(writer.op("Div", x, step, name="in_steps"), part), step)
         largest = largest_magnitude(writer, x, OVER[part])
         step = writer.op("Div", largest, writer.constant(LARGEST[number], np.float32, name="largest"), name="step")
         step = writer.op(
@@ -112,22 +112,16 @@ class _Lowering:
         )
         return _Rounded(self._nearest(writer.op("Div", x, step, name="in_steps"), part), step)
 
-    def _clipped(self, steps: ir.Value, part: str) -> ir.Value:
-        """x / s, which may be too large -> n."""
-        largest = LARGEST[self.form.number]
-        ends = [self.writer.constant(end, np.float32, name="end") for end in (-largest, largest)]
-        return self._nearest(self.writer.op("Clip", steps, *ends, name="clipped"), part)
-
     def _output(self, y: ir.Value, v: _Rounded) -> ir.Value:
         """What is given where the output is rounded too, by the scale of the values."""
         if "o" not in self.form.parts:
             return y
         assert v.step is not None
-        n = self._clipped(self.writer.op("Div", y, v.step, name="in_steps"), "o")
+        n = self._nearest(self.writer.op("Div", y, v.step, name="in_steps"), "o")
         return self._float(_Rounded(n, v.step), "o")
 
     def _nearest(self, steps: ir.Value, part: str) -> ir.Value:
-        """x / s -> n."""
+        """x / s -> n; what is beyond the largest becomes that."""
         writer = self.writer
         if self.form.number == FLOAT8:
             eight = writer.op("Cast", steps, name=f"{part}.float8", to=ir.DataType.FLOAT8E4M3FN)

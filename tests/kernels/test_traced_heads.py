@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 
 from ditq.errors import DitqError
-from ditq.kernels.fp8_attention import INSTALL, why_not
+from ditq.kernels.asked import answering
+from ditq.kernels.fp8_attention import INSTALL, FP8Attention, why_not
 from ditq.kernels.on_gpu import check, to_gpu
 from ditq.kernels.traced import compiled
-from ditq.nn.attention_rounding import attach
+from ditq.nn.attention_rounding import AttentionRounding, attach
 from ditq.numerics.attention_rounding import FLOAT8, PARTS, AttentionFormat
+from ditq.numerics.carrier import E4M3
 from tests.export.quantized import quantized, relative
 from tests.families_small import forward, small_inputs, small_model
 
@@ -82,9 +85,9 @@ def test_fp8_attention_of_flux_reads_and_gives_fp8_and_computes_its_meaning() ->
 class Block(nn.Module):
     """An attention whose output a quantized linear reads, in front of others' channels or alone."""
 
-    def __init__(self, behind: bool, rotary: bool, norm: bool) -> None:
+    def __init__(self, behind: bool, rotary: bool, norm: bool, after: bool = False) -> None:
         super().__init__()
-        self.behind, self.rotary = behind, rotary
+        self.behind, self.rotary, self.after = behind, rotary, after
         self.norm = nn.RMSNorm(16, eps=1e-5) if norm else None
         self.attention = Attention()
         self.out = quantized(nn.Linear(128 if behind else 64, 64), "out")
@@ -98,6 +101,7 @@ class Block(nn.Module):
             turned = torch.stack([-imaginary, real], dim=-1).flatten(3)
             q = (q.float() * cos[None, :, None] + turned.float() * sin[None, :, None]).to(q.dtype)
         y = self.attention(q, k, x.unflatten(-1, (4, 16)))
+        y = F.layer_norm(y, (64,)) if self.after else y
         return self.out(torch.cat((y, F.gelu(x)), dim=-1) if self.behind else y)
 
 
@@ -106,13 +110,13 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in given)).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("behind", [False, True])
-@pytest.mark.parametrize(("rotary", "norm"), [(True, True), (True, False), (False, True), (False, False)])
-def test_what_rounds_for_the_next_linear_reads_fp8(behind: bool, rotary: bool, norm: bool) -> None:
+def graph_of(**settings: bool) -> fx.GraphModule:
+    """Of a block with FP8 attention; what the kernels compute is tried elsewhere."""
+
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.blocks = nn.ModuleList(Block(behind, rotary, norm) for _ in range(2))
+            self.blocks = nn.ModuleList(Block(**settings) for _ in range(2))
 
         def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             for block in self.blocks:
@@ -125,22 +129,36 @@ def test_what_rounds_for_the_next_linear_reads_fp8(behind: bool, rotary: bool, n
         attach(model.get_submodule(site), site, STATIC)
     graphs: list[fx.GraphModule] = []
 
-    def keep(graph: fx.GraphModule, _: list[Tensor]) -> Any:  # what the kernels compute is tried elsewhere
+    def keep(graph: fx.GraphModule, _: list[Tensor]) -> Any:
         graphs.append(graph)
         return lambda *given: [torch.zeros(1, 6, 64, dtype=torch.bfloat16)]
 
     angles = torch.rand(6, 16)
     compiled(to_gpu(model, CPU), keep)(torch.randn(1, 6, 64).bfloat16(), angles.cos(), angles.sin())
-    (quantizer,) = nodes(graphs, torch.ops.ditq.quantized.default)
-    made = nodes(graphs, HEADS)
-    assert len(nodes(graphs, FP8)) == 1 and len(made) == 2 and all(node.args[7] for node in made)
-    assert (made[0].args[2] == 1e-5) == norm and (made[0].args[3] is not None) == rotary  # type: ignore[comparison-overlap]
+    (graph,) = graphs
+    return graph
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize(("rotary", "norm"), [(True, True), (True, False), (False, True), (False, False)])
+def test_what_rounds_for_the_next_linear_reads_fp8(behind: bool, rotary: bool, norm: bool) -> None:
+    graph = graph_of(behind=behind, rotary=rotary, norm=norm)
+    (quantizer,), made = nodes([graph], torch.ops.ditq.quantized.default), nodes([graph], HEADS)
+    assert len(nodes([graph], FP8)) == 1 and len(made) == 2 and all(node.args[7] for node in made)
+    assert (made[0].args[2] == 1e-5) == norm and (made[0].args[3] is not None) == rotary
     x, tail, times = quantizer.args[0], quantizer.args[22], quantizer.args[23]
     while isinstance(x, fx.Node) and x.target is not FP8:
         assert x.op == "call_method" and x.target in ("transpose", "flatten")
         x = x.args[0]
     assert isinstance(x, fx.Node) and (tail is not None) == behind and isinstance(times, fx.Node)
-    assert not [node for node in graphs[0].graph.nodes if node.target == "type_as"]  # nothing reads it in bfloat16
+    assert not [node for node in graph.graph.nodes if node.target == "type_as"]  # nothing reads it in bfloat16
+
+
+def test_a_norm_behind_the_attention_reads_bfloat16() -> None:
+    graph = graph_of(behind=False, rotary=False, norm=False, after=True)
+    (quantizer,) = nodes([graph], torch.ops.ditq.quantized.default)
+    assert quantizer.args[8] is True and len(quantizer.args) == 22
+    assert [node for node in graph.graph.nodes if node.target == "type_as"]
 
 
 @pytest.mark.parametrize("change", ["other pairs", "halves", "two epsilons", "another table", "order"])
@@ -178,6 +196,20 @@ def test_what_is_not_such_a_query_is_left_as_it_is(change: str) -> None:
 
     found = compiled(model, keep)(x, angles.cos(), angles.sin())
     assert graphs and not nodes(graphs, HEADS) and torch.equal(found, expected)
+
+
+def test_the_operator_is_given_what_is_rotated_already() -> None:
+    part = FP8Attention(AttentionRounding("site", STATIC), CPU)
+    assert part.rotates and part.form == replace(STATIC, rotate=False)
+    assert part.factors.tolist() == pytest.approx([50, 100 / 3, 100, 0.02, 0.03, 0.01])
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(2, 3, n, 16, generator=generator).to(E4M3) for n in (5, 7, 7)]
+    with answering([None, part]):
+        found = torch.ops.ditq.fp8_attention(*given, 1, 0.3)
+    wide = [x.float() * s for x, s in zip(given, STATIC.scales, strict=True)]
+    exact = F.scaled_dot_product_attention(*wide, scale=0.3)
+    assert found.dtype == E4M3 and found.transpose(1, 2).is_contiguous()
+    assert relative(found.float() * 0.01, exact) < 0.04  # probabilities and outputs are rounded
 
 
 def test_what_has_no_kernel_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
