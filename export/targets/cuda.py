@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ditq.export.engine import Engine
 
 _LEAST = (8, 0)  # compute capability: the first with int8 and bfloat16 tensor cores that Triton compiles for
+_TRITON_OF_10 = (3, 8)  # the first that compiles the kernels which round, for compute capability 10
 
 
 def available() -> tuple[bool, str]:
@@ -36,6 +37,8 @@ def available() -> tuple[bool, str]:
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     if capability < _LEAST:
         return False, f"{name} has compute capability {capability[0]}.{capability[1]}; the kernels need 8.0"
+    if capability[0] == 10 and tuple(map(int, triton.__version__.split(".")[:2])) < _TRITON_OF_10:
+        return False, f"{name} needs Triton 3.8 or newer, and this is {triton.__version__}; pip install -U torch triton"
     return True, f"{name}, triton {triton.__version__}"
 
 

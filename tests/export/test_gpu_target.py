@@ -71,18 +71,21 @@ def test_formats_without_a_kernel_are_refused_before_the_model_is_exported(
         (None, False, (0, 0), "was built without CUDA; install a CUDA build"),
         ("13.0", False, (0, 0), "no NVIDIA GPU, or no driver"),
         ("13.0", True, (7, 5), "Some GPU has compute capability 7.5; the kernels need 8.0"),
-        ("13.0", True, (9, 0), "Some GPU, triton"),
+        ("13.0", True, (9, 0), "Some GPU, triton 3.7.1"),
+        ("13.0", True, (10, 0), "Some GPU needs Triton 3.8 or newer, and this is 3.7.1"),
+        ("13.0", True, (12, 0), "Some GPU, triton 3.7.1"),
     ],
 )
 def test_it_says_why_it_does_not_run_here(
     version: str | None, seen: bool, capability: tuple[int, int], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", "3.7.1")
     monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: seen)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     works, why = target("cuda").available()
-    assert works == (capability >= (8, 0)) and said in why
+    assert works == (capability in ((9, 0), (12, 0))) and said in why
     assert "\n" not in why
 
 
