@@ -198,11 +198,7 @@ def meaning(part: FP8Attention, query: Tensor, key: Tensor, value: Tensor, scale
 
 def _by_cudnn(part: FP8Attention, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     cudnn = importlib.import_module("cudnn")
-    key, value = (
-        key if key.stride(-1) == 1 else key.contiguous(),
-        value if value.stride(-1) == 1 else value.contiguous(),
-    )
-    query = query if query.stride(-1) == 1 else query.contiguous()
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     y = _empty(query)
     layouts = tuple((tuple(x.shape), tuple(x.stride())) for x in (query, key, value, y))
     handle = _handle(query.get_device())
@@ -210,10 +206,10 @@ def _by_cudnn(part: FP8Attention, query: Tensor, key: Tensor, value: Tensor, sca
     try:
         graph = _graph(handle, layouts, scale)
     except (RuntimeError, cudnn.cudnnGraphNotSupportedError) as error:
-        shape = f"{tuple(query.shape)} by {tuple(key.shape)}"
+        shape, said = f"{tuple(query.shape)} by {tuple(key.shape)}", str(error).splitlines() or ["no reason given"]
         raise DitqError(
-            f"{part.site}: cuDNN {cudnn.backend_version()} has no FP8 attention of {shape}: "
-            f"{str(error).splitlines()[0]}; leave quantize_attention out"
+            f"{part.site}: cuDNN {cudnn.backend_version()} has no FP8 attention of {shape}: {said[0]}; "
+            "leave quantize_attention out"
         ) from error
     factors, of_p = part.factors, part.of_p
     given = (query, key, value, y, factors[3:4], factors[4:5], factors[5:6], of_p[:1], of_p[1:], factors[2:3])
