@@ -14,6 +14,7 @@ from torch import nn
 
 from ditq.errors import DitqError
 from ditq.families import family_of
+from ditq.nn.structural.ordered_tokens import ordered_tokens
 from ditq.numerics.token_layout import TokenLayout
 from ditq.parts import Attention, Block, FeedForward, InputGroup, LinearSite
 from ditq.structure import Structure
@@ -71,7 +72,10 @@ class DiTGraph:
 
     @property
     def layout(self) -> TokenLayout | None:
-        """Where the picture lies among the tokens of attentions, as the model's family tells; None where that is not known."""
+        """Where the picture lies among the tokens of attentions, as the model's family tells, in the order that a pass has put
+        them in; None where that is not known."""
+        if (ordered := ordered_tokens(self.model)) is not None:
+            return ordered.layout
         family, config = family_of(type(self.model).__name__), getattr(self.model, "config", None)
         return None if family is None or config is None else family.layout(config)
 

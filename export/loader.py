@@ -6,7 +6,7 @@ pipeline = FluxPipeline.from_pretrained(checkpoint, transformer=load_engine("eng
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ditq.errors import DitqError
 from ditq.export.arguments import collect
 from ditq.export.engine import Engine
 from ditq.export.targets import Runner, target
+from ditq.nn.structural.ordered_tokens import OrderedTokens, other_order
 from ditq.nn.structural.sparse_attention import SparseAttention, other_picture
 from ditq.numerics.token_layout import TokenLayout
 
@@ -122,24 +123,33 @@ def engine_inputs(engine: Engine, arguments: Mapping[str, Any]) -> dict[str, Ten
 
 
 def only_picture(engine: Engine) -> tuple[int, int] | None:
-    """Rows and columns of image tokens of the pictures that an engine is for, where tiles that are seen were found before for
-    those only. None where it is for any."""
-    found = [part["spec"].get("picture") for part in _sparse_attentions(engine)]
-    return next(((given[0], given[1]) for given in found if given), None)
+    """Rows and columns of image tokens of the pictures that an engine is for, where tiles that are seen were found before, or
+    tokens put in order, for those only. None where it is for any."""
+    found = _for_one_picture(engine)
+    return None if found is None else found[0]
 
 
-def _sparse_attentions(engine: Engine) -> list[dict[str, Any]]:
-    parts = engine.manifest["structure"].get("structural", [])
-    return [part for part in parts if part["kind"] == SparseAttention.kind]
+def _for_one_picture(engine: Engine) -> tuple[tuple[int, int], TokenLayout, Callable[..., str]] | None:
+    """That picture; how to read a call's; and what to say of another, given both."""
+    for part in engine.manifest["structure"].get("structural", []):
+        spec = part["spec"]
+        if part["kind"] == SparseAttention.kind and (given := spec.get("picture")):
+            return (given[0], given[1]), TokenLayout.from_spec(spec["layout"]), other_picture
+        if part["kind"] == OrderedTokens.kind:
+            layout = TokenLayout.from_spec(spec["layout"])
+            if layout.order is not None and layout.order.picture is not None:
+                return layout.order.picture, layout, other_order
+    return None
 
 
 def check_picture(engine: Engine, arguments: Mapping[str, Any]) -> None:
     """Raises DitqError for a picture of another size than that which the engine is for."""
-    made_for = only_picture(engine)
-    if made_for is not None:
-        grid = TokenLayout(**_sparse_attentions(engine)[0]["spec"]["layout"]).grid(arguments)
+    found = _for_one_picture(engine)
+    if found is not None:
+        made_for, layout, said = found
+        grid = layout.grid(arguments)
         if made_for != (grid.height, grid.width):
-            raise DitqError(f"{engine.name}: {other_picture(made_for, (grid.height, grid.width))}")
+            raise DitqError(f"{engine.name}: {said(made_for, (grid.height, grid.width))}")
 
 
 def _opened(engine: Engine, name: str, threads: int | None) -> tuple[str, Runner]:

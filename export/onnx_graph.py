@@ -91,6 +91,10 @@ _token_attention_schema = OpSchema(
     inputs=[
         *(OpSchema.FormalParameter(name, "T") for name in ("query", "key", "value")),
         *(OpSchema.FormalParameter(name, "tensor(int64)") for name in ("text", "height", "width", "frames")),
+        *(  # of tokens in another order: which lies at each place, and where each lies
+            OpSchema.FormalParameter(name, "tensor(int64)", param_option=OpSchema.FormalParameterOption.Optional)
+            for name in ("listed", "places")
+        ),
         *(  # the exporter repeats the others among inputs of any number
             OpSchema.FormalParameter(f"tensor{i}", f"T{i}", param_option=OpSchema.FormalParameterOption.Optional)
             for i in range(MOST_TENSORS)
@@ -141,7 +145,8 @@ def _token_attention(
     query: Any, key: Any, value: Any, grid: Any, tensors: Any, site: str, kind: str, settings: str, scale: float
 ) -> Any:
     attributes = {"site": site, "kind": kind, "settings": settings, "scale": scale}
-    return _token_attention_op(query, key, value, *grid, *tensors, **attributes)
+    sides, moved = grid[:4], grid[4:] or (None, None)
+    return _token_attention_op(query, key, value, *sides, *moved, *tensors, **attributes)
 
 
 class _Flat(nn.Module):

@@ -32,7 +32,7 @@ def sizes(config: Mapping[str, Any]) -> Sizes:
 
 def layout(config: Mapping[str, Any]) -> TokenLayout | None:
     frames, height, width = config["patch_size"]
-    return TokenLayout(patch=height, frames=frames) if height == width else None
+    return TokenLayout(patch=height, frames=frames, rotary="rope") if height == width else None
 
 
 register(

@@ -30,6 +30,7 @@ from ditq.nn.structural.compressed_keys import CompressedKeys
 from ditq.nn.structural.held_tiles import HeldTiles, Turns
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
+from ditq.nn.structural.ordered_tokens import ordered_tokens
 from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.nn.structural.token_attention import TokenAttention, detach_all, tell
 from ditq.numerics.head_windows import by_heads
@@ -69,7 +70,10 @@ def tell_grids(model: nn.Module, given: Mapping[str, Any]) -> tuple[Grid, ...]:
     """Tell the parts the size of the picture of a call with these arguments. What was told: a recorded call is for that."""
     parts = [answer.part for answer in answers_of(model).values()]
     tell(parts, given)
-    return tuple(dict.fromkeys(part.grid for part in parts if part.grid is not None))
+    grids = [part.grid for part in parts if part.grid is not None]
+    if (ordered := ordered_tokens(model)) is not None:
+        grids.append(ordered.tell(given))
+    return tuple(dict.fromkeys(grids))
 
 
 def turns_of(model: nn.Module) -> Turns:
@@ -112,10 +116,11 @@ def _(query: Tensor, key: Tensor, value: Tensor, place: int, scale: float | None
 
 @dataclass(frozen=True, eq=False)
 class Laid:
-    """Tokens in an order of squares [N], where each of them went [N], and which blocks of them see each other."""
+    """Tokens in an order of squares [N], where each of them went [N], and which blocks of them see each other. None and None
+    where the model's own order does."""
 
-    order: Tensor
-    places: Tensor
+    order: Tensor | None
+    places: Tensor | None
     mask: BlockMask
 
 
@@ -127,6 +132,8 @@ def laid_out(window: Window, pool: int, grid: Grid, device: torch.device) -> Lai
     for along, length, side in zip(places, grid.sides, _SQUARE if grid.frames == 1 else _CUBE, strict=True):
         square = square * -(-length // side) + along // side
     image = np.lexsort((*reversed(places), square))
+    if grid.order is not None:
+        places, image = places[:, grid.order.listed(*grid.sides)], np.arange(grid.image)
     text = np.arange(grid.text)
     order = np.concatenate((text, image + grid.text) if grid.text_first else (image, text + grid.image))
     nowhere = np.full(grid.text, -1)
@@ -146,6 +153,8 @@ def laid_out(window: Window, pool: int, grid: Grid, device: torch.device) -> Lai
         return torch.where(kinds[query] == _TEXT, kinds[key] != _POOLED, by_image)
 
     mask = _by_blocks(seen, len(order), len(kind), device)
+    if grid.order is not None:
+        return Laid(None, None, mask)
     went = np.argsort(order)
     return Laid(torch.from_numpy(order).to(device), torch.from_numpy(went).to(device), mask)
 
@@ -225,8 +234,8 @@ def _in_order(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    order: Tensor,
-    places: Tensor,
+    order: Tensor | None,
+    places: Tensor | None,
     mask: BlockMask,
     scale: float,
     more_keys: Tensor | None = None,
@@ -235,12 +244,14 @@ def _in_order(
     """Attention of tokens in another order, which is compiled with it: there tokens are copied, and written as the model reads
     them, [B, N, h, d] in memory.
     """
-    query, key, value = (tensor[:, :, order] for tensor in (query, key, value))
+    if order is not None:
+        query, key, value = (tensor[:, :, order] for tensor in (query, key, value))
     if more_keys is not None and more_values is not None:
         key, value = torch.cat((key, more_keys.to(key)), -2), torch.cat((value, more_values.to(value)), -2)
     y = flex_attention(query, key, value, block_mask=mask, scale=scale)
     assert isinstance(y, Tensor)
-    return y.transpose(1, 2)[:, places].contiguous().transpose(1, 2)
+    y = y.transpose(1, 2)
+    return (y if places is None else y[:, places]).contiguous().transpose(1, 2)
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, Grid, float], Tensor]

@@ -9,6 +9,7 @@ from torch import nn
 
 from ditq.nn.attention_rounding import AttentionRounding
 from ditq.nn.quant_linear import QuantLinear, Rounding
+from ditq.nn.structural.ordered_tokens import OrderedTokens
 from ditq.nn.structural.token_attention import TokenAttention, token_attentions
 
 
@@ -37,7 +38,9 @@ def rounded_by(model: nn.Module, rounding: Rounding) -> Iterator[nn.Module]:
 @contextmanager
 def _set(model: nn.Module, name: str, within: object, after: object) -> Iterator[None]:
     parts = [
-        module for module in model.modules() if isinstance(module, QuantLinear | AttentionRounding | TokenAttention)
+        module
+        for module in model.modules()
+        if isinstance(module, QuantLinear | AttentionRounding | TokenAttention | OrderedTokens)
     ]
     try:
         for part in parts:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ditq.numerics.local_attention import local_attention, on
+from ditq.numerics.local_attention import in_blocks, local_attention, on, out_of_blocks
 from ditq.numerics.token_layout import Grid
 from ditq.numerics.window import Window, blocks
 
@@ -68,8 +68,8 @@ def softmax_mass(query: Tensor, key: Tensor, value: Tensor, grid: Grid, window: 
         largest = scores.amax(-1, keepdim=True)
         weights = (scores - largest).exp()
         return Mass(weights @ text_value, weights.sum(-1, keepdim=True), largest)
-    made = blocks(window, *grid.sides)
-    queries = image_query[:, :, on(query, made.queries)]  # [B, h, T, Q, d]
+    made = blocks(window, *grid.sides, order=grid.order)
+    queries = in_blocks(image_query, made)  # [B, h, T, Q, d]
     own = queries @ image_key[:, :, on(query, made.keys)].transpose(-1, -2) * scale
     if made.seen is not None:
         own = own.masked_fill(~on(query, made.seen), -torch.inf)
@@ -79,8 +79,7 @@ def softmax_mass(query: Tensor, key: Tensor, value: Tensor, grid: Grid, window: 
     weights = (scores - largest).exp()
     of_own, of_common = weights.split([own.shape[-1], common.shape[-1]], -1)
     values = of_own @ image_value[:, :, on(query, made.keys)] + of_common @ text_value[:, :, None]
-    places = on(query, made.places)
-    return Mass(*(t.flatten(2, 3)[:, :, places] for t in (values, weights.sum(-1, keepdim=True), largest)))
+    return Mass(*(out_of_blocks(t.flatten(2, 3), made) for t in (values, weights.sum(-1, keepdim=True), largest)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +142,9 @@ def image_mass(query: Tensor, key: Tensor, value: Tensor, grid: Grid, form: Line
 def _convolved(values: Tensor, kernels: Tensor, grid: Grid) -> Tensor:
     """Values [B, h, HW, d] as pictures of h d channels, each with its own kernel."""
     batch, heads, tokens, width = values.shape
+    if grid.order is not None:
+        values = values[:, :, on(values, grid.order.places(*grid.sides))]
     picture = values.transpose(-1, -2).reshape(batch, heads * width, grid.height, grid.width)
     found = F.conv2d(picture, kernels, padding=1, groups=heads * width)
-    return found.reshape(batch, heads, width, tokens).transpose(-1, -2)
+    found = found.reshape(batch, heads, width, tokens).transpose(-1, -2)
+    return found if grid.order is None else found[:, :, on(values, grid.order.listed(*grid.sides))]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ditq.numerics.token_layout import Grid
-from ditq.numerics.window import Window, blocks, patches
+from ditq.numerics.window import Blocks, Window, blocks, patches
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +32,7 @@ class Pooling:
 
     def pooled(self, tokens: Tensor, weights: Tensor, grid: Grid) -> Tensor:
         """Image tokens [B, h, FHW, d] -> [B, h, P, d]."""
-        found = tokens[:, :, on(tokens, patches(self.patch, *grid.sides))]  # [B, h, P, patch^2, d]
+        found = tokens[:, :, on(tokens, patches(self.patch, *grid.sides, order=grid.order))]  # [B, h, P, patch^2, d]
         shares = weights / weights.sum(-1, keepdim=True)
         return (found * shares[:, None, :, None]).sum(3)
 
@@ -81,8 +81,8 @@ def windowed(
 ) -> Tensor:
     """Image queries over the image keys of their window and over keys common to all: [B, h, FHW, d] and [B, h, G, d]."""
     batch, heads = query.shape[:2]
-    made = blocks(window, *grid.sides)
-    parts = [query[:, :, on(query, made.queries)]]  # [B, h, T, Q, d]
+    made = blocks(window, *grid.sides, order=grid.order)
+    parts = [in_blocks(query, made)]  # [B, h, T, Q, d]
     for image, common in ((key, common_key), (value, common_value)):
         gathered = image[:, :, on(image, made.keys)]  # [B, h, T, K, d]
         everywhere = common[:, :, None].expand(-1, -1, len(made.keys), -1, -1)
@@ -95,7 +95,19 @@ def windowed(
     y = F.scaled_dot_product_attention(
         queries, keys, values, attn_mask=mask, scale=scale
     )  # [B h, T, Q, d], T in the place of heads
-    return y.reshape(batch, heads, -1, y.shape[-1])[:, :, on(query, made.places)]
+    return out_of_blocks(y.reshape(batch, heads, -1, y.shape[-1]), made)
+
+
+def in_blocks(tokens: Tensor, made: Blocks) -> Tensor:
+    """Queries of each block, [B, h, FHW, d] -> [B, h, T, Q, d]: a copy only where they do not lie so."""
+    if made.in_place:
+        return tokens.unflatten(2, made.queries.shape)
+    return tokens[:, :, on(tokens, made.queries)]
+
+
+def out_of_blocks(tokens: Tensor, made: Blocks) -> Tensor:
+    """[B, h, T Q, d] -> [B, h, FHW, d], what `in_blocks` repeated once."""
+    return tokens if made.in_place else tokens[:, :, on(tokens, made.places)]
 
 
 _elsewhere: dict[

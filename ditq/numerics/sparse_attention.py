@@ -23,30 +23,40 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ditq.numerics.compressed_keys import log_counts
-from ditq.numerics.local_attention import on
+from ditq.numerics.local_attention import in_blocks, on, out_of_blocks
 from ditq.numerics.token_layout import Grid
-from ditq.numerics.window import Window, blocks, number_of_patches
+from ditq.numerics.token_order import TokenOrder
+from ditq.numerics.window import Blocks, Window, blocks, number_of_patches
 
 SCORES = 2**25  # at once, of queries and keys, where probabilities are summed
 
 
 @dataclass(frozen=True, eq=False)
 class Tiles:
-    """Of a picture, or of each frame of a video: `tokens` [T, t^2] of each tile; `places` [FHW], where each token is found
-    among them; `real` [T, t^2]: not a last row or column that stands again beyond an edge; None where all are.
+    """Of a picture, or of each frame of a video: the `blocks` of windows that are the own tile alone; `real` [T, t^2]: not a
+    last row or column that stands again beyond an edge; None where all are.
     """
 
-    tokens: np.ndarray
-    places: np.ndarray
+    blocks: Blocks
     real: np.ndarray | None
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Of each tile: int64 [T, t^2]."""
+        return self.blocks.queries
+
+    @property
+    def places(self) -> np.ndarray:
+        """Where each token is found among them: int64 [FHW]."""
+        return self.blocks.places
 
 
 @lru_cache(maxsize=64)
-def tiles_of(tile: int, *sides: int) -> Tiles:
+def tiles_of(tile: int, *sides: int, order: TokenOrder | None = None) -> Tiles:
     """The tiles of tile x tile tokens of a picture or of the frames of a video."""
-    made = blocks(Window("tiles", 1, tile), *sides)
+    made = blocks(Window("tiles", 1, tile), *sides, order=order)
     real = made.places[made.queries] == np.arange(made.queries.size).reshape(made.queries.shape)
-    return Tiles(made.queries, made.places, None if real.all() else real)
+    return Tiles(made, None if real.all() else real)
 
 
 def number_of_tiles(tile: int, *sides: int) -> int:
@@ -70,7 +80,7 @@ def tile_probabilities(query: Tensor, key: Tensor, grid: Grid, tile: int, scale:
     """Of softmax over all tokens [B, h, N, d], the probability that a query of each tile gives each tile of keys, in the mean
     [B, h, T, T], and all text [B, h, T].
     """
-    made = tiles_of(tile, *grid.sides)
+    made = tiles_of(tile, *grid.sides, order=grid.order)
     members = F.one_hot(on(query, made.places) // tile**2, len(made.tokens)).float()  # [FHW, T]
     queries, keys = grid.parted(query)[0].float() * scale, key.float()
     found = members.new_zeros(*query.shape[:2], len(made.tokens), len(made.tokens))
@@ -115,10 +125,10 @@ def sparse_attention(
     """
     (image_query, text_query), (image_key, text_key) = grid.parted(query), grid.parted(key)
     image_value, text_value = grid.parted(value)
-    made = tiles_of(tile, *grid.sides)
-    tokens = on(query, made.tokens)
+    made = tiles_of(tile, *grid.sides, order=grid.order)
+    tokens = made.tokens
     queries, keys, values = (
-        image[:, :, tokens] for image in (image_query, image_key, image_value)
+        in_blocks(image, made.blocks) for image in (image_query, image_key, image_value)
     )  # [B, h, T, t^2, d]
     if seen is None:
         seen = tile_scores(queries, keys).topk(min(keep, len(tokens)), sorted=False).indices
@@ -134,7 +144,7 @@ def sparse_attention(
         mask = mask[..., None, :].flatten(0, 1).to(query.dtype)
     queries, keys, values = (part.flatten(0, 1) for part in parts)  # T in the place of heads
     y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-    image = y.reshape(*query.shape[:2], -1, y.shape[-1])[:, :, on(query, made.places)]
+    image = out_of_blocks(y.reshape(*query.shape[:2], -1, y.shape[-1]), made.blocks)
     if not grid.text:
         return image
     return grid.joined(image, F.scaled_dot_product_attention(text_query, key, value, scale=scale))

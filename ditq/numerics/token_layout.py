@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import isqrt
+from math import isqrt, prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ditq.numerics.token_order import TokenOrder
+
 
 @dataclass(frozen=True)
 class Grid:
-    """Of one call: `text` tokens beside `height` x `width` image tokens in row-major order, of one frame after the other; text
-    stands first, or last. A picture is one frame.
+    """Of one call: `text` tokens beside `height` x `width` image tokens, row by row or in another `order`, of one frame after
+    the other; text stands first, or last. A picture is one frame.
 
-    While a model is exported the numbers are int64 tensors [1], for the picture may have any size at run time.
+    While a model is exported the numbers are int64 tensors [1], for the picture may have any size at run time, and `moved` is
+    what the order lists and where its tokens went (numerics/token_order.py), int64 [FHW].
     """
 
     text: Any
@@ -25,6 +28,8 @@ class Grid:
     width: Any
     text_first: bool = True
     frames: Any = 1
+    order: TokenOrder | None = None
+    moved: tuple[Tensor, Tensor] | None = None
 
     def __str__(self) -> str:
         frames = "" if self.frames == 1 else f"{self.frames} frames of "
@@ -66,6 +71,9 @@ class TokenLayout:
         text: the argument that holds text tokens, [B, tokens, C], which joint attention sees beside the picture.
         text_first: whether they stand in front of the image tokens.
         frames: frames of latents that one token stands for; 0: they are pictures.
+        rotary: the module that makes rotary embeddings of the image tokens of the latents' shape; None where there are none, or
+            they are made of `positions`.
+        order: that of the image tokens between the model's first block and its last; None: row by row.
     """
 
     latents: str = "hidden_states"
@@ -74,6 +82,17 @@ class TokenLayout:
     text: str | None = None
     text_first: bool = True
     frames: int = 0
+    rotary: str | None = None
+    order: TokenOrder | None = None
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> TokenLayout:
+        """What `asdict` made JSON of."""
+        order = spec.get("order")
+        if order is not None:
+            picture = order.get("picture")
+            order = TokenOrder(**{**order, "picture": None if picture is None else tuple(picture)})
+        return cls(**{**spec, "order": order})
 
     def grid(self, arguments: Mapping[str, Any]) -> Grid:
         """The grid of a call. Where values of positions cannot be read (fake tensors), the squarest of that many tokens."""
@@ -88,7 +107,7 @@ class TokenLayout:
                 width = places.shape[0] // height
             else:
                 height, width = (int(size) for size in sides(places))
-        return Grid(text, height, width, self.text_first, frames)
+        return Grid(text, height, width, self.text_first, frames, self.order)
 
     def _sides(self, arguments: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         shape = arguments[self.latents].shape
@@ -120,7 +139,11 @@ class TokenLayout:
         else:
             both = sides(arguments[self.positions][..., 1:3])
             height, width = both[:1], both[1:]
-        return Grid(text, height, width, self.text_first, frames)
+        moved = None
+        if self.order is not None:
+            count = arguments[self.latents].shape[1] if self.positions else prod(self._sides(arguments))
+            moved = self.order.traced(count, height, width)
+        return Grid(text, height, width, self.text_first, frames, self.order, moved)
 
 
 def sides(places: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ditq.numerics.token_order import TokenOrder
+
 Shape = Literal["circle", "tiles"]
 SHAPES: tuple[Shape, ...] = ("circle", "tiles")
 ALL = 2**30  # more tokens than any side has
@@ -108,8 +110,8 @@ def three(sides: Sequence[int]) -> tuple[int, int, int]:
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Indices of image tokens in row-major order: `queries` [T, Q] and `keys` [T, K] of each of T blocks, and `places`
-    [FHW], where each token is found among all queries of the blocks. `seen`: bool [T, Q, K], None where all is.
+    """Indices of image tokens: `queries` [T, Q] and `keys` [T, K] of each of T blocks, and `places` [FHW], where each token is
+    found among all queries of the blocks. `seen`: bool [T, Q, K], None where all is.
 
     At an edge that is no whole tile a block's queries repeat the last frame, row or column. Arrays, for what is kept between
     calls must be no tensor of a mode (of fake tensors, of inference) that a call happened to be in.
@@ -120,11 +122,19 @@ class Blocks:
     places: np.ndarray
     seen: np.ndarray | None
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the tokens lie in memory as the blocks' queries do, each once."""
+        return self.queries.size == len(self.places) and bool((self.places == np.arange(len(self.places))).all())
+
 
 @lru_cache(maxsize=64)
-def blocks(window: Window, *sides: int) -> Blocks:
-    """The blocks of a picture of so many rows and columns of tokens, or of a video."""
+def blocks(window: Window, *sides: int, order: TokenOrder | None = None) -> Blocks:
+    """The blocks of a picture of so many rows and columns of tokens, or of a video, that lie in that order."""
     lengths = _, height, width = three(sides)
+    if order is not None:
+        made, places = blocks(window, *sides), order.places(*lengths)
+        return Blocks(places[made.queries], places[made.keys], made.places[order.listed(*lengths)], made.seen)
     query_places, key_places = [], []
     for side, length in zip(window.sides, lengths, strict=True):
         count = -(-length // side.tile)
@@ -164,10 +174,12 @@ def _crossed(places: Sequence[np.ndarray], lengths: Sequence[int]) -> np.ndarray
 
 
 @lru_cache(maxsize=64)
-def patches(patch: int, *sides: int) -> np.ndarray:
+def patches(patch: int, *sides: int, order: TokenOrder | None = None) -> np.ndarray:
     """Tokens of each patch x patch square, of each frame: int64 [P, patch^2]. Beyond an edge the last row or column stands
     again."""
     lengths = frames, height, width = three(sides)
+    if order is not None:
+        return np.asarray(order.places(*lengths)[patches(patch, *sides)])
     places = [np.arange(frames)[:, None], _from_tiles(patch, height), _from_tiles(patch, width)]
     return _crossed(places, lengths)
 

@@ -145,7 +145,7 @@ class SparseAttentionPass(AttentionConversion):
         return _Known(orders[0], torch.stack(shares).mean(0))
 
     def _scores(self, record: AttentionRecord) -> Tensor:
-        tokens = torch.from_numpy(tiles_of(self.tile, *record.grid.sides).tokens)
+        tokens = torch.from_numpy(tiles_of(self.tile, *record.grid.sides, order=record.grid.order).tokens)
         return tile_scores(*(record.grid.parted(each)[0][:, :, tokens] for each in (record.query, record.key)))
 
     def described(self, part: TokenAttention) -> str:

@@ -140,7 +140,7 @@ def picture_of(engine: Engine, text: str | None = None) -> Picture | None:
 def told_by_positions(engine: Engine) -> TokenLayout | None:
     """How token attentions of the engine read the picture's size off positions; None where they do not, or there are none."""
     parts = engine.manifest["structure"].get("structural", [])
-    layouts = (TokenLayout(**part["spec"]["layout"]) for part in parts if "layout" in part["spec"])
+    layouts = (TokenLayout.from_spec(part["spec"]["layout"]) for part in parts if "layout" in part["spec"])
     return next((layout for layout in layouts if layout.positions is not None), None)
 
 

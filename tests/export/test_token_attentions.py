@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,10 @@ from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.nn.structural.token_attention import TokenAttention, token_attentions
 from ditq.numerics.token_layout import Grid, TokenLayout
+from ditq.numerics.token_order import Kind, TokenOrder
 from ditq.numerics.window import Window
+from ditq.passes import Context
+from ditq.passes.token_order import TokenOrderPass
 from ditq.report.speed import called
 from tests.export.quantized import engine_of, relative, shallow_model
 from tests.families_small import forward, small_graph, small_inputs
@@ -34,6 +39,7 @@ from tests.nn.test_token_attention import converted, mixed, sized
 
 HEADS, WIDTH, SCALE = 2, 16, 0.3
 SIZES = ("text", "height", "width", "frames")
+MOVES = ("listed", "places")
 FLOAT, WHOLE = ir.TensorType(ir.DataType.FLOAT), ir.TensorType(ir.DataType.INT64)
 # float32 sums in another order, through at most three products
 CLOSE = 1e-5
@@ -47,23 +53,31 @@ def graph_of(part: TokenAttention, grid: Grid, fixed: bool) -> ir.Model:
     known = [name for name in SIZES if fixed or (name == "frames" and grid.frames == 1)]
     for name in known:
         sizes[name].const_value = ir.tensor([getattr(grid, name)])
+    moved = {
+        name: ir.Value(name=f"order.{name}", shape=ir.Shape(["image"]), type=WHOLE)
+        for name in MOVES
+        if grid.order is not None
+    }
     tensors = [ir.Value(name=f"tensor{i}", const_value=ir.tensor(t.numpy())) for i, t in enumerate(part.tensors())]
     for value in tensors:
         assert value.const_value is not None
         value.shape, value.type = ir.Shape(value.const_value.shape), ir.TensorType(value.const_value.dtype)
     common = {"heads": HEADS, "width": WIDTH, "text": part.text, "usual": part.usual, "text_first": grid.text_first}
+    if grid.order is not None:
+        common["order"] = asdict(grid.order)
     attributes: Mapping[str, Any] = {
         "site": "site",
         "kind": part.kind,
         "settings": json.dumps({**part.settings(), **common}),
         "scale": SCALE,
     }
-    node = ir.node(TOKEN_ATTENTION, [*given, *sizes.values(), *tensors], attributes, domain=DOMAIN)
+    places = list(moved.values()) or [None, None]
+    node = ir.node(TOKEN_ATTENTION, [*given, *sizes.values(), *places, *tensors], attributes, domain=DOMAIN)
     y = node.outputs[0]
     y.name, y.type, y.shape = "y", FLOAT, shape
     constants = [*tensors, *(sizes[name] for name in known)]
     graph = ir.Graph(
-        [*given, *(value for name, value in sizes.items() if name not in known)],
+        [*given, *(value for name, value in sizes.items() if name not in known), *moved.values()],
         [y],
         nodes=[node],
         initializers=constants,
@@ -91,6 +105,8 @@ def check_form(part: TokenAttention, grid: Grid, others: list[Grid]) -> set[str]
             arrays = dict(zip(("query", "key", "value"), (tensor.numpy() for tensor in given), strict=True))
             wanted = {value.name for value in model.graph.inputs} & set(SIZES)
             arrays |= {name: torch.tensor([getattr(found, name)]).numpy() for name in wanted}
+            if found.order is not None:
+                arrays |= {f"order.{name}": getattr(found.order, name)(*found.sides) for name in MOVES}
             y = torch.from_numpy(session.run(None, arrays)[0])
             assert relative(y, expected) < CLOSE, (fixed, found)
     return kinds
@@ -210,6 +226,36 @@ def test_text_may_stand_first() -> None:
         check_form(part, Grid(6, 8, 8, True), [Grid(2, 5, 9, True)])
 
 
+ORDERED: list[tuple[type[TokenAttention], dict[str, Any]]] = [
+    (LocalAttention, {"window": [Window("circle", 3, 4), Window("tiles", 3, 2)], "pool": 2}),
+    (LinearAttention, {"features": "softmax", "window": Window("tiles", 2, 4), "locality": True}),
+    (CompressedKeys, {"factor": 3}),
+    (SparseAttention, {"tile": 4, "keep": 3, "means": True}),
+]
+
+
+@pytest.mark.parametrize("text", [True, False], ids=["text", "image"])
+@pytest.mark.parametrize(("kind", "settings"), ORDERED, ids=lambda given: getattr(given, "kind", ""))
+def test_tokens_in_another_order_are_found_at_every_size(
+    kind: type[TokenAttention], settings: dict[str, Any], text: bool
+) -> None:
+    pictures, videos = grids(text), (Grid(6 * text, 6, 5, False, 5), [Grid(3 * text, 5, 7, False, 2)])
+    for order in (TokenOrder("windows", 4), TokenOrder("windows", 3)):
+        for grid, others in (pictures, videos) if "locality" not in settings else (pictures,):
+            ordered = [replace(found, order=order) for found in (grid, *others)]
+            check_form(part_of(kind, text, **settings), ordered[0], ordered[1:])
+
+
+def test_tiles_that_lie_in_order_are_not_gathered() -> None:
+    part = part_of(LocalAttention, False, window=Window("tiles", 1, 4))
+    grid = grids(False)[0]
+    gathers = [
+        sum(node.op_type == "Gather" for node in graph_of(part, replace(grid, order=order), fixed=True).graph)
+        for order in (None, TokenOrder("windows", 4), TokenOrder("hilbert", picture=(8, 8)))
+    ]
+    assert gathers == [4, 2, 4]  # of queries, keys, values and answers
+
+
 def check_engine(model: nn.Module, folder: Path, *sides: tuple[int, int]) -> None:
     engine = engine_of(model, folder)
     assert not engine.manifest["dropped_axes"]
@@ -220,6 +266,15 @@ def check_engine(model: nn.Module, folder: Path, *sides: tuple[int, int]) -> Non
         assert relative(exact(**inputs).sample, expected) < CLOSE
 
 
+def ordered(
+    graph: DiTGraph, parts: list[tuple[type[TokenAttention], dict[str, Any]]], order: Kind = "windows"
+) -> nn.Module:
+    """The graph's model with these parts, its tokens in that order."""
+    graph.model = mixed(graph, parts)
+    TokenOrderPass(order=order, tile=2).run(graph, Context())
+    return graph.model
+
+
 def test_an_engine_runs_other_pictures_than_it_was_traced_with(tmp_path: Path) -> None:
     parts: list[tuple[type[TokenAttention], dict[str, Any]]] = [
         (LocalAttention, {"window": [None, Window("tiles", 3, 2)]}),
@@ -227,7 +282,7 @@ def test_an_engine_runs_other_pictures_than_it_was_traced_with(tmp_path: Path) -
         (SparseAttention, {"tile": 2, "keep": 5, "means": True}),
         (LinearAttention, {"features": "relu"}),
     ]
-    check_engine(mixed(small_graph("flux"), parts), tmp_path / "engine", (6, 11))
+    check_engine(ordered(small_graph("flux"), parts), tmp_path / "engine", (6, 11))
 
 
 def test_an_engine_runs_other_videos_than_it_was_traced_with(tmp_path: Path) -> None:
@@ -235,7 +290,7 @@ def test_an_engine_runs_other_videos_than_it_was_traced_with(tmp_path: Path) -> 
         (LocalAttention, {"window": Window("tiles", 3, 2, 1, 2)}),
         (CompressedKeys, {"factor": 2}),
     ]
-    check_engine(mixed(small_graph("wan"), parts), tmp_path / "engine", (5, 6))
+    check_engine(ordered(small_graph("wan"), parts), tmp_path / "engine", (5, 6))
 
 
 def test_an_engine_for_pictures_of_one_size_refuses_others_in_one_line(tmp_path: Path) -> None:
@@ -253,6 +308,21 @@ def test_an_engine_for_pictures_of_one_size_refuses_others_in_one_line(tmp_path:
             with pytest.raises(DitqError, match=rf"pictures of 8 x 8 tokens, not of {sides[0]} x {sides[1]}") as caught:
                 loaded(**sized(model, *sides))
             assert "\n" not in str(caught.value)
+
+
+def test_an_engine_along_a_curve_is_for_pictures_of_one_size(tmp_path: Path) -> None:
+    shallow = shallow_model("flux")
+    parts: list[tuple[type[TokenAttention], dict[str, Any]]] = [(LocalAttention, {"window": Window("tiles", 1, 4)})]
+    plain, graph = copy.deepcopy(shallow), DiTGraph(shallow, small_inputs(shallow))
+    mixed(DiTGraph(plain, small_inputs(plain)), parts)
+    engine = engine_of(ordered(graph, parts, "hilbert"), tmp_path / "engine")
+    inputs = small_inputs(plain, 3, seed=7)
+    for target in ("onnxruntime-cpu", "torch"):
+        loaded = load_engine(engine.folder, target=target)
+        assert relative(loaded(**inputs).sample, forward(plain, inputs)) < CLOSE
+        for sides in ((4, 16), (6, 11)):
+            with pytest.raises(DitqError, match=rf"order .* pictures of 8 x 8 tokens, not of {sides[0]} x {sides[1]}"):
+                loaded(**sized(plain, *sides))
 
 
 def test_an_engine_holds_tiles_from_step_to_step_of_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

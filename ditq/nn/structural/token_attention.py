@@ -72,7 +72,7 @@ class TokenAttention(AnswersAttention, StructuralPart):
     @classmethod
     def install(cls, model: nn.Module, place: str, spec: Mapping[str, Any]) -> None:
         site = place.rpartition(".")[0]
-        part = cls(site, **{**spec, "layout": TokenLayout(**spec["layout"])})
+        part = cls(site, **{**spec, "layout": TokenLayout.from_spec(spec["layout"])})
         attach(model, part)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -83,9 +83,10 @@ class TokenAttention(AnswersAttention, StructuralPart):
             raise ValueError(f"{self.site}: {self.what} is for tokens that attend to each other without a mask")
         scale = self.width**-0.5 if scale is None else scale
         if self.exporting:
-            where = [grid.text, grid.height, grid.width, grid.frames]
+            where = [grid.text, grid.height, grid.width, grid.frames, *(grid.moved or ())]
             common = {"heads": self.heads, "width": self.width, "text": self.text, "usual": self.usual}
-            settings = json.dumps({**self.settings(), **common, "text_first": grid.text_first})
+            order = {} if grid.order is None else {"order": asdict(grid.order)}
+            settings = json.dumps({**self.settings(), **common, "text_first": grid.text_first, **order})
             return torch.ops.ditq.token_attention(
                 query, key, value, where, self.tensors(), self.site, self.kind, settings, scale
             )

@@ -18,14 +18,28 @@ LOWEST = np.float32(np.finfo(np.float32).min)
 @dataclass(frozen=True, eq=False)
 class BlockIndices:
     """As `numerics.window.Blocks`: queries [T, Q], keys [T, K], places [FHW]; `hidden`: float32 [T, Q, K], 0 where a key
-    is seen, else the lowest number; None where all are. `size`: K.
+    is seen, else the lowest number; None where all are. `size`: K, `block`: Q. `in_place`: tokens lie as queries do.
     """
 
+    tokens: Tokens
     queries: ir.Value
     keys: ir.Value
     places: ir.Value
     hidden: ir.Value | None
     size: Size
+    block: int
+    in_place: bool
+
+    def of_queries(self, values: ir.Value) -> ir.Value:
+        """[B, h, FHW, d] -> [B, h, T, Q, d]."""
+        if not self.in_place:
+            return self.tokens.taken(values, self.queries)
+        shape = self.tokens.sizes.shape(0, 0, -1, self.block, self.tokens.width)
+        return self.tokens.writer.op("Reshape", values, shape, name="blocks")
+
+    def placed(self, values: ir.Value) -> ir.Value:
+        """[B, h, T Q, d] -> [B, h, FHW, d]."""
+        return values if self.in_place else self.tokens.taken(values, self.places)
 
 
 def block_indices(tokens: Tokens, window: Window) -> BlockIndices:
@@ -33,34 +47,43 @@ def block_indices(tokens: Tokens, window: Window) -> BlockIndices:
     sizes, writer, known = tokens.sizes, tokens.writer, tokens.known_sides
     extents = (sizes.least(length, side.extent) for side, length in zip(window.sides, tokens.sides, strict=True))
     size = reduce(sizes.times, extents)
-    circle = window.shape == "circle"
+    circle, in_place = (
+        window.shape == "circle",
+        known is not None and blocks(window, *known, order=tokens.order).in_place,
+    )
 
     def value(name: str) -> ir.Value:
         return tokens.shared[(window, name, *tokens.picture)]
 
     if (window, "queries", *tokens.picture) not in tokens.shared:
         if known is not None:
-            found = blocks(window, *known)
+            found = blocks(window, *known, order=tokens.order)
             made = {name: writer.constant(getattr(found, name), name=name) for name in ("queries", "keys", "places")}
             seen = None if found.seen is None else writer.constant(found.seen, name="seen")
         else:
             made = _Varying(sizes, tokens.sides, window).indices()
             seen = made.pop("seen", None)
+            if tokens.order is not None:
+                made |= {name: tokens.placed(made[name]) for name in ("queries", "keys")}
+                made["places"] = tokens.taken(made["places"], tokens.listed(), 0)
         if seen is not None:
             zero, lowest = (writer.constant(number, np.float32, name="number") for number in (0, LOWEST))
             made["hidden"] = writer.op("Where", seen, zero, lowest, name="hidden")
         tokens.shared.update({(window, name, *tokens.picture): found for name, found in made.items()})
     hidden = value("hidden") if circle else None
-    return BlockIndices(value("queries"), value("keys"), value("places"), hidden, size)
+    queries, keys, places = (value(name) for name in ("queries", "keys", "places"))
+    return BlockIndices(tokens, queries, keys, places, hidden, size, window.block, in_place)
 
 
 def patch_indices(tokens: Tokens, patch: int) -> ir.Value:
     """As `numerics.window.patches`: int64 [P, patch^2]."""
     known = tokens.known_sides
     if known is not None:
-        return tokens.writer.constant(patches(patch, *known), name="patches")
+        return tokens.writer.constant(patches(patch, *known, order=tokens.order), name="patches")
     squares = Window("tiles", 1, patch)
-    return tokens.once(("patches", patch), lambda: _Varying(tokens.sizes, tokens.sides, squares).queries())
+    return tokens.once(
+        ("patches", patch), lambda: tokens.placed(_Varying(tokens.sizes, tokens.sides, squares).queries())
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -122,8 +122,11 @@ def _number(tokens: Tokens, number: float) -> ir.Value:
 def _convolved(tokens: Tokens, values: ir.Value, kernels: ir.Value) -> ir.Value:
     """Values [B, h, HW, d] as pictures of h d channels, each with its own kernel."""
     writer, sizes, channels = tokens.writer, tokens.sizes, tokens.heads * tokens.width
+    if tokens.order is not None:
+        values = tokens.taken(values, tokens.places())
     shape = sizes.shape(0, channels, tokens.height, tokens.width_of_picture)
     picture = writer.op("Reshape", tokens.turned(values), shape, name="picture")
     found = writer.op("Conv", picture, kernels, name="convolved", group=channels, pads=[1, 1, 1, 1])
     apart = writer.op("Reshape", found, sizes.shape(0, tokens.heads, tokens.width, -1), name="heads_parted")
-    return tokens.turned(apart)
+    found = tokens.turned(apart)
+    return found if tokens.order is None else tokens.taken(found, tokens.listed())

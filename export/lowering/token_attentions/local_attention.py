@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ditq.export.lowering.token_attentions import lowers
-from ditq.export.lowering.token_attentions.blocks import block_indices
+from ditq.export.lowering.token_attentions.blocks import BlockIndices, block_indices
 from ditq.export.lowering.token_attentions.pooling import pooled
 from ditq.export.lowering.token_attentions.tokens import END, Size, Tokens
 from ditq.nn.structural.local_attention import windows_of
@@ -83,7 +83,7 @@ class BlockwiseKeys:
 class WindowScores:
     """Scores of image queries in the order of blocks, [B, h, T Q, K + G], over the K keys of their window and G that all share.
 
-    `values` [B, h, T, K, d] and `common` [B, h, G, d] are what they weigh, `places` [FHW] where each token is found.
+    `values` [B, h, T, K, d] and `common` [B, h, G, d] are what they weigh, `blocks` tells where each token is found.
     """
 
     tokens: Tokens
@@ -91,9 +91,8 @@ class WindowScores:
     queries: ir.Value
     values: ir.Value
     common: ir.Value | None
-    places: ir.Value
+    blocks: BlockIndices
     size: Size
-    block: int
 
     def attended(self) -> ir.Value:
         """softmax times values, in the order of blocks: [B, h, T Q, d]."""
@@ -103,7 +102,7 @@ class WindowScores:
         """Values summed with weights [B, h, T Q, K + G]."""
         tokens, writer, sizes = self.tokens, self.tokens.writer, self.tokens.sizes
         own = weights if self.common is None else tokens.cut(weights, 0, self.size, axis=3)
-        own = writer.op("Reshape", own, sizes.shape(0, 0, -1, self.block, self.size), name="blocks")
+        own = writer.op("Reshape", own, sizes.shape(0, 0, -1, self.blocks.block, self.size), name="blocks")
         y = writer.op("MatMul", own, self.values, name="attended")
         y = writer.op("Reshape", y, sizes.shape(0, 0, -1, tokens.width), name="flat")
         if self.common is None:
@@ -113,7 +112,7 @@ class WindowScores:
 
     def placed(self, y: ir.Value) -> ir.Value:
         """From the order of blocks to that of tokens: [B, h, FHW, d]."""
-        return self.tokens.writer.op("Gather", y, self.places, name="placed", axis=2)
+        return self.blocks.placed(y)
 
 
 def window_scores(
@@ -125,12 +124,9 @@ def window_scores(
     window: Window,
 ) -> WindowScores:
     """Of scaled image queries over image keys, and over pairs of keys and values [B, h, G, d] that all of them see."""
-    writer, made = tokens.writer, block_indices(tokens, window)
-    queries, keys, values = (
-        writer.op("Gather", found, indices, name="blocks", axis=2)
-        for found, indices in ((query, made.queries), (key, made.keys), (value, made.keys))
-    )
-    return joined_scores(tokens, queries, keys, values, common, made.places, (made.size, window.block), made.hidden)
+    made = block_indices(tokens, window)
+    keys, values = (tokens.taken(found, made.keys) for found in (key, value))
+    return joined_scores(tokens, made.of_queries(query), keys, values, common, made, made.size, made.hidden)
 
 
 def joined_scores(
@@ -139,14 +135,14 @@ def joined_scores(
     keys: ir.Value,
     values: ir.Value,
     common: list[tuple[ir.Value, ir.Value]],
-    places: ir.Value,
-    of_block: tuple[Size, int],
+    blocks: BlockIndices,
+    size: Size,
     hidden: ir.Value | None,
     blockwise: BlockwiseKeys | None = None,
 ) -> WindowScores:
-    """Of scaled queries of blocks [B, h, T, Q, d] over their own keys [B, h, T, K, d] and over common ones; `of_block` is K
-    and Q, and `hidden` is added to scores of own keys. `blockwise`: common ones too, to which blocks add what is theirs."""
-    writer, sizes, (size, block) = tokens.writer, tokens.sizes, of_block
+    """Of scaled queries of blocks [B, h, T, Q, d] over their own keys [B, h, T, K, d] and over common ones; `size` is K,
+    and `hidden` is added to scores of own keys. `blockwise`: common ones too, to which blocks add what is theirs."""
+    writer, sizes, block = tokens.writer, tokens.sizes, blocks.block
     scores = writer.op("MatMul", queries, tokens.turned(keys, 5), name="scores")
     if hidden is not None:
         scores = writer.op("Add", scores, hidden, name="seen")
@@ -162,4 +158,4 @@ def joined_scores(
     shared = [*common, *([] if blockwise is None else [(blockwise.key, blockwise.value)])]
     everywhere = joined_pairs(tokens, shared)[1] if shared else None
     scores = parts[0] if len(parts) == 1 else writer.op("Concat", *parts, name="all_scores", axis=-1)
-    return WindowScores(tokens, scores, flat, values, everywhere, places, size, block)
+    return WindowScores(tokens, scores, flat, values, everywhere, blocks, size)

@@ -24,16 +24,13 @@ HIGHEST = -LOWEST
 def sparse_attention(tokens: Tokens) -> ir.Value:
     """As `numerics.sparse_attention.sparse_attention`."""
     _fix_picture(tokens)
-    writer, sizes, tile = tokens.writer, tokens.sizes, tokens.settings["tile"]
+    sizes, tile = tokens.sizes, tokens.settings["tile"]
     query = tokens.scaled(tokens.query)
     (image_query, text_query), (image_key, text_key) = tokens.parted(query), tokens.parted(tokens.key)
     image_value, text_value = tokens.parted(tokens.value)
     common = [] if text_key is None or text_value is None else [(text_key, text_value)]
     indices = block_indices(tokens, Window("tiles", 1, tile))
-    queries, keys, values = (
-        writer.op("Gather", image, indices.queries, name="tiles", axis=2)
-        for image in (image_query, image_key, image_value)
-    )
+    queries, keys, values = (indices.of_queries(image) for image in (image_query, image_key, image_value))
     rows, columns = (sizes.divided_up(length, tile) for length in (tokens.height, tokens.width_of_picture))
     count = sizes.times(tokens.frames, sizes.times(rows, columns))
     seen = _Given(tokens, tokens.tensors[0]) if tokens.tensors else _chosen(tokens, queries, keys, count)
@@ -43,7 +40,7 @@ def sparse_attention(tokens: Tokens) -> ir.Value:
         hidden = seen.hidden(hidden, size)
     means = _means(tokens, keys, values, seen, count) if tokens.settings.get("means") else None
     keys, values = seen.gathered(keys, size), seen.gathered(values, size)
-    scores = joined_scores(tokens, queries, keys, values, common, indices.places, (size, tile**2), hidden, means)
+    scores = joined_scores(tokens, queries, keys, values, common, indices, size, hidden, means)
     image = scores.placed(scores.attended())
     text = None if text_query is None else tokens.attended(text_query, tokens.key, tokens.value)
     return tokens.joined(image, text)

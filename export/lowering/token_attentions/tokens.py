@@ -6,12 +6,15 @@ import json
 import math
 from collections.abc import Callable
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from ditq.export.lowering.writer import Writer
 from ditq.numerics.local_attention import temperature
+from ditq.numerics.token_layout import TokenLayout
+from ditq.numerics.token_order import TokenOrder
 
 Size = int | ir.Value  # known now, or int64 [1] of the running graph
 ROWS, COLUMNS = "picture/height", "picture/width"  # what the picture's size is called in a graph that is told it
@@ -76,12 +79,16 @@ class Tokens:
         self.heads, self.width = self.settings["heads"], self.settings["width"]
         self.given_scale = node.attributes["scale"].as_float()
         writer.move(node, f"{self.site}/{node.attributes['kind'].as_string()}")
-        given = [value for value in node.inputs if value is not None]
-        self.query, self.key, self.value = given[:3]
-        text, height, width, self.frames = (_size(value) for value in given[3:7])
+        query, key, value, *sides = (value for value in node.inputs[:7] if value is not None)
+        self.query, self.key, self.value = query, key, value
+        text, height, width, self.frames = map(_size, sides)
         self.text: Size = text if self.settings["text"] else 0
         self.height, self.width_of_picture = self._told(ROWS, height), self._told(COLUMNS, width)
-        self.tensors = given[7:]
+        self.order = _order(self.settings)
+        if self.order is not None and self.order.picture is not None:
+            self.height, self.width_of_picture = self.order.picture
+        self.moved = node.inputs[7:9]
+        self.tensors = [value for value in node.inputs[9:] if value is not None]
         self.plain: set[ir.Value] = set()  # products of softmax attention, which bear half precision
 
     def _told(self, name: str, size: Size) -> Size:
@@ -112,6 +119,30 @@ class Tokens:
         if isinstance(frames, int) and isinstance(height, int) and isinstance(width, int):
             return frames, height, width
         return None
+
+    def placed(self, indices: ir.Value) -> ir.Value:
+        """Indices of tokens that are counted row by row, as those of where they lie."""
+        return indices if self.order is None else self.taken(self.places(), indices, 0)
+
+    def listed(self) -> ir.Value:
+        """Which token, counted row by row, lies at each place: int64 [FHW]. Of tokens in another order."""
+        return self._moves(0)
+
+    def places(self) -> ir.Value:
+        """Where each token, counted row by row, lies: int64 [FHW]. Of tokens in another order."""
+        return self._moves(1)
+
+    def _moves(self, which: int) -> ir.Value:
+        known, order, found = self.known_sides, self.order, self.moved[which]
+        if known is None or order is None:
+            assert found is not None
+            return found
+        numbers = (order.listed, order.places)[which](*known)
+        return self.once(("moves", which), lambda: self.writer.constant(numbers, np.int64, name="moves"))
+
+    def taken(self, values: ir.Value, indices: ir.Value, axis: int = 2) -> ir.Value:
+        """values[.., indices, ..]."""
+        return self.writer.op("Gather", values, indices, name="taken", axis=axis)
 
     @property
     def has_text(self) -> bool:
@@ -183,6 +214,10 @@ class Tokens:
         """The last two dimensions in each other's place."""
         order = [*range(rank - 2), rank - 1, rank - 2]
         return self.writer.op("Transpose", values, name="turned", perm=order)
+
+
+def _order(settings: dict[str, Any]) -> TokenOrder | None:
+    return TokenLayout.from_spec({"order": settings.get("order")}).order
 
 
 def _told(size: Size) -> object:

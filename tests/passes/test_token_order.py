@@ -1,0 +1,149 @@
+"""token_order leaves what a model computes as it was, whatever its attentions are and whatever passes come behind it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from ditq.errors import DitqError
+from ditq.nn import describe, rebuild
+from ditq.nn.structural.compressed_keys import CompressedKeys
+from ditq.nn.structural.linear_attention import LinearAttention
+from ditq.nn.structural.local_attention import LocalAttention
+from ditq.nn.structural.ordered_tokens import order_as, ordered_tokens
+from ditq.nn.structural.sparse_attention import SparseAttention
+from ditq.nn.structural.token_attention import TokenAttention, token_attentions
+from ditq.numerics.token_order import KINDS, Kind
+from ditq.numerics.window import Window
+from ditq.passes import Context
+from ditq.passes.local_attention import LocalAttentionPass
+from ditq.passes.token_order import TokenOrderPass
+from ditq.recipe import Recipe
+from tests.families_small import FAMILIES, forward, small_graph, small_inputs, small_model
+from tests.nn.test_token_attention import mixed, sized
+from tests.passes.test_local_attention import run
+
+ORDERED = (*FAMILIES, "wan", "chroma")
+CLOSE = 1e-5  # sums of float32 over the same keys in another order
+PARTS: list[tuple[type[TokenAttention], dict[str, Any]]] = [
+    (LocalAttention, {"window": Window("tiles", 3, 2), "pool": 2}),
+    (LinearAttention, {"features": "relu", "window": Window("circle", 3, 2)}),
+    (CompressedKeys, {"factor": 2}),
+    (SparseAttention, {"tile": 2, "keep": 3, "means": True}),
+]
+
+
+def pictures(family: str, order: str) -> list[dict[str, Any]]:
+    """Inputs of several sizes, where the order is for any."""
+    model = small_model(family)
+    other = (5, 5) if family == "dit" else (3, 5)
+    several = order == "windows" and family != "chroma"  # which masks tokens, by their number
+    return [small_inputs(model, seed=3), *([sized(model, *other)] if several else [])]
+
+
+def far(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("order", KINDS)
+@pytest.mark.parametrize("family", ORDERED)
+def test_the_model_computes_what_it_did(family: str, order: Kind) -> None:
+    graph, plain = small_graph(family), small_model(family)
+    before = [(name, group.feed is not None) for name, group in graph.groups.items()]
+    report = TokenOrderPass(order=order, tile=2).run(graph, Context())
+    assert report.summary["order"].startswith("windows of 2" if order == "windows" else "a Hilbert")
+    assert [(name, group.feed is not None) for name, group in graph.groups.items()] == before
+    for inputs in pictures(family, order):
+        assert far(forward(graph.model, inputs), forward(plain, inputs)) < CLOSE
+
+
+@pytest.mark.parametrize("order", KINDS)
+@pytest.mark.parametrize("parts", [PARTS[:2], PARTS[2:]], ids=["windows", "tiles"])
+@pytest.mark.parametrize("family", ["flux", "sd3", "wan"])
+def test_parts_compute_what_they_did(family: str, parts: list[Any], order: Kind) -> None:
+    if family == "wan":  # which have no form for videos
+        parts = [(kind, settings) for kind, settings in parts if kind in (LocalAttention, CompressedKeys)]
+    model = mixed(small_graph(family), parts)
+    plain, graph = copy.deepcopy(model), small_graph(family)
+    graph.model = model
+    TokenOrderPass(order=order, tile=2).run(graph, Context())
+    assert all(part.layout.order is not None for part in token_attentions(model).values())
+    for inputs in pictures(family, order):
+        assert far(forward(model, inputs), forward(plain, inputs)) < CLOSE
+
+
+def test_tokens_do_lie_in_that_order_between_the_blocks() -> None:
+    graph, plain = small_graph("sd3"), small_model("sd3")
+    TokenOrderPass(tile=2).run(graph, Context())
+    seen: list[torch.Tensor] = []
+    for model in (plain, graph.model):
+        block = model.get_submodule("transformer_blocks.1")
+        block.register_forward_hook(lambda module, given, output: seen.append(output[1]))
+        forward(model, small_inputs(plain, seed=3))
+    order = ordered_tokens(graph.model)
+    assert order is not None and order.layout.order is not None
+    listed = torch.from_numpy(order.layout.order.listed(1, 8, 8))
+    assert far(seen[1], seen[0][:, listed]) < CLOSE < 0.1 < far(seen[1], seen[0])
+    order_as(plain, graph.model)
+    forward(plain, small_inputs(plain, seed=3))
+    assert far(seen[2], seen[1]) < CLOSE
+
+
+@pytest.mark.parametrize("family", ["flux", "pixart", "wan"])
+def test_a_rebuilt_model_and_a_copy_give_the_same(family: str) -> None:
+    graph = small_graph(family)
+    TokenOrderPass(tile=2).run(graph, Context())
+    model, inputs = graph.model, pictures(family, "windows")
+    expected = [forward(model, given) for given in inputs]
+    for name in ordered_tokens(model).spec()["entry"], ordered_tokens(model).spec()["exit"]:  # type: ignore[union-attr]
+        model.set_submodule(name, copy.deepcopy(model.get_submodule(name)))  # as passes do that come later
+    again = small_model(family)
+    rebuild(again, json.loads(json.dumps(describe(model))), model.state_dict())
+    for other in (model, copy.deepcopy(model), again):
+        for given, wanted in zip(inputs, expected, strict=True):
+            assert torch.equal(forward(other, given), wanted)
+
+
+def test_conversions_behind_it_are_measured_and_learned_in_that_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = []
+    for ordered in (False, True):
+        graph = small_graph("flux")
+        if ordered:
+            TokenOrderPass(tile=2).run(graph, Context())
+        report = run(LocalAttentionPass(tile=2, window=3), graph, monkeypatch)
+        errors.append([row["output error"] for row in report.rows])
+        assert all((part.layout.order is not None) == ordered for part in token_attentions(graph.model).values())
+    assert errors[1] == pytest.approx(errors[0], rel=1e-4)
+
+
+def test_what_does_not_fit_is_one_line() -> None:
+    with pytest.raises(DitqError, match=r"tile must be at least 1"):
+        TokenOrderPass(tile=0).check()
+    for family, what in (("sana", "is not known; give its family a layout"), ("flux2", "give its family a layout")):
+        with pytest.raises(DitqError, match=what) as caught:
+            TokenOrderPass().preview(small_graph(family))
+        assert "\n" not in str(caught.value)
+    graph = small_graph("pixart")
+    TokenOrderPass().run(graph, Context())
+    with pytest.raises(DitqError, match="in an order already"):
+        TokenOrderPass().preview(graph)
+    block = small_graph("pixart")
+    block.model.get_submodule("transformer_blocks.0").add_module("mixing", torch.nn.Conv2d(1, 1, 3))
+    with pytest.raises(DitqError, match=r"transformer_blocks.0 .* has a convolution"):
+        TokenOrderPass().preview(block)
+
+
+def test_a_recipe_may_hold_it_and_leaves_the_graph_as_it_was() -> None:
+    graph = small_graph("flux")
+    steps = [
+        {"token_order": {"tile": 2}},
+        {"local_attention": {"tile": 2, "window": 3}},
+        {"quantize": {"format": "w4a8"}},
+    ]
+    plan = Recipe.from_dict({"name": "ordered", "passes": steps}, "test").preview(graph)
+    assert any("local attention" in what for found in plan.values() for what in found)
+    assert ordered_tokens(graph.model) is None
