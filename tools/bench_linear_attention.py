@@ -15,6 +15,7 @@ import multiprocessing
 import resource
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.nn.structural.token_attention import TokenAttention
 from ditq.numerics.sparse_attention import number_of_tiles
 from ditq.numerics.token_layout import Grid, TokenLayout
+from ditq.numerics.token_order import KINDS, Kind, TokenOrder
 from ditq.numerics.window import Window
 from ditq.report.plots import STYLE
 from tools.measure_recipes import table
@@ -100,14 +102,16 @@ def onnx_model(part: TokenAttention | None, shape: list[int], grid: Grid) -> ir.
                 ir.Value(name=f"constant{number}", const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=kind)
             )
         common = {"heads": part.heads, "width": part.width, "text": False, "usual": 0, "text_first": True}
-        settings = json.dumps({**part.settings(), **common})
+        order = {} if grid.order is None else {"order": asdict(grid.order)}
+        settings = json.dumps({**part.settings(), **common, **order})
         attributes: Mapping[str, Any] = {
             "site": "attention",
             "kind": part.kind,
             "settings": settings,
             "scale": part.width**-0.5,
         }
-        node = ir.node(TOKEN_ATTENTION, [*given, *constants], attributes, domain=DOMAIN)
+        moved = [None, None]  # where tokens lie, which is known here of the order
+        node = ir.node(TOKEN_ATTENTION, [*given, *constants[:4], *moved, *constants[4:]], attributes, domain=DOMAIN)
     y = node.outputs[0]
     y.name, y.type, y.shape = "y", floats, ir.Shape(shape)
     opsets = {"": OPSET, DOMAIN: 1, "com.microsoft": 1}
@@ -197,6 +201,7 @@ def draw(found: Mapping[tuple[str, int, str], Mapping[int, float]], path: Path) 
 @click.option(
     "--frames", default=1, show_default=True, help="Above 1, of windows in videos, whose tokens are counted so."
 )
+@click.option("--order", type=click.Choice(KINDS), help="Of the tokens, windows of 8 x 8; by default row by row.")
 @click.option("--dense-up-to", default=16384, show_default=True, help="Tokens beyond which softmax is left out.")
 @click.option("--runs", default=5, show_default=True)
 @click.option("--only", multiple=True, type=click.Choice(list(FORMS)), help="Not all attentions, but these.")
@@ -206,6 +211,7 @@ def main(
     widths: str,
     tokens: str,
     frames: int,
+    order: Kind | None,
     dense_up_to: int,
     runs: int,
     only: tuple[str, ...],
@@ -225,7 +231,7 @@ def main(
                     if form == DENSE and size > dense_up_to:
                         cells.append("-")
                         continue
-                    grid = Grid(0, sides[size], sides[size], frames=frames)
+                    grid = Grid(0, sides[size], sides[size], frames=frames, order=TokenOrder(order) if order else None)
                     times[size], megabytes = measured(engine, forms[form], grid, heads, width, runs)
                     cells.append(f"{times[size]:.2f} ms, {megabytes:.0f} MB")
                 dense = found.get(("onnxruntime", width, DENSE), {}) if engine == "onnxruntime" else {}

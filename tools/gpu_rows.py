@@ -6,7 +6,7 @@ import gc
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from ditq.numerics.attention_rounding import FLOAT8 as E4M3
 from ditq.numerics.attention_rounding import PARTS, AttentionFormat
 from ditq.numerics.carrier import FLOAT8
 from ditq.numerics.token_layout import TokenLayout
+from ditq.numerics.token_order import TokenOrder
 from ditq.numerics.window import Window
 from tools.gpu_formats import FORMATS, Float8Linear, Format, Int8Linear, quantize, with_linears
 from tools.gpu_models import Attention, Denoiser, Shape, inputs_of, multiply_adds
@@ -38,9 +39,11 @@ BASE = "bf16 compiled"  # what the others' speed is measured by
 KINDS = ("products", "attention", "quantization", "decode", "rest")
 ATTENTIONS: dict[str, tuple[type[LocalAttention] | type[LinearAttention], dict[str, Any]]] = {
     "window 8": (LocalAttention, {"window": Window("circle", 8, 8)}),
+    "window 8 in order": (LocalAttention, {"window": Window("circle", 8, 8)}),
     "window 16": (LocalAttention, {"window": Window("circle", 16, 8)}),
     "linear attention": (LinearAttention, {"features": "softmax"}),
 }
+IN_ORDER = " in order"  # of tokens tile by tile in the whole model
 AND_ATTENTION = "and FP8 attention"
 
 
@@ -112,7 +115,7 @@ def variants(shape: Shape, device: torch.device, inner: Compiler, mode: str) -> 
                 put_attention(model, attention)
             fast = to_gpu(quantize(model, form, device), device, capability)
             for answer in answers_of(fast).values():
-                answer.part.grid = shape.grid
+                answer.part.grid = replace(shape.grid, order=answer.part.layout.order)
             return captured(compiled(fast, inner))
 
         return make
@@ -144,12 +147,10 @@ def variants(shape: Shape, device: torch.device, inner: Compiler, mode: str) -> 
 def put_attention(model: Denoiser, name: str) -> None:
     """One of ATTENTIONS in the place of each attention of the model."""
     kind, settings = ATTENTIONS[name]
-    shape = model.shape
+    shape, layout = model.shape, TokenLayout(order=TokenOrder("windows") if name.endswith(IN_ORDER) else None)
     for site, module in list(model.named_modules()):
         if isinstance(module, Attention):
-            attach(
-                model, kind(site, TokenLayout(), shape.heads, shape.width // shape.heads, shape.text > 0, 0, **settings)
-            )
+            attach(model, kind(site, layout, shape.heads, shape.width // shape.heads, shape.text > 0, 0, **settings))
 
 
 def round_attention(model: Denoiser, device: torch.device) -> None:

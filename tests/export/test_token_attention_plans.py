@@ -26,6 +26,8 @@ from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.nn.structural.token_attention import TokenAttention
 from ditq.numerics.window import Window
+from ditq.passes import Context
+from ditq.passes.token_order import TokenOrderPass
 from tests.export.quantized import engine_of, quantize_blocks, relative, shallow_model
 from tests.export.test_plans import sizes_for
 from tests.families_small import forward, small_inputs
@@ -40,6 +42,13 @@ Part = tuple[type[TokenAttention], dict[str, Any]]
 
 def with_parts(model: Any, *parts: Part) -> Any:
     return mixed(DiTGraph(model, small_inputs(model)), list(parts), usual=40)
+
+
+def in_order(model: Any) -> Any:
+    """The same with its tokens tile by tile."""
+    graph = DiTGraph(model, small_inputs(model))
+    TokenOrderPass(tile=2).run(graph, Context())
+    return graph.model
 
 
 @pytest.mark.parametrize(("family", "blocks", "parts"), [
@@ -57,7 +66,8 @@ def with_parts(model: Any, *parts: Part) -> Any:
 def test_a_plan_multiplies_windows_in_half_and_sums_over_tokens_in_float(
     family: str, blocks: dict[str, int], parts: list[Part], tmp_path: Path
 ) -> None:
-    model = quantize_blocks(with_parts(shallow_model(family, **blocks), *parts))
+    model = with_parts(shallow_model(family, **blocks), *parts)
+    model = quantize_blocks(model if family == "pixart" else in_order(model))
     engine = engine_of(model, tmp_path / "engine", target_name="tensorrt")
     sizes = "batch=1:2:3,text_tokens=8:16:32,picture=8x8" if family == "flux" else sizes_for(engine)
     engine, made = make_plans(engine, ("sm89" if family == "flux" else "sm120",), sizes)

@@ -20,7 +20,7 @@ def test_the_whole_tool_runs_and_every_variant_gives_the_models_output(capsys: p
     small = ["--device", "cpu", "--small", "--rounds", "1"]
     main([*small, "--shapes", "dit-xl-block", "--only", "compiled,=ditq w4a8 FP8 and FP8 attention,=ditq w4a16"])
     main([*small, "--shapes", "flux-experts", "--only", "=ditq w4a8 FP8", "--no-products"])
-    main([*small, "--shapes", "flux-4096", "--only", "window 8", "--no-products"])
+    main([*small, "--shapes", "flux-4096", "--only", "window 8 in order", "--no-products"])
     out = capsys.readouterr().out
     failed = [line for line in out.splitlines() if line.startswith("#") and "Error" in line]
     assert not failed, failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,7 +29,10 @@ from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.nn.structural.token_attention import TokenAttention, token_attentions
 from ditq.numerics.token_layout import Grid
+from ditq.numerics.token_order import TokenOrder
 from ditq.numerics.window import Window
+from ditq.passes import Context
+from ditq.passes.token_order import TokenOrderPass
 from tests.export.quantized import relative
 from tests.export.test_token_attentions import HEADS, WIDTH, part_of
 from tests.families_small import forward, small_graph, small_inputs
@@ -58,8 +62,10 @@ def test_windows_by_blocks_compute_what_they_mean(
         part = part_of(LocalAttention, found.text > 0, window=window, pool=pool)
         generator = torch.Generator().manual_seed(1)
         given = [torch.randn(2, HEADS, found.text + found.image, WIDTH, generator=generator) for _ in range(3)]
-        expected = part.attention(*given, found, 0.3)
-        assert relative(KINDS[LocalAttention](part)(*given, found, 0.3), expected) < 1e-5
+        for order in (None, TokenOrder("windows", 8), TokenOrder("hilbert")):
+            ordered = replace(found, order=order)
+            expected = part.attention(*given, ordered, 0.3)
+            assert relative(KINDS[LocalAttention](part)(*given, ordered, 0.3), expected) < 1e-5
 
 
 OTHERS: list[tuple[type[TokenAttention], dict[str, Any]]] = [
@@ -93,6 +99,19 @@ def test_blocks_that_see_nothing_of_each_other_are_skipped() -> None:
     mask = laid_out(Window("circle", 8, 4), 0, Grid(0, 64, 64), CPU).mask
     seen = (mask.kv_num_blocks + (0 if mask.full_kv_num_blocks is None else mask.full_kv_num_blocks)).flatten()
     assert len(seen) == 32 and int(seen.max()) == 9 and int(seen.min()) == 4
+
+
+@pytest.mark.parametrize("order", [TokenOrder("windows", 8), TokenOrder("hilbert")], ids=str)
+def test_tokens_of_a_model_that_lie_in_such_an_order_stay_where_they_are(order: TokenOrder) -> None:
+    """Then as many blocks are left, up to those of a curve that lie the other way."""
+    window, grid = Window("circle", 8, 4), Grid(0, 64, 64)
+    counts = []
+    for found in (grid, replace(grid, order=order)):
+        laid = laid_out(window, 0, found, CPU)
+        assert (laid.order is None and laid.places is None) == (found.order is not None)
+        full = laid.mask.full_kv_num_blocks
+        counts.append(int(laid.mask.kv_num_blocks.sum()) + (0 if full is None else int(full.sum())))
+    assert counts[1] <= counts[0] * (1.0 if order.kind == "windows" else 1.2)
 
 
 @pytest.mark.parametrize("pool", [0, 3])
@@ -150,7 +169,10 @@ SIDES = {"flux": [(3, 8), (8, 3)], "dit": [(5, 5)]}  # DiT takes square pictures
 def test_blocks_with_such_attentions_are_traced_once_for_pictures_of_every_form(
     family: str, kind: type[TokenAttention], settings: dict[str, Any]
 ) -> None:
-    model = converted(small_graph(family), kind, **settings)
+    graph = small_graph(family)
+    model = converted(graph, kind, **settings)
+    if family in ("flux", "wan"):  # which tell where tokens lie by positions, and by the latents' shape
+        TokenOrderPass(tile=2).run(graph, Context())
     parts = len(token_attentions(model))
     pictures = [sized(model, *side) for side in SIDES.get(family, [(3, 8)])]
     expected = [forward(model, inputs) for inputs in pictures]

@@ -34,6 +34,8 @@ from ditq.nn.structural.token_attention import token_attentions  # noqa: E402
 from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation  # noqa: E402
 from ditq.numerics.token_layout import Grid, TokenLayout  # noqa: E402
 from ditq.numerics.window import Window  # noqa: E402
+from ditq.passes import Context  # noqa: E402
+from ditq.passes.token_order import TokenOrderPass  # noqa: E402
 
 FLOAT = ActivationFormat()
 
@@ -145,11 +147,16 @@ def _typical(found: torch.Tensor, meant: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("settings", [{"window": Window("circle", 2, 2)}, {"window": Window("tiles", 1, 2), "pool": 2}])
 @pytest.mark.parametrize("kind", [LocalAttention, LinearAttention])
-def test_windows_and_linear_attention_compute_their_meaning(kind: Any, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("ordered", [False, True], ids=["row by row", "tile by tile"])
+def test_windows_and_linear_attention_compute_their_meaning(ordered: bool, kind: Any, settings: dict[str, Any]) -> None:
     """Two pictures of the same number of tokens and other sides: recorded for each, one after the other, and again."""
     if kind is LinearAttention:
         settings = {"features": "softmax", "window": None if "pool" in settings else settings["window"]}
-    model = quantize_blocks(converted(small_graph("flux"), kind, **settings))
+    graph = small_graph("flux")
+    converted(graph, kind, **settings)
+    if ordered:
+        TokenOrderPass(tile=2).run(graph, Context())
+    model = quantize_blocks(graph.model)
     pictures = [sized(model, *sides) for sides in ((3, 8), (8, 3))]
     expected = [forward(model, inputs) for inputs in pictures]
     fast = to_gpu(model, torch.device("cuda"))
