@@ -105,9 +105,7 @@ class Recipe:
                 first = " or ".join(name for name, known in passes().items() if known.structural and not known.trains)
                 raise DitqError(f"{where}: pass {step.name!r} trains what another changed; put {first} before it")
             if step.structural and (before := next((e.name for e in made[:number] if not e.structural), None)):
-                raise DitqError(
-                    f"{where}: pass {step.name!r} changes what the model computes; put it before {before!r}"
-                )
+                raise DitqError(f"{where}: pass {step.name!r} is structural; put it before {before!r}")
         name, description = str(values.get("name", Path(where).stem)), str(values.get("description", ""))
         budget = _budget(values, where)
         found = cls(name, description, made, budget)

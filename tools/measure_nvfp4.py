@@ -50,7 +50,7 @@ VARIANTS: dict[str, list[Any]] = {
 @click.option("--seed", default=1000, show_default=True)
 @click.option("--only", default="", help="Only variants whose name holds this.")
 def main(checkpoint: str, stats: Path, limit: int, seed: int, only: str) -> None:
-    """Print the table of docs/results.md for CHECKPOINT."""
+    """Print the table of docs/results/quantization.md for CHECKPOINT."""
     opened = Checkpoint.open(checkpoint)
     statistics, bench = Statistics.open(stats, opened.fingerprint()), Bench(opened, limit, seed)
     shipped: list[Pass | Any] = [{step.name: step.settings()} for step in load_recipe("w4a4").passes]

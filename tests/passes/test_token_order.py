@@ -15,11 +15,13 @@ from ditq.nn.structural.compressed_keys import CompressedKeys
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.ordered_tokens import order_as, ordered_tokens
+from ditq.nn.structural.scheduled_block import ScheduledBlock
 from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.nn.structural.token_attention import TokenAttention, token_attentions
 from ditq.numerics.token_order import KINDS, Kind
 from ditq.numerics.window import Window
 from ditq.passes import Context
+from ditq.passes.block_groups import grouped
 from ditq.passes.local_attention import LocalAttentionPass
 from ditq.passes.token_order import TokenOrderPass
 from ditq.recipe import Recipe
@@ -106,6 +108,30 @@ def test_a_rebuilt_model_and_a_copy_give_the_same(family: str) -> None:
     for other in (model, copy.deepcopy(model), again):
         for given, wanted in zip(inputs, expected, strict=True):
             assert torch.equal(forward(other, given), wanted)
+
+
+@pytest.mark.parametrize("family", ["pixart", "sd3"])
+def test_blocks_that_passes_put_around_the_first_one_leave_the_order_as_it_is(family: str) -> None:
+    models = []
+    for ordered in (False, True):
+        for runs in (True, False):
+            graph = small_graph(family)
+            if ordered:
+                TokenOrderPass(tile=2).run(graph, Context())
+                forward(graph.model, small_inputs(graph.model))  # so that the block that was first is watched too
+            found = grouped(graph, ["transformer_blocks"], 1, 1, "test")[0]
+            assert found.blocks[0] == "transformer_blocks.0"
+            carried = found.carried
+            spec = {
+                "runs": [runs], "edges": [], "arguments": list(carried.arguments), "carried": list(carried.names),
+                "widths": list(carried.widths), "bare": carried.bare, "compared": False,
+            }  # fmt: skip
+            ScheduledBlock.install(graph.model, found.blocks[0], spec)
+            models.append(graph.model)
+    plain, ordered_models, inputs = models[:2], models[2:], small_inputs(models[0], seed=3)
+    for found_model, meant in zip(ordered_models, plain, strict=True):
+        assert far(forward(found_model, inputs), forward(meant, inputs)) < CLOSE
+    assert far(forward(plain[0], inputs), forward(plain[1], inputs)) > 1e-3
 
 
 def test_conversions_behind_it_are_measured_and_learned_in_that_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,9 +40,9 @@ class OrderedTokens(StructuralPart):
         self.layout, self.entry, self.exit = layout, entry, exit
         self.exporting = False
         self.told: Grid | None = None  # by whoever knows the grid of the next calls, and may not read it off them
-        self._moves: tuple[Tensor, Tensor] | None = (
-            None  # of the call that runs: which token comes to a place, and back
-        )
+        # Of the call that runs: which token comes to a place, and back; what is still to be moved.
+        self._moves: tuple[Tensor, Tensor] | None = None
+        self._left: set[str] = set()
 
     def spec(self) -> dict[str, Any]:
         return {"layout": asdict(self.layout), "entry": self.entry, "exit": self.exit}
@@ -62,7 +62,7 @@ class OrderedTokens(StructuralPart):
         """Before the model."""
         bound = signature(model.forward).bind(*arguments, **keywords)
         given = bound.arguments
-        self._moves = self._moves_of(given)
+        self._moves, self._left = self._moves_of(given), {"enter", "turn", "leave"}
         if self.layout.positions is None:
             self._watch(model)
             return None
@@ -81,7 +81,9 @@ class OrderedTokens(StructuralPart):
         return on(latents, order.listed(*grid.sides)), on(latents, order.places(*grid.sides))
 
     def _watch(self, model: nn.Module) -> None:
-        """Put hooks on modules that have none yet: passes behind this one put others into their places."""
+        """Put hooks on modules that have none yet: passes behind this one put others into their places, or around them, so
+        that there may be two, of which one has something to do.
+        """
         rotary = self.layout.rotary
         first, last = model.get_submodule(self.entry), model.get_submodule(self.exit)
         if self.enter not in first._forward_pre_hooks.values():
@@ -93,18 +95,21 @@ class OrderedTokens(StructuralPart):
 
     def enter(self, block: nn.Module, arguments: Sequence[Any], keywords: Mapping[str, Any]) -> Any:
         """Before the first block."""
+        if not self._is_due("enter"):
+            return None
         if TOKENS in keywords:
             return tuple(arguments), {**keywords, TOKENS: self._moved(keywords[TOKENS], 0)}
         return (self._moved(arguments[0], 0), *arguments[1:]), keywords
 
     def leave(self, linear: nn.Module, arguments: Any, output: Tensor) -> Tensor:
         """Behind the last linear."""
-        return self._moved(output, 1)
+        return self._moved(output, 1) if self._is_due("leave") else output
 
     def turn(self, module: nn.Module, arguments: Any, output: Any) -> Any:
         """Behind what makes rotary embeddings: tensors with tokens in the first dimension, or in the second behind one of 1."""
-        if self._moves is None:
+        if not self._is_due("turn"):
             return output
+        assert self._moves is not None
         listed = self._moves[0]
         return tree_map_only(Tensor, lambda made: torch.index_select(made, int(made.shape[0] == 1), listed), output)
 
@@ -112,13 +117,18 @@ class OrderedTokens(StructuralPart):
         """Behind the model."""
         if self.layout.positions is not None and output is not None:  # as it is behind what failed
             output = tree_map_only(Tensor, lambda answer: self._moved(answer, 1), output)
-        self._moves = None
+        self._moves, self._left = None, set()
         return output
 
+    def _is_due(self, what: str) -> bool:
+        """Whether that is to be done now: once in a call of the model, never where a module is called without it."""
+        due = what in self._left
+        self._left.discard(what)
+        return due
+
     def _moved(self, tokens: Tensor, way: int) -> Tensor:
-        """[B, N, d] there (0) or back (1); as they are where a module is called without the model, or is a copy's."""
-        if self._moves is None:
-            return tokens
+        """[B, N, d] there (0) or back (1)."""
+        assert self._moves is not None
         return torch.index_select(tokens, -2, self._moves[way])
 
 
