@@ -134,6 +134,23 @@ def test_blocks_that_passes_put_around_the_first_one_leave_the_order_as_it_is(fa
     assert far(forward(plain[0], inputs), forward(plain[1], inputs)) > 1e-3
 
 
+def test_modules_that_are_called_alone_move_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after a call of the model, nor after one that failed on its way."""
+    graph, plain = small_graph("sd3"), small_model("sd3")
+    TokenOrderPass(tile=2).run(graph, Context())
+    inputs, tokens = small_inputs(plain, seed=3), torch.randn(2, 64, 64)
+    for failing in (False, True):
+        with monkeypatch.context() as patched:
+            if failing:
+                patched.setattr(graph.model.get_submodule("norm_out"), "forward", lambda *_: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    forward(graph.model, inputs)
+            else:
+                forward(graph.model, inputs)
+        assert torch.equal(graph.model.get_submodule("proj_out")(tokens), plain.get_submodule("proj_out")(tokens))
+    assert far(forward(graph.model, inputs), forward(plain, inputs)) < CLOSE
+
+
 def test_conversions_behind_it_are_measured_and_learned_in_that_order(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = []
     for ordered in (False, True):
