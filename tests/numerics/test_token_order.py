@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ditq.numerics.token_order import KINDS, TokenOrder
+from ditq.numerics.window import Window, blocks
 
 SIDES = [(1, 8, 8), (2, 7, 9), (1, 3, 20), (3, 16, 12), (1, 1, 5), (2, 1, 1)]
 ORDERS = [TokenOrder("windows", tile) for tile in (1, 2, 3, 8)] + [TokenOrder("hilbert")]
@@ -31,6 +32,13 @@ def test_a_square_of_a_power_of_two_is_in_one_piece(order: TokenOrder) -> None:
     rows, columns = np.divmod(order.listed(1, 8, 16), 16)
     tiles = (rows // 4 * 4 + columns // 4).reshape(-1, 16)
     assert (tiles == tiles[:, :1]).all() and len(np.unique(tiles)) == 8
+
+
+def test_blocks_lie_in_place_where_each_of_their_queries_does_once() -> None:
+    tile, order = Window("tiles", 1, 2), TokenOrder("windows", 2)
+    assert blocks(tile, 4, 6, order=order).in_place and blocks(tile, 4, 2).in_place
+    assert not blocks(tile, 4, 6).in_place and not blocks(tile, 4, 6, order=TokenOrder("windows", 4)).in_place
+    assert not blocks(tile, 3, 2).in_place  # whose last row stands twice
 
 
 def test_windows_go_row_by_row_with_smaller_tiles_at_the_edge() -> None:
