@@ -40,7 +40,6 @@ from ditq.devices import AUTO, device_of, dtype_on, place_pipeline
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
-from ditq.nn.structural.ordered_tokens import order_as
 from ditq.parts import LinearModulation
 from ditq.progress import ProgressSetting, progress_bar
 from ditq.quiet import quiet_libraries
@@ -319,7 +318,6 @@ def _measure_layers(
     if not quantized_sites(quantized):
         evaluation.notes.append("no layer was measured: the engine's torch form holds no quantized linear")
         return
-    order_as(original, quantized)
     recorded = {name: value for name, value in calls[0].items() if name != "return_dict"}
     graph = DiTGraph(original, recorded if checkpoint.family is None else example_inputs(checkpoint))
     evaluation.sites = per_layer_sqnr(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ditq.nn.call_timestep import ARGUMENT, tell_timestep
 from ditq.nn.quant_linear import QuantLinear
+from ditq.nn.structural.ordered_tokens import order_as
 from ditq.progress import ProgressSetting, progress_bar
 from ditq.report.alignment import Alignment
 from ditq.report.evaluation import Histogram, SiteHistograms, SiteResult
@@ -90,7 +91,8 @@ def per_layer_sqnr(
 ) -> list[SiteResult]:
     """Signal-to-quantization-noise ratio of every site's output, 10 log10(sum ||y||^2 / sum ||y - y'||^2), in dB.
 
-    Both models run on the same calls (keyword arguments of their forward) and the outputs of equal sites are compared,
+    Both models run on the same calls (keyword arguments of their forward), with their tokens in one order, that of
+    `quantized`, which the original has from then on; the outputs of equal sites are compared,
     so a site's number holds the error of its input as well. Besides, each layer alone is fed the original's input;
     that number is given only where it is no worse, since a layer whose input basis was changed upstream by a folded
     scale or rotation gives nonsense on the original's input.
@@ -101,6 +103,7 @@ def per_layer_sqnr(
         alignments: a fresh one for each site whose output a pass may have written in another basis. Where the outputs
             agree 3 dB better after it, what is left then is reported, marked `aligned`.
     """
+    order_as(original, quantized)
     pairs = _paired(original, quantized, sites)
     energies = {name: _Energies((alignments or {}).get(name)) for name in pairs}
 

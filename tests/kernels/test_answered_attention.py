@@ -26,6 +26,7 @@ from ditq.nn.structural.compressed_keys import CompressedKeys
 from ditq.nn.structural.held_tiles import HeldTiles
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
+from ditq.nn.structural.ordered_tokens import ordered_tokens
 from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.nn.structural.token_attention import TokenAttention, token_attentions
 from ditq.numerics.token_layout import Grid
@@ -183,6 +184,9 @@ def test_blocks_with_such_attentions_are_traced_once_for_pictures_of_every_form(
     told = set()
     for inputs, meant in zip(pictures, expected, strict=True):
         told.add(tell_grids(fast, inputs))
+        ordered = ordered_tokens(fast)
+        assert (ordered is not None) == (family in ("flux", "wan"))
+        assert ordered is None or ordered.told in tell_grids(fast, inputs)
         wanted = {name: as_wanted(name, v) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
         assert relative(forward(call, wanted).float(), meant) < 0.05  # bfloat16 everywhere but in the parts
     assert len(told) == len(pictures)
