@@ -22,6 +22,7 @@ from ditq.export.engine_files import check_external_data, check_files
 from ditq.export.targets import PlannedMatMul
 from ditq.export.weights_file import WEIGHTS
 from ditq.numerics.timestep_bins import bins_of
+from ditq.numerics.token_layout import TokenLayout
 
 MANIFEST = "engine.json"
 GRAPH = "model.onnx"
@@ -190,7 +191,21 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise DitqError(f"{path}: damaged (no valid '{bad}'); compile the engine again")
     if manifest.get("schedule") is not None and not _is_schedule(manifest["schedule"]):
         raise DitqError(f"{path}: damaged (no valid 'schedule'); compile the engine again")
+    if not all(_tells_layout(part["spec"]) for part in manifest["structure"].get("structural", [])):
+        raise DitqError(f"{path}: damaged (no valid 'layout'); compile the engine again")
     return manifest
+
+
+def _tells_layout(spec: Any) -> bool:
+    """Whether what a part knows of the picture's place among the tokens, if it is told at all, can be read."""
+    if not isinstance(spec, dict):
+        return False
+    try:
+        if "layout" in spec:
+            TokenLayout.from_spec(spec["layout"])
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return True
 
 
 def _is_schedule(found: Any) -> bool:

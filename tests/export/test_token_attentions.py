@@ -323,6 +323,15 @@ def test_an_engine_along_a_curve_is_for_pictures_of_one_size(tmp_path: Path) -> 
         for sides in ((4, 16), (6, 11)):
             with pytest.raises(DitqError, match=rf"order .* pictures of 8 x 8 tokens, not of {sides[0]} x {sides[1]}"):
                 loaded(**sized(plain, *sides))
+    manifest = json.loads((engine.folder / "engine.json").read_text())
+    damages: list[dict[str, Any]] = [{"kind": "zigzag"}, {"tile": "x"}, {"more": 1}, {"picture": 3}]
+    for damage in damages:
+        damaged = copy.deepcopy(manifest)
+        part = next(part for part in damaged["structure"]["structural"] if part["kind"] == "token_order")
+        part["spec"]["layout"]["order"] |= damage
+        (engine.folder / "engine.json").write_text(json.dumps(damaged))
+        with pytest.raises(DitqError, match=r"damaged \(no valid 'layout'\); compile the engine again"):
+            load_engine(engine.folder)
 
 
 def test_an_engine_holds_tiles_from_step_to_step_of_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
