@@ -198,10 +198,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _tells_layout(spec: Any) -> bool:
     """Whether what a part knows of the picture's place among the tokens, if it is told at all, can be read."""
-    if not isinstance(spec, dict):
-        return False
     try:
-        if "layout" in spec:
+        if isinstance(spec, dict) and "layout" in spec:
             TokenLayout.from_spec(spec["layout"])
     except (AttributeError, TypeError, ValueError):
         return False
