@@ -16,11 +16,25 @@ from ditq.budget import Budget
 from ditq.compiler import CompileOptions
 from ditq.errors import DitqError
 from ditq.pass_pipeline import run_passes
-from ditq.recipe import load_recipe
+from ditq.recipe import Recipe, load_recipe
 from tests.command_line import assert_refused, run
 from tests.small_checkpoint import files_below, write_pipeline, write_transformer
 
 PROMPTS = ["red apple, fluent 3d", "dog, noto"]
+
+
+def quick() -> Recipe:
+    """w4a8 rounded to nearest: coding every linear in every candidate is what takes the time here."""
+    recipe = load_recipe("w4a8").to_json()
+    recipe["passes"][-1]["quantize"] |= {"rounding": "nearest", "refine": 0}
+    return Recipe.from_dict(recipe, "quick")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("recipe") / "quick.yaml"
+    file.write_text(yaml.safe_dump(quick().to_json()))
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +59,10 @@ def name_of(spec: dict[str, Any]) -> str:
 
 
 def test_a_size_is_kept_and_the_written_recipe_alone_gives_the_same_engine(
-    pipeline: Path, stats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pipeline: Path, stats: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["compile", pipeline, "--stats", stats, "--evaluate", 0]
-    asked = ["--budget", "size=330KB", "--candidates", "w3,w4,w4r6%,w8"]
+    asked = ["--recipe", recipe, "--budget", "size=330KB", "--candidates", "w3,w4,w4r6%,w8"]
     ran = run(capsys, *command, "-o", tmp_path / "engine", *asked)
     assert ran.code == 0, ran.err
     assert "measured over predicted" in ran.out and (tmp_path / "engine" / "budget.png").stat().st_size > 1000
@@ -65,11 +79,11 @@ def test_a_size_is_kept_and_the_written_recipe_alone_gives_the_same_engine(
     }
     assert formats.keys() == quantized.keys() and report["summary"]["errors are of"] == "the last latents"
     assert len(set(formats.values())) > 1 and any("r" in name for name in formats.values())
-    recipe = tmp_path / "fitted.yaml"
-    recipe.write_text(yaml.safe_dump(manifest["recipe"]))
-    shown = run(capsys, "inspect", pipeline, "--recipe", recipe)
+    fitted = tmp_path / "fitted.yaml"
+    fitted.write_text(yaml.safe_dump(manifest["recipe"]))
+    shown = run(capsys, "inspect", pipeline, "--recipe", fitted)
     assert shown.code == 0, shown.err
-    assert run(capsys, *command, "-o", tmp_path / "again", "--recipe", recipe).code == 0
+    assert run(capsys, *command, "-o", tmp_path / "again", "--recipe", fitted).code == 0
     again = json.loads((tmp_path / "again" / "engine.json").read_text())
     assert again["files"]["weights.safetensors"] == manifest["files"]["weights.safetensors"]
     assert files_below(tmp_path) and not list(tmp_path.glob(".*"))
@@ -80,7 +94,7 @@ def test_bits_a_weight_are_kept(
     pipeline: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     monkeypatch.setattr("ditq.compiler.write_engine", lambda *_, **__: None)
-    recipe = load_recipe("w4a8")
+    recipe = quick()
     if where == "recipe":
         recipe = replace(recipe, budget=Budget.parse("bits=5"))
     options = CompileOptions(statistics=stats, budget="bits=5" if where == "options" else None, progress=False)
@@ -104,21 +118,21 @@ def test_a_quality_is_measured_on_pictures_and_the_smallest_assignment_that_has_
     monkeypatch.setattr("ditq.compiler.write_engine", lambda *_, **__: None)
     asked = Budget.parse("psnr>=1", "w3,w8")
     result = ditq.compile(
-        pipeline, tmp_path / "engine", "w4a8", CompileOptions(statistics=stats, budget=asked, progress=False)
+        pipeline, tmp_path / "engine", quick(), CompileOptions(statistics=stats, budget=asked, progress=False)
     )
     points = result.reports[0].to_json()["front"]
     assert points[0]["chosen"] and points[0]["PSNR, dB"] >= 1  # 1 dB is what any picture has
     asked = Budget.parse("psnr>=99.9", "w3,w4")
     with pytest.raises(DitqError, match=r"not reached, the best with candidates w3, w4 is \d+\.\d dB"):
         ditq.compile(
-            pipeline, tmp_path / "other", "w4a8", CompileOptions(statistics=stats, budget=asked, progress=False)
+            pipeline, tmp_path / "other", quick(), CompileOptions(statistics=stats, budget=asked, progress=False)
         )
 
 
 def test_an_impossible_budget_names_the_smallest_possible_size(
-    pipeline: Path, stats: Path, tmp_path: Path, no_export: None, capsys: pytest.CaptureFixture[str]
+    pipeline: Path, stats: Path, recipe: Path, tmp_path: Path, no_export: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["compile", pipeline, "-o", tmp_path / "e", "--stats", stats, "--candidates", "w3,w4"]
+    command = ["compile", pipeline, "-o", tmp_path / "e", "--stats", stats, "--recipe", recipe, "--candidates", "w3,w4"]
     assert_refused(capsys, r"impossible, the smallest with candidates w3, w4 is size=0\.\d+MB", *command,
                    "--budget", "size=10KB")  # fmt: skip
     assert_refused(capsys, r"impossible, the smallest .* is bits=\d\.\d+", *command, "--budget", "bits=1")
