@@ -54,12 +54,12 @@ def _error_of(recipe: str, family: str) -> float:
 
 
 def _pairs() -> list[tuple[str, str]]:
-    """Every recipe with two families in turns, the default with all."""
+    """Every recipe with a family in turns, the default with all."""
     number = len(FAMILIES)
     return [
         (recipe, FAMILIES[(place + step) % number])
         for place, recipe in enumerate(shipped_recipes())
-        for step in range(number if recipe == DEFAULT else 2)
+        for step in range(number if recipe == DEFAULT else 1)
     ]
 
 
