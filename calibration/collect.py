@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ditq.calibration.accumulate import InputAccumulator
+from ditq.calibration.input_statistics import InputStatistics
 from ditq.calibration.record import RecordedCall, Trajectories
-from ditq.calibration.statistics import INDEX, InputStatistics, Statistics, read_groups, write_groups, write_index
+from ditq.calibration.statistics import INDEX, Statistics, read_groups, write_groups, write_index
 from ditq.calibration.storage import ditq_version
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph

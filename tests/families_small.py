@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ditq.calibration.accumulate import InputAccumulator
-from ditq.calibration.statistics import InputStatistics, Statistics
+from ditq.calibration.input_statistics import InputStatistics
+from ditq.calibration.statistics import Statistics
 from ditq.families import family_of
 from ditq.graph import DiTGraph
 

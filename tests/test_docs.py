@@ -164,6 +164,7 @@ def test_the_engine_page_names_every_field_family_and_target() -> None:
 HELPERS = {"errors", "formats", "progress", "quiet", "suggest"}
 READ_OF_CALIBRATION = {
     "calibration.statistics",
+    "calibration.input_statistics",
     "calibration.step_weights",
     "calibration.record",
     "calibration.batches",

@@ -18,7 +18,8 @@ from typing import Any
 import click
 import torch
 
-from ditq.calibration.statistics import InputStatistics, Statistics
+from ditq.calibration.input_statistics import InputStatistics
+from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs

@@ -19,7 +19,8 @@ import click
 import torch
 from torch import Tensor
 
-from ditq.calibration.statistics import InputStatistics, Statistics
+from ditq.calibration.input_statistics import InputStatistics
+from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs

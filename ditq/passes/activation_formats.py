@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ditq.calibration.statistics import InputStatistics
+from ditq.calibration.input_statistics import InputStatistics
 from ditq.errors import DitqError
 from ditq.formats import NVFP4, BitFormat
 from ditq.graph import DiTGraph

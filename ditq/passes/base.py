@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ditq.calibration.input_statistics import InputStatistics
 from ditq.calibration.record import Trajectories
-from ditq.calibration.statistics import TRAJECTORIES, InputStatistics, Statistics
+from ditq.calibration.statistics import TRAJECTORIES, Statistics
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn.input_transform import InputTransform, RotatedRange

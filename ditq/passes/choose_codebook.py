@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ditq.calibration.statistics import InputStatistics
+from ditq.calibration.input_statistics import InputStatistics
 from ditq.errors import DitqError
 from ditq.formats import BitFormat
 from ditq.numerics.codebook import CODEBOOKS, WeightCode

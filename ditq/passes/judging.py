@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ditq.calibration.statistics import InputStatistics
+from ditq.calibration.input_statistics import InputStatistics
 from ditq.formats import NVFP4, BitFormat
 from ditq.numerics.activation_format import ActivationFormat
 from ditq.numerics.carrier import BLOCK, FLOAT4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ditq.calibration.statistics import InputStatistics
+from ditq.calibration.input_statistics import InputStatistics
 
 SALIENCES = ("absmax", "rms", "spearman", "extremes")
 

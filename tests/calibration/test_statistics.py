@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from ditq.calibration import collect, second_moments
 from ditq.calibration.accumulate import InputAccumulator, RowSample, crest_factors
 from ditq.calibration.collect import collect_statistics
+from ditq.calibration.input_statistics import InputStatistics
 from ditq.calibration.record import Trajectories, record_trajectories
 from ditq.calibration.sampling import SamplingSettings
-from ditq.calibration.statistics import InputStatistics, Statistics
+from ditq.calibration.statistics import Statistics
 from ditq.calibration.triangles import packed, unpacked
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ditq.calibration.accumulate import InputAccumulator
-from ditq.calibration.statistics import InputStatistics, Statistics
+from ditq.calibration.input_statistics import InputStatistics
+from ditq.calibration.statistics import Statistics
 from ditq.errors import DitqError
 from ditq.nn import QuantLinear
 from ditq.numerics.codebook import CODEBOOKS, encode

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from ditq.calibration.statistics import InputStatistics, Statistics
+from ditq.calibration.input_statistics import InputStatistics
+from ditq.calibration.statistics import Statistics
 from ditq.calibration.step_weights import StepWeights
 from ditq.errors import DitqError
 from ditq.formats import BitFormat

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ditq.calibration.calibrate import calibrate
 from ditq.calibration.collect import collect_statistics
+from ditq.calibration.input_statistics import InputStatistics
 from ditq.calibration.record import Trajectories
-from ditq.calibration.statistics import InputStatistics, Statistics
+from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditq.calibration.statistics import InputStatistics
+from ditq.calibration.input_statistics import InputStatistics
 from ditq.graph import DiTGraph
 from ditq.numerics.rounding import output_error
 from ditq.parts import InputGroup
