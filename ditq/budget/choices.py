@@ -39,7 +39,7 @@ class Choices:
 
     Attributes:
         sites: names of the linears, in the order of the model.
-        names: names of the candidates, `w4`, `w4r8` or `keep`.
+        names: names of the candidates, `w4`, `w4g64`, `w4r8` or `keep`.
         layers: for each site and candidate what would stand there; the linear itself for `keep`.
         weights: int64 [N], entries of each weight.
         bits: int64 [N, F], bits of each coded weight: codes, table, scales, multipliers, branch.
@@ -64,6 +64,11 @@ class Choices:
     def bits_a_weight(self, choice: NDArray[np.int64]) -> float:
         """Stored bits over entries, all linears of the choice together."""
         return float(self.bits[np.arange(len(choice)), choice].sum() / self.weights.sum())
+
+    def by_first_names(self, choice: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The same layers, of names that mean one layer the first."""
+        first = [row.index(row[index]) for row, index in zip(self.layers, choice, strict=True)]
+        return np.array(first, dtype=np.int64)
 
     def labels(self, choice: NDArray[np.int64]) -> dict[str, str]:
         """The candidate's name of each site that has a choice."""
@@ -90,7 +95,12 @@ class Choices:
 
 
 def candidate_settings(settings: SiteSettings, name: str, site: LinearSite) -> SiteSettings:
-    """A site's settings with the candidate's bits and rank in the place of its own; activations stay as the recipe has them."""
+    """A site's settings with the candidate's bits, groups and rank in the place of its own; activations stay as the recipe has
+    them.
+
+    Raises:
+        DitqError: the format fixes the bits, or groups do not divide the linear's inputs.
+    """
     if name == KEEP:
         return replace(settings, keep=True)
     if settings.format == NVFP4:
@@ -100,6 +110,12 @@ def candidate_settings(settings: SiteSettings, name: str, site: LinearSite) -> S
     activation = BitFormat.parse(settings.format).activation
     wanted = Candidate.parse(name)
     found = replace(settings, format=f"w{wanted.bits}a{activation}")
+    if wanted.group is not None:
+        if wanted.group and site.in_features % wanted.group:
+            raise DitqError(
+                f"budget: candidate {name}: {site.name}: groups of {wanted.group} do not divide its {site.in_features} inputs"
+            )
+        found = replace(found, group_size=wanted.group)
     if wanted.rank is not None:
         return replace(found, rank=wanted.rank)
     if wanted.share is not None:
@@ -145,9 +161,12 @@ def make_choices(
         if name == KEEP:
             layers[site, name] = graph.linear(site)
             continue
-        context.site_cache = cache(name)
         wanted = candidate_settings(plan[site], name, graph.sites[site])
-        layers[site, name], _ = step.layer_for(graph, context, site, wanted, formats)
+        first = next(n for n in names if candidate_settings(plan[site], n, graph.sites[site]) == wanted)
+        if first == name:
+            context.site_cache = cache(name)
+            layers[site, name], _ = step.layer_for(graph, context, site, wanted, formats)
+        layers[site, name] = layers[site, first]
     table = tuple(tuple(layers[site, name] for name in names) for site in plan)
 
     def bits(site: str, name: str) -> int:

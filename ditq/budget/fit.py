@@ -216,14 +216,15 @@ def _measure_jointly(
 
 
 def _rules(graph: DiTGraph, step: Quantize, formats: dict[str, str]) -> list[dict[str, Any]]:
-    """One rule for each format, and rank, that some linears get other than by the recipe itself."""
+    """One rule for each format, with its groups and rank, that some linears get other than by the recipe itself."""
     rules: dict[tuple[tuple[str, Any], ...], list[str]] = {}
     plan = step.plan(graph)
     for site, name in formats.items():
         settings = candidate_settings(plan[site], name, graph.sites[site])
         said: dict[str, Any] = {"keep": True} if settings.keep else {"format": settings.format}
-        if settings.rank != plan[site].rank:
-            said["rank"] = settings.rank
+        for key in ("group_size", "rank"):
+            if (value := getattr(settings, key)) != getattr(plan[site], key):
+                said[key] = value
         if settings != plan[site]:
             rules.setdefault(tuple(said.items()), []).append(site)
     return [{"select": sites, **dict(said)} for said, sites in rules.items()]

@@ -47,6 +47,7 @@ class Point:
 
 def point(choices: Choices, errors: NDArray[np.float64], choice: NDArray[np.int64]) -> Point:
     """What an assignment takes and is predicted to lose."""
+    choice = choices.by_first_names(choice)
     predicted = float(errors[np.arange(len(choice)), choice].sum())
     return Point(choice, choices.size(choice), choices.bits_a_weight(choice), predicted)
 

@@ -22,7 +22,7 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 _REQUEST = re.compile(
     r"\s*(?P<what>[a-z_]+)\s*(?P<sign>>=|<=|=)\s*(?P<number>[0-9]*\.?[0-9]+)\s*(?P<unit>[A-Za-z]*)\s*"
 )
-_CANDIDATE = re.compile(r"w(?P<bits>[2-8])(r(?P<rank>[1-9][0-9]{0,3})(?P<percent>%)?)?")
+_CANDIDATE = re.compile(r"w(?P<bits>[2-8])(g(?P<group>0|[1-9][0-9]{0,3}))?(r(?P<rank>[1-9][0-9]{0,3})(?P<percent>%)?)?")
 _SIGNS: dict[str, tuple[str, ...]] = {
     "size": ("=", "<="),
     "bits": ("=", "<="),
@@ -37,8 +37,8 @@ class Budget:
     """At most `value` bytes of weights on disk ('size') or bits a weight ('bits'), or at least `value` dB ('psnr'); or at most
     that share of the multiply-adds of softmax attention ('attention_macs').
 
-    candidates: what a linear may become: `w2` .. `w8`, bits of its weights; `w4r8`, the same beside a low-rank branch of
-    rank 8, `w4r2%` of 2 % of the weight's shorter side; or `keep`, as it is.
+    candidates: what a linear may become: `w2` .. `w8`, bits of its weights; `w4g64`, the same with a scale for every 64
+    columns; `w4r8`, beside a low-rank branch of rank 8, `w4r2%` of 2 % of the weight's shorter side; or `keep`, as it is.
     """
 
     kind: Kind
@@ -103,21 +103,23 @@ def parse_candidates(names: str | Iterable[str] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Bits of weights, and the branch beside them: of a rank, or of a share of the shorter side; without both as the recipe
-    says."""
+    """Bits of weights; columns that share a scale, 0 for the whole row; and the branch beside them: of a rank, or of a share of
+    the shorter side. What is None is as the recipe says."""
 
     bits: int
+    group: int | None = None
     rank: int | None = None
     share: float | None = None
 
     @property
-    def order(self) -> tuple[int, float, int]:
-        """By bits, then by what the branch takes."""
-        return self.bits, self.share or 0.0, self.rank or 0
+    def order(self) -> tuple[float, ...]:
+        """By bits, then by what the branch and the scales take."""
+        groups = -1.0 if self.group is None else 1 / self.group if self.group else 0.0
+        return self.bits, self.share or 0.0, self.rank or 0, groups
 
     @classmethod
     def parse(cls, name: str) -> Candidate:
-        """`w4`, `w4r8` with the rank, or `w4r2%` with a rank of 2 % of the shorter side.
+        """`w4`, `w4g64` with groups of columns, `w4r8` with the rank, `w4r2%` with one of 2 % of the shorter side, `w4g64r8`.
 
         Raises:
             DitqError: neither of these.
@@ -125,9 +127,11 @@ class Candidate:
         match = _CANDIDATE.fullmatch(name)
         if match is None:
             raise DitqError(
-                f"budget: unknown candidate {name!r}; known: w2 to w8, keep, and with a branch of any rank w4r8 or w4r2%"
+                f"budget: unknown candidate {name!r}; known: w2 to w8, keep, in groups of columns w4g64, "
+                "and with a branch of any rank w4r8 or w4r2%"
             )
         bits, rank = int(match["bits"]), match["rank"]
+        group = None if match["group"] is None else int(match["group"])
         if rank is None:
-            return cls(bits)
-        return cls(bits, share=int(rank) / 100) if match["percent"] else cls(bits, rank=int(rank))
+            return cls(bits, group)
+        return cls(bits, group, share=int(rank) / 100) if match["percent"] else cls(bits, group, int(rank))

@@ -24,7 +24,7 @@ from ditq.errors import DitqError
 @click.option(
     "--candidates",
     metavar="LIST",
-    help="What --budget chooses from: w2 .. w8, keep, and with a branch w4r8 or w4r2%.  [default: w2 .. w6, w8]",
+    help="What --budget chooses from: w2 .. w8, keep, in groups w4g64, with a branch w4r8 or w4r2%.  [default: w2 .. w6, w8]",
 )
 @click.option("-t", "--target", default="onnxruntime-cpu", show_default=True, help="See `ditq targets`.")
 @click.option("--gpu", "gpus", metavar="KIND", multiple=True, help=GPU_HELP)

@@ -55,14 +55,19 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def name_of(spec: dict[str, Any]) -> str:
-    return f"w{spec['bits']}" + (f"r{spec['rank']}" if spec["rank"] else "")
+    of_groups = [
+        shape
+        for shape in (spec["scale"], spec["multiplier"])
+        if shape is not None and shape[-1:] == [spec["in_features"] // 32]
+    ]
+    return f"w{spec['bits']}" + ("g32" if of_groups else "") + (f"r{spec['rank']}" if spec["rank"] else "")
 
 
 def test_a_size_is_kept_and_the_written_recipe_alone_gives_the_same_engine(
     pipeline: Path, stats: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["compile", pipeline, "--stats", stats, "--evaluate", 0]
-    asked = ["--recipe", recipe, "--budget", "size=330KB", "--candidates", "w3,w4,w4r6%,w8"]
+    asked = ["--recipe", recipe, "--budget", "size=330KB", "--candidates", "w3,w4,w4g32,w4r6%,w8"]
     ran = run(capsys, *command, "-o", tmp_path / "engine", *asked)
     assert ran.code == 0, ran.err
     assert "measured over predicted" in ran.out and (tmp_path / "engine" / "budget.png").stat().st_size > 1000

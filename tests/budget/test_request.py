@@ -15,6 +15,9 @@ def test_sizes_bits_and_qualities_are_read() -> None:
     assert (Budget.parse("psnr>=24").kind, Budget.parse("psnr>=24.5dB").value) == ("psnr", 24.5)
     assert Budget.parse("bits=4", "keep, w8,w3").candidates == ("w3", "w8", "keep")
     assert Budget.parse("bits=4", "w4r16,w4,w3r2,w4r8").candidates == ("w3r2", "w4", "w4r8", "w4r16")
+    assert Budget.parse("bits=4", "w4g64,w4r8,w4g0,w4,w4g32r8,w3g64").candidates == (
+        "w3g64", "w4", "w4g0", "w4g64", "w4r8", "w4g32r8"
+    )  # fmt: skip
     assert Budget.parse("bits=4", "w4r10%,w4,w4r2%").candidates == ("w4", "w4r2%", "w4r10%")
 
 
@@ -40,7 +43,7 @@ def test_a_malformed_budget_is_one_line(text: str, says: str) -> None:
 
 
 def test_candidates_must_be_known_and_leave_a_choice() -> None:
-    for name in ("w9", "w4r0", "w4r", "r8", "keepr2"):
+    for name in ("w9", "w4r0", "w4r", "r8", "keepr2", "w4g", "w4r8g64", "w4g064"):
         with pytest.raises(DitqError, match=f"unknown candidate '{name}'; known: w2"):
             Budget.parse("bits=4", f"w3,{name}")
     with pytest.raises(DitqError, match="nothing to choose"):

@@ -1,0 +1,77 @@
+"""What the names of candidates make of the linears: bits, groups of columns, branches; names that mean one layer are one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ditq.budget.choices import Choices, make_choices
+from ditq.budget.fit import _rules
+from ditq.errors import DitqError
+from ditq.graph import DiTGraph
+from ditq.nn import QuantLinear
+from ditq.passes import Context
+from ditq.passes.quantize import Quantize
+from tests.families_small import small_graph
+
+ONE = "transformer_blocks.0.attn1.to_q"
+
+
+def choices_of(graph: DiTGraph, step: Quantize, *names: str) -> Choices:
+    with torch.no_grad():
+        return make_choices(graph, step, Context(), names)
+
+
+@pytest.fixture(scope="module")
+def graph() -> DiTGraph:
+    return small_graph("dit")
+
+
+@pytest.fixture(scope="module")
+def step() -> Quantize:
+    plain = {
+        "format": "w4a16",
+        "codebook": "uniform",
+        "rounding": "nearest",
+        "weighted": False,
+        "bias_correction": False,
+    }
+    return Quantize(**plain, rules=[{"select": "role:modulation", "group_size": 32}])  # type: ignore[arg-type]
+
+
+def layer(choices: Choices, site: str, name: str) -> QuantLinear:
+    found = choices.layers[choices.sites.index(site)][choices.names.index(name)]
+    assert isinstance(found, QuantLinear)
+    return found
+
+
+def test_groups_and_branches_are_those_of_the_name_and_else_the_recipes(graph: DiTGraph, step: Quantize) -> None:
+    choices = choices_of(graph, step, "w3", "w3g16", "w3g16r2")
+    assert layer(choices, ONE, "w3").scale.shape[-1] != 4 and layer(choices, ONE, "w3").bits == 3
+    grouped, both = layer(choices, ONE, "w3g16"), layer(choices, ONE, "w3g16r2")
+    assert grouped.multiplier is None and grouped.scale.shape == both.scale.shape == (
+        grouped.out_features,
+        4,
+    )  # of 64 inputs
+    assert grouped.rank == 0 and both.rank == 2
+    row = choices.sites.index(ONE)
+    assert choices.bits[row, 0] < choices.bits[row, 1] < choices.bits[row, 2]
+
+
+def test_names_of_one_layer_are_one_candidate_and_called_by_the_first(graph: DiTGraph, step: Quantize) -> None:
+    choices = choices_of(graph, step, "w4", "w4g32")
+    modulation = next(site for site in choices.sites if graph.sites[site].role == "modulation")
+    assert layer(choices, modulation, "w4") is layer(choices, modulation, "w4g32")  # the rule's groups are 32 already
+    assert layer(choices, ONE, "w4") is not layer(choices, ONE, "w4g32")
+    labels = choices.labels(choices.by_first_names(np.ones(len(choices.sites), dtype=np.int64)))
+    assert labels[modulation] == "w4" and labels[ONE] == "w4g32"
+    rules = _rules(graph, step, labels)
+    assert [rule for rule in rules if rule.get("group_size") != 32] == []
+    assert {site for rule in rules for site in rule["select"]} == {site for site in labels if labels[site] == "w4g32"}
+
+
+def test_groups_that_do_not_divide_are_refused_before_any_work(graph: DiTGraph, step: Quantize) -> None:
+    with pytest.raises(DitqError, match=r"candidate w4g48: \S+: groups of 48 do not divide its \d+ inputs") as error:
+        choices_of(graph, step, "w4", "w4g48")
+    assert "\n" not in str(error.value)
