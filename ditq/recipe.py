@@ -126,7 +126,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
             raise DitqError(unknown_key("recipe", text, shipped_recipes()) + " (or give a .yaml file)")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise DitqError(f"{path}: not a readable YAML file: {str(error).splitlines()[0]}") from error
     return Recipe.from_dict(values, path.name)
 

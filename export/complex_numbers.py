@@ -25,12 +25,23 @@ def has_complex(program: torch.export.ExportedProgram) -> bool:
 def without_complex(
     program: torch.export.ExportedProgram, arguments: tuple[Any, ...], dynamic_shapes: dict[str, Any]
 ) -> torch.export.ExportedProgram:
-    """The same program with pairs of reals for complex numbers, as far as they are made in the ways that are known here."""
+    """The same program with pairs of reals for complex numbers.
+
+    Raises:
+        ValueError: it does with complex numbers what is not known here, which would mean something else with pairs.
+    """
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     known, made = dict[Node, Any](), dict[str, Node]()
     for node in _worth_knowing(module):
         _put_constant(module, node, known, made)
+    for node in list(module.graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default and any(map(_is_complex, node.all_input_nodes)):
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    pairs = set(made.values())
+    for node in module.graph.nodes:
+        _check_known(node, pairs)
     for node in list(module.graph.nodes):
         _in_pairs(module, node)
     module.graph.eliminate_dead_code()
@@ -81,6 +92,26 @@ def _put_constant(module: GraphModule, node: Node, known: dict[Node, Any], made:
         with module.graph.inserting_before(node):
             made[call] = module.graph.get_attr(name)
     node.replace_all_uses_with(made[call])
+
+
+_BETWEEN_COMPLEX = (aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor)
+
+
+def _check_known(node: Node, pairs: set[Node]) -> None:
+    """That a step with complex numbers computes the same with pairs; `pairs` are constants that are some already."""
+    complex_ones = [given for given in node.all_input_nodes if _is_complex(given) or given in pairs]
+    begins = node.op == "get_attr" or node.target is aten.view_as_complex.default
+    if begins or not (complex_ones or _is_complex(node)):
+        return
+    known = node.target is aten.view_as_real.default or (
+        node.target in _BETWEEN_COMPLEX and not node.kwargs and all(side in complex_ones for side in node.args)
+    )
+    known = known or (node.target is aten.unsqueeze.default and isinstance(node.args[1], int) and node.args[1] >= 0)
+    if not known:
+        raise ValueError(
+            f"complex numbers go through {node.target}; known are view_as_complex, view_as_real, and products, sums and "
+            "differences of two complex tensors"
+        )
 
 
 def _in_pairs(module: GraphModule, node: Node) -> None:

@@ -92,6 +92,12 @@ WRONG: dict[str, tuple[str, str]] = {
         "passes: !!python/object/apply:os.system ['touch ran']\n",
         "not a readable YAML file.*python/object",
     ),
+    "impossible date": ("name: 2024-13-45\npasses: [smooth]\n", "not a readable YAML file"),
+    "no number": ("name: !!int 'x'\npasses: [smooth]\n", "not a readable YAML file"),
+    "candidates that are no words": (
+        _passes("quantize") + "budget: bits=4\ncandidates: [2, 3]\n",
+        "a candidate is 2, must be a word",
+    ),
     "binary": ("\x00\x01\x02", "not a readable YAML file"),
     "deep": ("[" * 500, "not a readable YAML file"),
 }

@@ -128,6 +128,7 @@ def fit_budget(
     chosen = next(item for item in points if item.chosen)
     formats = choices.labels(chosen.choice)
     fitted = replace(step, rules=[*step.rules, *_rules(graph, step, formats)])
+    fitted.check()
     passes = (*recipe.passes[:place], fitted, *recipe.passes[place + 1 :])
     named = Recipe(f"{recipe.name} {budget}", f"{recipe.name}, formats chosen for {budget}.", passes)
     return BudgetFit(named, _report(budget, choices, cost, errors, points, agreed), formats, caches)
@@ -225,6 +226,8 @@ def _rules(graph: DiTGraph, step: Quantize, formats: dict[str, str]) -> list[dic
         for key in ("group_size", "rank"):
             if (value := getattr(settings, key)) != getattr(plan[site], key):
                 said[key] = value
+        if "rank" in said and (step.rank_share or any("rank_share" in rule for rule in step.rules)):
+            said["rank_share"] = 0.0  # which would decide otherwise
         if settings != plan[site]:
             rules.setdefault(tuple(said.items()), []).append(site)
     return [{"select": sites, **dict(said)} for said, sites in rules.items()]

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal
 
 from ditq.errors import DitqError
@@ -77,9 +78,14 @@ class Budget:
         return cls(kind, value, parse_candidates(candidates))
 
     def __str__(self) -> str:
+        """What `parse` reads as the same budget."""
         if self.kind == "size":
-            return f"size={self.value / 1e6:g}MB"
-        return f"psnr>={self.value:g}" if self.kind == "psnr" else f"{self.kind}={self.value:g}"
+            in_short = f"{self.value / 1e6:g}"
+            exact = "e" not in in_short and round(float(in_short) * 1e6) == round(self.value)
+            return f"size={in_short}MB" if exact else f"size={round(self.value)}B"
+        number = format(Decimal(f"{self.value!r}"), "f")  # never with an exponent
+        number = number.rstrip("0").rstrip(".") if "." in number else number
+        return f"psnr>={number}" if self.kind == "psnr" else f"{self.kind}={number}"
 
 
 def parse_candidates(names: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -92,6 +98,8 @@ def parse_candidates(names: str | Iterable[str] | None) -> tuple[str, ...]:
         return CANDIDATES
     given = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
     for name in given:
+        if not isinstance(name, str):
+            raise DitqError(f"budget: a candidate is {name!r}, must be a word such as w4")
         if name != KEEP:
             Candidate.parse(name)
     known = sorted({name for name in given if name != KEEP}, key=lambda name: Candidate.parse(name).order)

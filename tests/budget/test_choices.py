@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from ditq.graph import DiTGraph
 from ditq.nn import QuantLinear
 from ditq.passes import Context
 from ditq.passes.quantize import Quantize
+from ditq.recipe import Recipe
 from tests.families_small import small_graph
 
 ONE = "transformer_blocks.0.attn1.to_q"
@@ -69,6 +72,17 @@ def test_names_of_one_layer_are_one_candidate_and_called_by_the_first(graph: DiT
     rules = _rules(graph, step, labels)
     assert [rule for rule in rules if rule.get("group_size") != 32] == []
     assert {site for rule in rules for site in rule["select"]} == {site for site in labels if labels[site] == "w4g32"}
+
+
+def test_a_chosen_rank_is_what_the_written_rules_mean_where_the_recipe_has_a_share(graph: DiTGraph) -> None:
+    plain = {"codebook": "uniform", "rounding": "nearest", "weighted": False, "bias_correction": False}
+    step = Quantize(format="w4a16", rank_share=0.02, branch="float", **plain)  # type: ignore[arg-type]
+    rules = _rules(graph, step, {ONE: "w4r8"})
+    fitted = replace(step, rules=rules)
+    fitted.check()
+    assert fitted.plan(graph)[ONE].rank == 8 != step.plan(graph)[ONE].rank
+    recipe = Recipe("r", "", (fitted,))
+    assert Recipe.from_dict(recipe.to_json(), "r").passes == recipe.passes
 
 
 def test_groups_that_do_not_divide_are_refused_before_any_work(graph: DiTGraph, step: Quantize) -> None:

@@ -21,6 +21,15 @@ def test_sizes_bits_and_qualities_are_read() -> None:
     assert Budget.parse("bits=4", "w4r10%,w4,w4r2%").candidates == ("w4", "w4r2%", "w4r10%")
 
 
+@pytest.mark.parametrize("text", [
+    "size=330KB", "size=1500GB", "size=1234567B", "size=4.2MB", "bits=.00001", "bits=4.1234567", "bits=4", "psnr>=100",
+    "psnr>=24.5",
+])  # fmt: skip
+def test_what_is_written_is_read_as_the_same(text: str) -> None:
+    budget = Budget.parse(text)
+    assert Budget.parse(str(budget)) == budget
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -48,3 +57,6 @@ def test_candidates_must_be_known_and_leave_a_choice() -> None:
             Budget.parse("bits=4", f"w3,{name}")
     with pytest.raises(DitqError, match="nothing to choose"):
         Budget.parse("bits=4", "w3")
+    for odd in ([2, 3, 4], [["w2"], "w3"], [None, "w4"]):
+        with pytest.raises(DitqError, match=r"a candidate is .*, must be a word such as w4"):
+            Budget.parse("bits=4", odd)  # type: ignore[arg-type]
