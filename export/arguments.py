@@ -55,6 +55,22 @@ def unflatten(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Any]:
     return {argument: _put_together(part, tensors) for argument, part in layout.items()}
 
 
+def is_part(part: Any) -> bool:
+    """Whether it describes one argument, as `flatten` does."""
+    if not isinstance(part, dict):
+        return False
+    if "tensor" in part:
+        return isinstance(part["tensor"], str)
+    if "values" in part:
+        return isinstance(part["values"], dict) and all(map(is_part, part["values"].values()))
+    for several in ("list", "tuple"):
+        if several in part:
+            return isinstance(part[several], list) and all(map(is_part, part[several]))
+    if "repeated" in part:
+        return is_part(part["repeated"]) and isinstance(part.get("times"), int)
+    return "constant" in part
+
+
 def _put_together(part: Part, tensors: Mapping[str, Tensor]) -> Any:
     if "tensor" in part:
         return tensors[part["tensor"]]

@@ -6,6 +6,7 @@ No file in it can run code, and no file in it may lead out of it.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,22 +14,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ditq.errors import DitqError
-from ditq.export.arguments import unflatten
+from ditq.export.arguments import is_part, unflatten
 from ditq.export.engine_files import check_external_data, check_files
 from ditq.export.targets import PlannedMatMul
 from ditq.export.weights_file import WEIGHTS
+from ditq.nn.structural.ordered_tokens import OrderedTokens
+from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.numerics.timestep_bins import bins_of
 from ditq.numerics.token_layout import TokenLayout
+from ditq.numerics.token_order import is_size
 
 MANIFEST = "engine.json"
 GRAPH = "model.onnx"
 EXAMPLE = "example.safetensors"
 TEXT_GRAPH = "text.onnx"
 FORMAT_VERSION = 1
+LARGEST_TIMESTEP = 1e9
 
 _KEYS: dict[str, type | tuple[type, ...]] = {
     "format_version": int,
@@ -102,7 +109,10 @@ class Engine:
         """Arguments of one call of the original, where the engine holds such: of a model that no family describes."""
         if EXAMPLE not in self.manifest["files"]:
             return None
-        return unflatten(load_file(self.folder / EXAMPLE), self.manifest["layout"])
+        try:
+            return unflatten(load_file(self.folder / EXAMPLE), self.manifest["layout"])
+        except (KeyError, TypeError, SafetensorError) as error:
+            raise DitqError(f"{self.folder}: {EXAMPLE} is damaged; compile the engine again") from error
 
     @property
     def schedule(self) -> dict[str, Any] | None:
@@ -175,7 +185,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise DitqError(
             f"{folder}: not an engine folder (it has no {MANIFEST}); compile one with: ditq compile"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DitqError(f"{path}: damaged ({first_line(error)}); compile the engine again") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
@@ -191,19 +201,41 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise DitqError(f"{path}: damaged (no valid '{bad}'); compile the engine again")
     if manifest.get("schedule") is not None and not _is_schedule(manifest["schedule"]):
         raise DitqError(f"{path}: damaged (no valid 'schedule'); compile the engine again")
-    if not all(_tells_layout(part["spec"]) for part in manifest["structure"].get("structural", [])):
+    if not all(_is_input(entry) for entry in manifest["inputs"]):
+        raise DitqError(f"{path}: damaged (no valid 'inputs'); compile the engine again")
+    if not all(is_part(part) for part in manifest["layout"].values()):
+        raise DitqError(f"{path}: damaged (no valid 'layout'); compile the engine again")
+    if manifest.get("measured") is not None and not isinstance(manifest["measured"], dict):
+        raise DitqError(f"{path}: damaged (no valid 'measured'); compile the engine again")
+    if not all(_tells_layout(part) for part in manifest["structure"].get("structural", [])):
         raise DitqError(f"{path}: damaged (no valid 'layout'); compile the engine again")
     return manifest
 
 
-def _tells_layout(spec: Any) -> bool:
-    """Whether what a part knows of the picture's place among the tokens, if it is told at all, can be read."""
+def _is_input(entry: Mapping[str, Any]) -> bool:
+    known = isinstance(entry["dtype"], str) and isinstance(getattr(torch, entry["dtype"], None), torch.dtype)
+    shape = entry["shape"]
+    return (
+        known
+        and isinstance(entry["name"], str)
+        and isinstance(shape, list)
+        and all(isinstance(n, int | str) for n in shape)
+    )
+
+
+def _tells_layout(part: Mapping[str, Any]) -> bool:
+    """Whether what a part knows of the picture's place among the tokens can be read, if it is told at all; of kinds that an
+    engine is asked for before it runs it must be."""
+    spec = part["spec"]
+    asked = part["kind"] in (SparseAttention.kind, OrderedTokens.kind)
+    if not isinstance(spec, dict) or "layout" not in spec:
+        return not asked
+    picture = spec.get("picture") if asked else None
     try:
-        if isinstance(spec, dict) and "layout" in spec:
-            TokenLayout.from_spec(spec["layout"])
+        TokenLayout.from_spec(spec["layout"])
+        return not picture or (len(picture) == 2 and all(is_size(side) for side in picture))
     except (AttributeError, TypeError, ValueError):
         return False
-    return True
 
 
 def _is_schedule(found: Any) -> bool:
@@ -211,14 +243,17 @@ def _is_schedule(found: Any) -> bool:
     if not isinstance(found, dict) or not all(isinstance(found.get(key), list) for key in ("edges", "graphs")):
         return False
     edges, graphs = found["edges"], found["graphs"]
-    numbers = all(isinstance(edge, int | float) for edge in edges)
-    return numbers and len(graphs) == len(edges) + 1 and all(isinstance(graph, str) for graph in graphs)
+    numbers = all(isinstance(edge, int | float) and abs(edge) <= LARGEST_TIMESTEP for edge in edges)
+    falling = numbers and all(later < earlier for earlier, later in itertools.pairwise(edges))
+    return falling and len(graphs) == len(edges) + 1 and all(isinstance(graph, str) for graph in graphs)
 
 
 def _nested(manifest: Mapping[str, Any]) -> list[tuple[str, list[Any], set[str]]]:
     """What the entries of engine.json must hold themselves: (key, its entries, their keys)."""
     quantized = manifest["structure"].get("quantized")
     parts = manifest["structure"].get("structural", [])  # absent in engines from before there were such
+    attentions = manifest["structure"].get("attentions", {})
+    plans = manifest.get("plans", [])
     planned = {f.name for f in dataclasses.fields(PlannedMatMul) if f.default is dataclasses.MISSING}
     return [
         ("source", [manifest["source"]], {"name", "fingerprint"}),
@@ -229,9 +264,14 @@ def _nested(manifest: Mapping[str, Any]) -> list[tuple[str, list[Any], set[str]]
             {"bits", "activation", "codebook"},
         ),
         ("structure", parts if isinstance(parts, list) else [None], {"kind", "place", "spec"}),
+        ("structure", list(attentions.values()) if isinstance(attentions, dict) else [None], set()),
         ("inputs", manifest["inputs"], {"name", "dtype", "shape"}),
         ("planned", manifest["planned"], planned),
-        ("plans", manifest.get("plans", []), {"gpu", "library", "version", "sizes", "files", "layers"}),
+        (
+            "plans",
+            plans if isinstance(plans, list) else [None],
+            {"gpu", "library", "version", "sizes", "files", "layers"},
+        ),
         ("text", [] if manifest.get("text") is None else [manifest["text"]], {"inputs", "outputs"}),
     ]
 

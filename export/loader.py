@@ -208,6 +208,10 @@ def _checked(
     inputs = {}
     for entry in described:
         name, shape = entry["name"], entry["shape"]
+        if name not in tensors:
+            raise DitqError(
+                f"{engine}: engine.json is damaged (its 'layout' has no '{name}'); compile the engine again"
+            )
         tensor = tensors[name]
         wanted = f"[{', '.join(map(str, shape))}]"
         if tensor.dim() != len(shape):

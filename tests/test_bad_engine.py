@@ -126,6 +126,29 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "structure without parts": (_edit(lambda m: m["structure"].pop("quantized")), "damaged .no valid 'structure'"),
     "a layer without bits": (_edit(lambda m: m["structure"]["quantized"]["first"].pop("bits")), "no valid 'structure'"),
     "input without shape": (_edit(lambda m: m["inputs"][0].pop("shape")), "damaged .no valid 'inputs'"),
+    "input of no dtype": (_edit(lambda m: m["inputs"][0].update(dtype="float33")), "no valid 'inputs'"),
+    "input of no shape": (_edit(lambda m: m["inputs"][0].update(shape=None)), "no valid 'inputs'"),
+    "layout of something else": (_edit(lambda m: m["layout"].update(hidden_states=5)), "no valid 'layout'"),
+    "layout of no tensor": (_edit(lambda m: m["layout"].update(hidden_states={"list": [{}]})), "no valid 'layout'"),
+    "plans that are none": (_edit(lambda m: m.update(plans=5)), "no valid 'plans'"),
+    "attentions that are none": (_edit(lambda m: m["structure"].update(attentions=[1])), "no valid 'structure'"),
+    "figures that are none": (_edit(lambda m: m.update(measured=5)), "no valid 'measured'"),
+    "engine.json too deep": (lambda f: (f / MANIFEST).write_text("[" * 100_000), "engine.json: damaged"),
+    "bins that rise": (
+        _edit(lambda m: m.update(schedule={"edges": [1, 2], "graphs": ["model.onnx"] * 3})), "no valid 'schedule'"
+    ),
+    "bins without end": (
+        _edit(lambda m: m.update(schedule={"edges": [10**400], "graphs": ["model.onnx"] * 2})), "no valid 'schedule'"
+    ),
+    "tiles of no place": (
+        _edit(lambda m: m["structure"].update(structural=[{"kind": "sparse_attention", "place": "x", "spec": []}])),
+        "no valid 'layout'",
+    ),
+    "an order of nothing": (
+        _edit(lambda m: m["structure"].update(structural=[
+            {"kind": "token_order", "place": "", "spec": {"layout": {"patch": 0}, "entry": "a", "exit": "b"}}
+        ])), "no valid 'layout'",
+    ),
     "plan of another kind": (_edit(lambda m: m.update(planned=["first"])), "damaged .no valid 'planned'"),
     "weights gone": (lambda f: (f / WEIGHTS).unlink(), "weights.safetensors is missing; copy the whole engine"),
     "graph gone": (lambda f: (f / GRAPH).unlink(), "model.onnx is missing"),

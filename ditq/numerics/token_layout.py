@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ditq.numerics.token_order import TokenOrder
+from ditq.numerics.token_order import TokenOrder, is_size
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,22 @@ class TokenLayout:
     rotary: str | None = None
     order: TokenOrder | None = None
 
+    def __post_init__(self) -> None:
+        names = (self.positions, self.text, self.rotary)
+        if not isinstance(self.latents, str) or not all(name is None or isinstance(name, str) for name in names):
+            raise ValueError(f"arguments and modules are told by their names, not by {(self.latents, *names)}")
+        if not is_size(self.patch) or not (self.frames == 0 or is_size(self.frames)):
+            raise ValueError(
+                f"a token stands for whole rows, columns and frames, not for {self.patch} and {self.frames}"
+            )
+
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> TokenLayout:
-        """What `asdict` made JSON of."""
+        """What `asdict` made JSON of.
+
+        Raises:
+            AttributeError, TypeError, ValueError: it is something else.
+        """
         order = spec.get("order")
         if order is not None:
             picture = order.get("picture")

@@ -17,6 +17,12 @@ from torch import Tensor
 
 Kind = Literal["windows", "hilbert"]
 KINDS: tuple[Kind, ...] = ("windows", "hilbert")
+LARGEST_TILE = 1 << 16
+
+
+def is_size(value: object) -> bool:
+    """A number of rows, columns or the like."""
+    return isinstance(value, int) and value > 0
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,10 @@ class TokenOrder:
     picture: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS or self.tile < 1:
-            raise ValueError(f"an order of tokens is {' or '.join(KINDS)}, with tiles of at least 1")
+        if self.kind not in KINDS or not isinstance(self.tile, int) or not 1 <= self.tile <= LARGEST_TILE:
+            raise ValueError(f"an order of tokens is {' or '.join(KINDS)}, with tiles of 1 to {LARGEST_TILE}")
+        if self.picture is not None and not (len(self.picture) == 2 and all(is_size(side) for side in self.picture)):
+            raise ValueError(f"the picture of an order of tokens is its rows and columns, not {self.picture}")
 
     def __str__(self) -> str:
         return f"windows of {self.tile} x {self.tile}" if self.kind == "windows" else "a Hilbert curve"

@@ -12,7 +12,7 @@ from ditq.graph import DiTGraph
 from ditq.nn.structural.ordered_tokens import OrderedTokens, ordered_tokens, put_in
 from ditq.nn.structural.token_attention import token_attentions
 from ditq.numerics.token_layout import TokenLayout
-from ditq.numerics.token_order import KINDS, Kind, TokenOrder
+from ditq.numerics.token_order import KINDS, LARGEST_TILE, Kind, TokenOrder
 from ditq.passes.base import Context, Pass, PassReport, register, setting
 
 
@@ -42,8 +42,8 @@ class TokenOrderPass(Pass):
         return False
 
     def check(self) -> None:
-        if self.tile < 1:
-            raise DitqError("pass 'token_order': tile must be at least 1")
+        if not 1 <= self.tile <= LARGEST_TILE:
+            raise DitqError(f"pass 'token_order': tile is {self.tile}, must be 1 to {LARGEST_TILE}")
 
     def preview(self, graph: DiTGraph) -> dict[str, str]:
         self._part(graph)

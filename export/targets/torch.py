@@ -43,7 +43,7 @@ def rebuild(engine: Engine) -> nn.Module:
         with init_empty_weights(include_buffers=False):
             model: nn.Module = builder.from_config(engine.config)
         nn_rebuild(model, engine.manifest["structure"], state)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise DitqError(f"{engine.folder}: its weights do not fit {class_name}: {first_line(error)}") from error
     return model.eval().requires_grad_(False)
 

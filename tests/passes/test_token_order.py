@@ -166,8 +166,9 @@ def test_conversions_behind_it_are_measured_and_learned_in_that_order(monkeypatc
 
 
 def test_what_does_not_fit_is_one_line() -> None:
-    with pytest.raises(DitqError, match=r"tile must be at least 1"):
-        TokenOrderPass(tile=0).check()
+    for tile in (0, 10**23):
+        with pytest.raises(DitqError, match=rf"tile is {tile}, must be 1 to 65536"):
+            TokenOrderPass(tile=tile).check()
     for family, what in (("sana", "is not known; give its family a layout"), ("flux2", "give its family a layout")):
         with pytest.raises(DitqError, match=what) as caught:
             TokenOrderPass().preview(small_graph(family))

@@ -84,7 +84,10 @@ def windows_of(given: Given | Sequence[Given], heads: int) -> tuple[Window | Non
     each = given if isinstance(given, Sequence) else [given] * heads
     if len(each) != heads:
         raise ValueError(f"{len(each)} windows are not those of {heads} heads")
-    return tuple(Window(**window) if isinstance(window, Mapping) else window for window in each)
+    found = tuple(Window(**window) if isinstance(window, Mapping) else window for window in each)
+    if not all(window is None or isinstance(window, Window) for window in found):
+        raise ValueError(f"windows are described by mappings, not as {given!r}")
+    return found
 
 
 def told(windows: Sequence[Window | None]) -> str:

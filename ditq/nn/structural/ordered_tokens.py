@@ -49,7 +49,12 @@ class OrderedTokens(StructuralPart):
 
     @classmethod
     def install(cls, model: nn.Module, place: str, spec: Mapping[str, Any]) -> None:
-        put_in(model, cls(**{**spec, "layout": TokenLayout.from_spec(spec["layout"])}))
+        part = cls(**{**spec, "layout": TokenLayout.from_spec(spec["layout"])})
+        if part.layout.order is None:
+            raise ValueError("tokens are put in order by an order, and there is none")
+        for name in (part.entry, part.exit, part.layout.rotary or part.entry):
+            model.get_submodule(name)
+        put_in(model, part)
 
     def tell(self, given: Mapping[str, Any]) -> Grid:
         """Tell it the grid of calls with these arguments of the model, until it is told another."""

@@ -22,6 +22,7 @@ from ditq.nn.answered_attention import AnswersAttention, answer, unanswer
 from ditq.nn.structural import StructuralPart
 from ditq.numerics.local_attention import temperature
 from ditq.numerics.token_layout import Grid, TokenLayout
+from ditq.numerics.token_order import is_size
 
 NAME = "token_attention"
 _MARK = "ditq_tells_its_grid"
@@ -44,6 +45,10 @@ class TokenAttention(AnswersAttention, StructuralPart):
 
     def __init__(self, site: str, layout: TokenLayout, heads: int, width: int, text: bool, usual: int) -> None:
         super().__init__(site)
+        if not (is_size(heads) and is_size(width) and (usual == 0 or is_size(usual))):
+            raise ValueError(
+                f"{site}: {heads} heads of {width} channels, usually over {usual} tokens, are no attention"
+            )
         self.layout, self.heads, self.width, self.text, self.usual = layout, heads, width, text, usual
         self.what = self.kind.replace("_", " ")
         self.exporting = False
