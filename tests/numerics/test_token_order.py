@@ -63,5 +63,5 @@ def test_a_hilbert_curve_in_a_graph_is_for_one_picture() -> None:
 
 def test_what_is_no_order_is_refused() -> None:
     for kind, tile in (("rows", 8), (KINDS[0], 0)):
-        with pytest.raises(ValueError, match="windows or hilbert, with tiles of at least 1"):
+        with pytest.raises(ValueError, match="windows or hilbert, with tiles of 1 to 65536"):
             TokenOrder(kind, tile)  # type: ignore[arg-type]
