@@ -132,14 +132,15 @@ def _quantizer(name: str, width: int, full: bool, before: Before, form: Activati
     )
 
 
-def _heads(name: str, float8: bool) -> Case:
+def _heads(name: str, float8: bool, values: bool = False) -> Case:
+    """Of 4096 tokens behind 512. values: without norm, rotary embedding and rotation, which only queries and keys have."""
     x = torch.empty(1, 4096, 24, 128, dtype=torch.bfloat16)
-    table, weight = torch.empty(4608, 128), torch.empty(128, dtype=torch.bfloat16)
+    table, weight = (None, None) if values else (torch.empty(4608, 128), torch.empty(128, dtype=torch.bfloat16))
     y = torch.empty(1, 4608, 24, 128, dtype=E4M3 if float8 else torch.bfloat16)
     factor = torch.empty(1) if float8 else None
-    rotation = heads.signs_of_heads(128, torch.device("cpu")) if float8 else None
-    values, constants = heads.arguments(x, weight, 1e-6, table, table, factor, rotation, y, 512)
-    return Case(name, heads.heads_kernel, values, constants, 89 if float8 else 80)
+    rotation = heads.signs_of_heads(128, torch.device("cpu")) if float8 and not values else None
+    given, constants = heads.arguments(x, weight, -1.0 if values else 1e-6, table, table, factor, rotation, y, 512)
+    return Case(name, heads.heads_kernel, given, constants, 89 if float8 else 80)
 
 
 def cases(capability: int) -> Iterator[Case]:
@@ -202,6 +203,7 @@ def cases(capability: int) -> Iterator[Case]:
         ActivationFormat(8, "token", "float8_e4m3"),
     )
     yield from (_heads("norm and rotary embedding of heads", False), _heads("the same, rotated, to FP8", True))
+    yield _heads("values of heads to FP8", True, True)
 
 
 def compile_case(case: Case, capability: int) -> tuple[Any, Resources]:

@@ -2,10 +2,10 @@
 
     O = n(n(P) n(V / s_v)) s_v,  P = exp(S - max S) / sum,  S = n(Q / s_q) n(K / s_k)^T s_q s_k / sqrt(d),  n: to e4m3
 
-Queries and keys are rounded by the kernel that makes them (heads.py), values in the traced graph. What reads the output
-multiplies it by s_v: the kernel that rounds the next linear's input, where that alone reads it. In between is one operator.
-cuDNN's kernels want one scale a tensor, channels a multiple of 16, and on Hopper an output in FP8; a mean of values never
-exceeds them, so s_v is the output's scale too.
+Queries, keys and values are rounded by the kernel of heads.py, from where they lie. What reads the output multiplies it by
+s_v: the kernel that rounds the next linear's input, where that alone reads it. In between is one operator. cuDNN's kernels
+want one scale a tensor, channels a multiple of 16, and on Hopper an output in FP8; a mean of values never exceeds them, so
+s_v is the output's scale too.
 
 Needs `nvidia-cudnn-frontend` and compute capability 9.0. On a CPU the operator computes its meaning.
 """
@@ -25,10 +25,10 @@ from torch.library import custom_op
 
 from ditq.errors import DitqError
 from ditq.kernels.asked import asked
-from ditq.kernels.traced_heads import rounded
+from ditq.kernels.traced_heads import pieces_of, rounded
 from ditq.nn.answered_attention import unanswer
 from ditq.nn.attention_rounding import AttentionRounding
-from ditq.numerics.attention_rounding import FLOAT8, LARGEST, LARGEST_OF_P, PARTS, AttentionFormat, rounded_attention
+from ditq.numerics.attention_rounding import FLOAT8, LARGEST_OF_P, PARTS, AttentionFormat, rounded_attention
 from ditq.numerics.carrier import E4M3
 
 INSTALL = "pip install 'ditq[fp8-attention]'"
@@ -97,16 +97,13 @@ def put(
 
     rotate: whether queries and keys are rotated before they are rounded.
     """
-    ops, largest = torch.ops.ditq, LARGEST[FLOAT8]
+    ops = torch.ops.ditq
     with graph.graph.inserting_before(node):
-        factors = graph.graph.call_function(ops.attention_factors.default, (arguments[2], place))
-        eight = [rounded(graph, x, factors, number, rotate) for number, x in enumerate(arguments[:2])]
-        factor = graph.graph.call_method("select", (factors, 0, 2))
-        steps = graph.graph.call_function(torch.mul, (arguments[2], factor))
-        kept = graph.graph.call_function(torch.clamp, (steps, -largest, largest))
-        eight.append(graph.graph.call_method("to", (kept, E4M3)))
+        like = pieces_of(graph, arguments[2])[0]
+        factors = graph.graph.call_function(ops.attention_factors.default, (like, place))
+        eight = [rounded(graph, x, factors, number, rotate and number < 2) for number, x in enumerate(arguments)]
         result = graph.graph.call_function(ops.fp8_attention.default, (*eight, place, scale))
-        wide = graph.graph.call_method("type_as", (result, arguments[2]))
+        wide = graph.graph.call_method("type_as", (result, like))
         of_values = graph.graph.call_method("select", (factors, 0, 5))
         y = graph.graph.call_function(torch.mul, (wide, of_values))
     node.replace_all_uses_with(y)

@@ -49,9 +49,21 @@ def rounded(graph: fx.GraphModule, x: fx.Node, factors: fx.Node, which: int, rot
     if isinstance(heads, fx.Node) and heads.target is torch.ops.ditq.heads.default:
         arguments = heads.args[:5]
     else:
-        arguments = ([graph.graph.call_method("transpose", (x, 1, 2))], [], -1.0, None, None)
+        arguments = (pieces_of(graph, x), [], -1.0, None, None)
     made = graph.graph.call_function(torch.ops.ditq.heads.default, (*arguments, factors, which, rotate))
     return graph.graph.call_method("transpose", (made, 1, 2))
+
+
+def pieces_of(graph: fx.GraphModule, x: fx.Node) -> list[fx.Node]:
+    """The tensors [B, T_i, h, d] whose tokens, one behind the other, are those of x [B, h, T, d], which need not be made."""
+    if not _heads_and_tokens_swapped(x):
+        return [graph.graph.call_method("transpose", (x, 1, 2))]
+    source: Any = x.args[0]
+    return list(source.args[0]) if _behind_each_other(source) else [source]
+
+
+def _behind_each_other(node: fx.Node) -> bool:
+    return _is(node, torch.cat) and _argument(node, 1, "dim", 0) == 1
 
 
 def _found(given: Any) -> _Made | None:
@@ -67,7 +79,7 @@ def _found(given: Any) -> _Made | None:
         if any(_numel(table) != shape[2] * shape[3] for table in (cos, sin)):
             return None
     pieces = [x]
-    if _is(x, torch.cat) and _argument(x, 1, "dim", 0) == 1:
+    if _behind_each_other(x):
         pieces = list(x.args[0])
     norms = [_norm(piece) for piece in pieces]
     if all(norm is None for norm in norms):

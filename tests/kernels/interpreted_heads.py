@@ -21,7 +21,7 @@ def given(counts: list[int], heads: int, width: int, dtype: torch.dtype) -> list
 
 
 @pytest.mark.parametrize("width", [16, 72, 128])
-@pytest.mark.parametrize("parts", ["norm weight rotary", "norm", "rotary", "norm weight"])
+@pytest.mark.parametrize("parts", ["norm weight rotary", "norm", "rotary", "norm weight", ""])
 @pytest.mark.parametrize("rounded", ["", "FP8", "FP8 rotated"], ids=str)
 def test_it_is_its_meaning(width: int, parts: str, rounded: str) -> None:
     """Two pieces, tokens and heads that no program divides, every output NaN before."""

@@ -78,7 +78,14 @@ def test_fp8_attention_of_flux_reads_and_gives_fp8_and_computes_its_meaning() ->
         found = call(**inputs, return_dict=False)[0]
     assert len(nodes(graphs, FP8)) == len(graphs) and not nodes(graphs, F.scaled_dot_product_attention)
     made = nodes(graphs, HEADS)
-    assert len(made) == 2 * len(graphs) and all(node.args[5] is not None for node in made)  # none in bfloat16
+    assert len(made) == 3 * len(graphs) and all(node.args[5] is not None for node in made)  # none in bfloat16
+    assert {(node.args[6], node.args[7]) for node in made} == {
+        (0, True),
+        (1, True),
+        (2, False),
+    }  # values are not rotated
+    joined = [node for node in nodes(graphs, torch.cat) if node.args[1:] == (1,) or node.kwargs.get("dim") == 1]
+    assert not [node for node in joined if node.meta["example_value"].dim() == 4]  # read where they lie
     assert relative(found.float(), meant.float()) < 0.02 < relative(meant.float(), exact.float())
 
 
@@ -144,7 +151,7 @@ def graph_of(**settings: bool) -> fx.GraphModule:
 def test_what_rounds_for_the_next_linear_reads_fp8(behind: bool, rotary: bool, norm: bool) -> None:
     graph = graph_of(behind=behind, rotary=rotary, norm=norm)
     (quantizer,), made = nodes([graph], torch.ops.ditq.quantized.default), nodes([graph], HEADS)
-    assert len(nodes([graph], FP8)) == 1 and len(made) == 2 and all(node.args[7] for node in made)
+    assert len(nodes([graph], FP8)) == 1 and [node.args[7] for node in made] == [True, True, False]
     assert (made[0].args[2] == 1e-5) == norm and (made[0].args[3] is not None) == rotary
     x, tail, times = quantizer.args[0], quantizer.args[22], quantizer.args[23]
     while isinstance(x, fx.Node) and x.target is not FP8:
