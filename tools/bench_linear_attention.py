@@ -180,7 +180,7 @@ def draw(found: Mapping[tuple[str, int, str], Mapping[int, float]], path: Path) 
         figure = Figure(figsize=(9.8, 4.2), layout="constrained")
         FigureCanvasSVG(figure)
         for axes, engine in zip(figure.subplots(1, len(ENGINES), sharey=True), ENGINES, strict=True):
-            for marker, form in zip("osD^v*X", FORMS, strict=True):
+            for marker, form in zip("osD^v*XPp", FORMS, strict=True):
                 times = found.get((engine, width, form))
                 if times is None:
                     continue
