@@ -13,7 +13,7 @@ def test_every_form_has_a_line(tmp_path: Path) -> None:
     times = {1024: 1.0, 4096: 4.0}
     draw({(engine, 64, form): times for engine in ENGINES for form in FORMS}, tmp_path / "cost.svg")
     drawn = (tmp_path / "cost.svg").read_text(encoding="utf-8")
-    assert all(f"<!-- {form} -->" in drawn for form in FORMS)
+    assert all(form in drawn for form in FORMS)
 
 
 def test_the_exponent_is_that_of_the_times_from_1024_tokens_on() -> None:
