@@ -24,6 +24,7 @@ from torch import nn
 from ditq.errors import DitqError
 from ditq.families import CHANGING, Family, family_of
 from ditq.memory import free_memory, on_disk
+from ditq.nn.float32_parts import cast, stays_in_float32
 from ditq.quiet import quiet_libraries
 from ditq.safetensors_files import TensorFile, TensorInfo, open_tensor_files
 
@@ -196,8 +197,9 @@ class Checkpoint:
         return found
 
     def load_model(self, dtype: torch.dtype = torch.float32, offload: Path | None = None) -> nn.Module:
-        """The transformer in `dtype`, for evaluation only (no gradients): in memory, or with its large tensors in the folder
-        `offload` (memory.py); those of a single file in its authors' naming are in memory at first.
+        """The transformer in `dtype`, but for what stays in float32 (float32_parts.py); for evaluation only, without gradients.
+        It is in memory, or has its large tensors in the folder `offload` (memory.py); those of a single file in its authors'
+        naming are in memory at first.
 
         Raises:
             DitqError: a missing tensor, a wrong shape, NaN or infinity in the weights.
@@ -210,7 +212,7 @@ class Checkpoint:
             model = self._load_original_names(dtype)
             if offload is not None:
                 for parameter in model.parameters():
-                    parameter.data = on_disk(parameter.data, offload, dtype)
+                    parameter.data = on_disk(parameter.data, offload, parameter.dtype)
             return model
         self._check_against(expected)
         unexpected = sorted(set(self._places) - set(expected))
@@ -218,15 +220,18 @@ class Checkpoint:
             warnings.warn(f"{self.name}: {len(unexpected)} tensors are not used, e.g. {unexpected[0]}", stacklevel=2)
         from accelerate.utils import set_module_tensor_to_device
 
+        def wanted(name: str) -> torch.dtype:
+            return torch.float32 if stays_in_float32(model, name) else dtype
+
         for name in expected:
             tensor = self._finite(name, self.read(name))
-            kept_as = dtype if tensor.is_floating_point() else tensor.dtype
+            kept_as = wanted(name) if tensor.is_floating_point() else tensor.dtype
             value = tensor.to(kept_as) if offload is None else on_disk(tensor, offload, kept_as)
             set_module_tensor_to_device(model, name, "cpu", value=value, dtype=value.dtype)
-        for module in model.modules():
+        for place, module in model.named_modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.is_floating_point():
-                    setattr(module, name, buffer.to(dtype))
+                    setattr(module, name, buffer.to(wanted(f"{place}.{name}")))
         return model.eval().requires_grad_(False)
 
     @property
@@ -318,7 +323,7 @@ class Checkpoint:
         left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         if left:
             raise DitqError(f"{self.name}: the tensor {left[0]} that {self.class_name} needs is not in the file")
-        return model.to(dtype).eval().requires_grad_(False)
+        return cast(model, torch.device("cpu"), dtype).eval().requires_grad_(False)
 
     def load_pipeline(self, transformer: nn.Module | None = None, dtype: torch.dtype = torch.float32) -> Any:
         """The diffusers pipeline around this transformer, with `transformer` in its place where one is given.
@@ -340,7 +345,7 @@ class Checkpoint:
                     torch_dtype=dtype,
                     use_safetensors=True,
                     local_files_only=True,
-                ).to(dtype)
+                )
         except (*REFUSALS, OSError, ImportError, SafetensorError) as error:
             raise DitqError(f"{self.name}: the pipeline does not load: {_first_line(error)}") from error
         pipeline.set_progress_bar_config(disable=True)

@@ -1,4 +1,5 @@
-"""A quantized model on a GPU: FastLinear in the place of every QuantLinear, FastMixture of experts, the rest in bfloat16."""
+"""A quantized model on a GPU: FastLinear in the place of every QuantLinear, FastMixture of experts, the rest in bfloat16, but
+for parts that their model keeps in float32."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from ditq.kernels.online import Online
 from ditq.kernels.side_by_side import lay
 from ditq.nn import QuantLinear, TransformedLinear
 from ditq.nn.attention_rounding import AttentionRounding
+from ditq.nn.float32_parts import cast
 from ditq.nn.structural.experts import MixtureOfExperts
 from ditq.nn.structural.token_attention import TokenAttention
 
@@ -61,7 +63,7 @@ def to_gpu(model: nn.Module, device: torch.device, capability: int | None = None
     take_off(model, device)
     fp8_attention.take_off(model, device)
     keep_constants(model, device)
-    return model.to(device, DTYPE)
+    return cast(model, device, DTYPE)
 
 
 def separate_experts(model: nn.Module) -> str | None:
