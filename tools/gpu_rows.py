@@ -23,6 +23,7 @@ from ditq.nn import attention_rounding
 from ditq.nn.attention_rounding import watched
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
+from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.nn.structural.token_attention import attach
 from ditq.numerics.attention_rounding import FLOAT8 as E4M3
 from ditq.numerics.attention_rounding import PARTS, AttentionFormat
@@ -37,11 +38,12 @@ from tools.gpu_products import seconds, told
 Call = Callable[[Mapping[str, Tensor]], Tensor]
 BASE = "bf16 compiled"  # what the others' speed is measured by
 KINDS = ("products", "attention", "quantization", "decode", "rest")
-ATTENTIONS: dict[str, tuple[type[LocalAttention] | type[LinearAttention], dict[str, Any]]] = {
+ATTENTIONS: dict[str, tuple[type[LocalAttention] | type[LinearAttention] | type[SparseAttention], dict[str, Any]]] = {
     "window 8": (LocalAttention, {"window": Window("circle", 8, 8)}),
     "window 8 in order": (LocalAttention, {"window": Window("circle", 8, 8)}),
     "window 16": (LocalAttention, {"window": Window("circle", 16, 8)}),
     "linear attention": (LinearAttention, {"features": "softmax"}),
+    "9 tiles of 16": (SparseAttention, {"tile": 16, "keep": 9, "means": True}),
 }
 IN_ORDER = " in order"  # of tokens tile by tile in the whole model
 AND_ATTENTION = "and FP8 attention"

@@ -1,5 +1,5 @@
-"""Attentions that a part answers for, on a GPU: windows by torch's FlexAttention, linear attention as its products, others by
-torch's own attention over what they gather.
+"""Attentions that a part answers for, on a GPU: windows by torch's FlexAttention, and tiles of large pictures
+(tiled_attention.py); linear attention as its products; others by torch's own attention over what they gather.
 
 The parts are taken off the model, so that the traced graph has torch's own attention at their places, for which traced.py puts
 `ditq::answered_attention`. To the compiler that is one node, the same in all blocks; it asks the part of the block that runs,
@@ -24,6 +24,7 @@ from torch.library import custom_op
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from ditq.kernels import tiled_attention
 from ditq.kernels.asked import asked
 from ditq.kernels.blocks import with_limits
 from ditq.nn.structural.compressed_keys import CompressedKeys
@@ -36,6 +37,7 @@ from ditq.nn.structural.token_attention import TokenAttention, detach_all, tell
 from ditq.numerics.head_windows import by_heads
 from ditq.numerics.linear_attention import linear_attention
 from ditq.numerics.local_attention import Pooling
+from ditq.numerics.sparse_attention import sparse_attention
 from ditq.numerics.token_layout import Grid
 from ditq.numerics.window import Side, Window, patches
 
@@ -308,6 +310,27 @@ def _on_tensor_cores() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+def _tiles(part: TokenAttention) -> Attention:
+    """As meant, but for large pictures without gathering keys."""
+    assert isinstance(part, (SparseAttention, HeldTiles))
+    if tiled_attention.block_of(part.tile) is not None:
+        part.over_tiles = _over_tiles  # type: ignore[method-assign]
+    return _as_meant(part)
+
+
+def _over_tiles(
+    query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float, tile: int, keep: int, seen: Tensor | None, means: bool
+) -> Tensor:  # fmt: skip
+    """`sparse_attention`, by FlexAttention where there are many tokens."""
+    if grid.image < tiled_attention.LEAST:
+        return sparse_attention(query, key, value, grid, scale, tile, keep, seen, means)
+    compute = _compiled(tiled_attention.image_over_tiles, query.is_cuda)
+    image = compute(*tiled_attention.arguments(query, key, value, grid, scale, tile, keep, seen, means))
+    if not grid.text:
+        return image
+    return grid.joined(image, F.scaled_dot_product_attention(grid.parted(query)[1], key, value, scale=scale))
+
+
 def _as_meant(part: TokenAttention) -> Attention:
     """By torch's operators as its numerics are written: gathers and torch's own attention."""
     return type(part).attention.__get__(part)
@@ -317,6 +340,6 @@ KINDS: dict[type[TokenAttention], Callable[[TokenAttention], Attention]] = {
     LocalAttention: _local,
     LinearAttention: _linear,
     CompressedKeys: _as_meant,
-    SparseAttention: _as_meant,
-    HeldTiles: _as_meant,
+    SparseAttention: _tiles,
+    HeldTiles: _tiles,
 }

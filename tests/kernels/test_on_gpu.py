@@ -32,6 +32,8 @@ from ditq.nn.structural.local_attention import LocalAttention  # noqa: E402
 from ditq.nn.structural.sparse_attention import SparseAttention  # noqa: E402
 from ditq.nn.structural.token_attention import token_attentions  # noqa: E402
 from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation  # noqa: E402
+from ditq.numerics.local_attention import in_blocks  # noqa: E402
+from ditq.numerics.sparse_attention import sparse_attention, tile_scores, tiles_of  # noqa: E402
 from ditq.numerics.token_layout import Grid, TokenLayout  # noqa: E402
 from ditq.numerics.window import Window  # noqa: E402
 from ditq.passes import Context  # noqa: E402
@@ -230,3 +232,26 @@ def test_attentions_of_many_blocks_compute_their_meaning(kind: Any, settings: di
             expected = kind.attention(part, *(tensor.float() for tensor in given), grid, 0.125)
             found = KINDS[kind](part)(*given, grid, 0.125)
         assert relative(found.float(), expected) < 1e-2
+
+
+@pytest.mark.parametrize("tile", [8, 16])
+@pytest.mark.parametrize("means", [False, True], ids=["alone", "means"])
+def test_tiles_of_large_pictures_compute_their_meaning_without_gathering(tile: int, means: bool) -> None:
+    """Chosen at the call, in a picture of which tiles are whole and one of which some reach beyond the edge."""
+    part = SparseAttention("site", TokenLayout(), 2, 64, True, 0, tile, 9, None, means).cuda()
+    for grid in (Grid(77, 128, 128), Grid(77, 130, 131)):
+        generator = torch.Generator("cuda").manual_seed(0)
+        shape = (2, 2, grid.text + grid.image, 64)
+        given = [torch.randn(shape, generator=generator, device="cuda").bfloat16() for _ in range(3)]
+        with torch.no_grad():
+            seen = sparse_tiles(*given[:2], grid, tile, 9)
+            expected = sparse_attention(*(tensor.float() for tensor in given), grid, 0.125, tile, 9, seen, means)
+            found = KINDS[SparseAttention](part)(*given, grid, 0.125)
+        assert relative(found.float(), expected) < 1e-2
+
+
+def sparse_tiles(query: torch.Tensor, key: torch.Tensor, grid: Grid, tile: int, keep: int) -> torch.Tensor:
+    """The tiles that are chosen at a call of these."""
+    made = tiles_of(tile, *grid.sides)
+    queries, keys = (in_blocks(grid.parted(tensor)[0], made.blocks) for tensor in (query, key))
+    return tile_scores(queries, keys).topk(keep, sorted=False).indices

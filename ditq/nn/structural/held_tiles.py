@@ -42,6 +42,7 @@ class HeldTiles(TokenAttention):
     """
 
     kind: ClassVar[str] = "held_tiles"
+    over_tiles = staticmethod(sparse_attention)  # a GPU's own takes its place in a part
 
     def __init__(
         self,
@@ -68,12 +69,12 @@ class HeldTiles(TokenAttention):
     def attention(self, query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
         turn = self.turn
         if turn is not None and not self.searches(turn):
-            return sparse_attention(
+            return self.over_tiles(
                 query, key, value, grid, scale, self.tile, self.keep, self.held[turn.place], self.means
             )
         found = most_probable(query, key, grid, scale, self.tile, self.keep)
         if turn is None:
-            return sparse_attention(query, key, value, grid, scale, self.tile, self.keep, found, self.means)
+            return self.over_tiles(query, key, value, grid, scale, self.tile, self.keep, found, self.means)
         if turn.place in self.held:
             self.held[turn.place].copy_(found)
         else:

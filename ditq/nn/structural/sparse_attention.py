@@ -24,6 +24,7 @@ class SparseAttention(TokenAttention):
     """
 
     kind: ClassVar[str] = "sparse_attention"
+    over_tiles = staticmethod(sparse_attention)  # a GPU's own takes its place in a part
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class SparseAttention(TokenAttention):
             if isinstance(query, FakeTensor):  # a trace asks for shapes, and knows no more of a picture than its tokens
                 return query.new_empty(query.shape)
             raise ValueError(f"{self.site}: {other_picture(self.picture, (grid.height, grid.width))}")
-        return sparse_attention(query, key, value, grid, scale, self.tile, self.keep, self.seen, self.means)
+        return self.over_tiles(query, key, value, grid, scale, self.tile, self.keep, self.seen, self.means)
 
     def macs(self, grid: Grid) -> int:
         tiles, channels = number_of_tiles(self.tile, *grid.sides), self.heads * self.width
