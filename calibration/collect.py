@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ditq.calibration.accumulate import InputAccumulator
+from ditq.calibration.batches import units_of
 from ditq.calibration.input_statistics import InputStatistics
 from ditq.calibration.record import RecordedCall, Trajectories
 from ditq.calibration.statistics import INDEX, Statistics, read_groups, write_groups, write_index
@@ -154,13 +155,19 @@ def _origin(trajectories: Trajectories) -> dict[str, Any]:
 def _enough_calls(
     graph: DiTGraph, trajectories: Trajectories, groups: list[InputGroup], bins: int, device: torch.device
 ) -> list[int]:
-    """Numbers of the calls to read: all, or of large calls as many as tell enough, evenly from all steps."""
-    steps = trajectories.steps_of_calls()
+    """Numbers of the calls to read: all, or of large calls as many as tell enough, evenly from all steps.
+
+    Guidance branches of a step are taken together, or by chance where their shapes differ: every second call of a pipeline
+    that calls its denoiser once a branch would be of one branch alone.
+    """
+    steps, units = trajectories.steps_of_calls(), units_of(trajectories)
     rows = _rows_of_a_call(graph, trajectories, groups, device)
     enough = max(ROWS, ROWS_A_CHANNEL * max((group.width for group in groups), default=0))
     count = min(len(steps), max(2 * bins, -(-enough // max(rows, 1))))
-    by_step = sorted(range(len(steps)), key=steps.__getitem__)
-    return sorted(by_step[place * len(steps) // count] for place in range(count))
+    wanted = min(len(units), max(2 * bins, -(-count // min(len(unit) for unit in units))))
+    mixed = torch.randperm(len(units), generator=torch.Generator().manual_seed(0)).tolist()
+    by_step = sorted(mixed, key=lambda place: steps[units[place][0]])
+    return sorted(number for place in range(wanted) for number in units[by_step[place * len(units) // wanted]])
 
 
 @torch.no_grad()

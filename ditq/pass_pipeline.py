@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import torch
@@ -95,9 +96,22 @@ def _check_unchanged(name: str, before: Tensor, after: Tensor) -> None:
 
 def _collected_again(graph: DiTGraph, context: Context, progress: ProgressSetting) -> Statistics:
     """Statistics of the model as structural passes have left it, on the calls that were recorded of the original."""
-    bins = int(context.calibration["bins"])
+    told = context.calibration
+    folder = None if context.work is None else context.work / "restructured"
+    if folder is not None:  # cleared first: those of another recipe would look the same
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
     graph.model.to(context.device)
     try:
-        return collect_statistics(graph, context.trajectories(), bins, seed=context.seed, progress=progress)
+        return collect_statistics(
+            graph,
+            context.trajectories(),
+            int(told["bins"]),
+            int(told["rows_per_bin"]),
+            seed=context.seed,
+            progress=progress,
+            moments=told.get("moments", "bins"),
+            folder=folder,
+        )
     finally:
         graph.model.to("cpu")

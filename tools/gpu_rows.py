@@ -203,7 +203,7 @@ def rows(
                 model = generated(shape, device, torch.bfloat16)
                 linear, attention = multiply_adds(model)
                 call = variant.make(model)
-                del model
+                model = None  # type: ignore[assignment]
                 found = call(inputs).float().cpu()
                 print(f"# {shape.name} {name}: first call after {time.perf_counter() - start:.0f} s", flush=True)
                 if device.type == "cuda":  # what calls need, not what making the model took
@@ -214,6 +214,7 @@ def rows(
                 kinds = _kinds(partial(call, inputs)) if device.type == "cuda" else None
         except Exception as failed:  # one variant that a machine has not must not cost the others' rows
             print(f"# {shape.name} {name}: {told(failed)}", flush=True)
+            model = call = None  # type: ignore[assignment]  # what failed must not take the next one's memory
             continue
         base = taken if name == BASE else base
         dense = not any(name.endswith(kind) for kind in ATTENTIONS)  # others' multiply-adds cannot be compared
@@ -221,7 +222,7 @@ def rows(
         share = rate / peak[variant.number] if variant.number in peak else float("nan")
         error = float("nan") if expected is None else float((found - expected).norm() / expected.norm())
         yield Row(shape.name, name, 1e3 * taken, base / taken, 2e-12 * rate, share, memory, kinds, error)
-        del call
+        call = None  # type: ignore[assignment]
 
 
 def _forget(device: torch.device) -> None:

@@ -27,6 +27,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from ditq.kernels import tiled_attention
 from ditq.kernels.asked import asked
 from ditq.kernels.blocks import with_limits
+from ditq.kernels.captured import hold
 from ditq.nn.structural.compressed_keys import CompressedKeys
 from ditq.nn.structural.held_tiles import HeldTiles, Turns
 from ditq.nn.structural.linear_attention import LinearAttention
@@ -277,7 +278,7 @@ def _local(part: TokenAttention) -> Attention:
         if pooling is not None:
             for tokens, weights in ((key, pooling.keys), (value, pooling.values)):
                 extra.append(pooling.pooled(grid.parted(tokens)[0], weights, grid))
-        laid = laid_out(window, part.pool, grid, query.device)
+        laid = hold(laid_out(window, part.pool, grid, query.device))
         return windowed(query, key, value, laid, scale, extra)
 
     def attention(query: Tensor, key: Tensor, value: Tensor, grid: Grid, scale: float) -> Tensor:
@@ -314,7 +315,7 @@ def _tiles(part: TokenAttention) -> Attention:
     """As meant, but for large pictures without gathering keys."""
     assert isinstance(part, (SparseAttention, HeldTiles))
     if tiled_attention.block_of(part.tile) is not None:
-        part.over_tiles = _over_tiles  # type: ignore[method-assign]
+        part.over_tiles = _over_tiles  # type: ignore[method-assign,assignment]
     return _as_meant(part)
 
 

@@ -16,7 +16,7 @@ import importlib
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -224,7 +224,7 @@ def _handle(device: int) -> Any:
         return importlib.import_module("cudnn").create_handle()
 
 
-@cache
+@lru_cache(maxsize=256)
 def _graph(handle: Any, layouts: Sequence[Any], scale: float) -> Any:
     """cuDNN's graph for tensors of these shapes and strides."""
     cudnn = importlib.import_module("cudnn")

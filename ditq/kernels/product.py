@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ditq.errors import DitqError
 from ditq.kernels import matmul, tma_matmul, vector
 from ditq.kernels.decode import decode_into
 from ditq.kernels.library import library_product
@@ -75,6 +76,10 @@ def _way(product: Product, dtype: torch.dtype) -> Way:
 
     def right(found: Tensor) -> bool:
         part, meaning = _checked(product, found)
+        if not meaning.isfinite().all():
+            raise DitqError(
+                f"{key}: what it multiplies holds values that are not finite; look at the inputs of this call"
+            )
         error = torch.linalg.vector_norm(part.double() - meaning) / torch.linalg.vector_norm(meaning).clamp_min(1e-30)
         # bfloat16 results err by 2e-3, a wrong byte by far more
         return bool(found.isfinite().all()) and float(error) < 1e-2

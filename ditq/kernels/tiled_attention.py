@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
 
 from ditq.numerics.compressed_keys import log_counts
 from ditq.numerics.local_attention import in_blocks, on
@@ -97,22 +97,34 @@ def image_over_tiles(
         count = math.log(size) if counts is None else counts[(column - first).clamp(0, tiles - 1)]
         return torch.where(column < first, score, score + count)
 
+    count, which, count_whole, which_whole = _blocks(seen, size // block, tiles, -(-rest // block), real is None)
     mask = BlockMask.from_kv_blocks(
-        *_blocks(seen, size // block, tiles, -(-rest // block), real is None),
+        count,
+        which,
+        count_whole,
+        which_whole,
         BLOCK_SIZE=block,
         mask_mod=seen_keys,
         seq_lengths=(image, parts[0].shape[2]),
         compute_q_blocks=False,
     )
-    options = {"BLOCK_M": block, "BLOCK_N": 64} if query.is_cuda else None
+    options: FlexKernelOptions | None = {"BLOCK_M": block, "BLOCK_N": 64} if query.is_cuda else None
     y = flex_attention(
-        query, *parts, score_mod=weighed if means else None, block_mask=mask, scale=scale, kernel_options=options
+        query,
+        parts[0],
+        parts[1],
+        score_mod=weighed if means else None,
+        block_mask=mask,
+        scale=scale,
+        kernel_options=options,
     )
     assert isinstance(y, Tensor)
     return y if places is None else y[:, :, places]
 
 
-def _blocks(seen: Tensor, each: int, tiles: int, behind: int, whole: bool) -> tuple[Tensor | None, ...]:
+def _blocks(
+    seen: Tensor, each: int, tiles: int, behind: int, whole: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """How many blocks of keys are masked for each block of queries [B, h, Q], and which [B, h, Q, ..]; the same of those that
     are seen whole, or None and None.
 

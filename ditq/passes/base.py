@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -119,8 +119,9 @@ class Context:
         self.changes: dict[str, InputChange] = {}
 
     def restructured(self, statistics: Statistics) -> None:
-        """From now on statistics are those of the model as structural passes have left it."""
-        self._statistics, self._latest = statistics, None
+        """From now on statistics are those of the model as structural passes have left it; steps weigh what they did."""
+        known = None if self._statistics is None else self._statistics.step_weights
+        self._statistics, self._latest = replace(statistics, step_weights=known), None
 
     def showing(self, progress: ProgressSetting) -> Context:
         """The same context, with its passes' progress shown so."""

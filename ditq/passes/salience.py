@@ -21,7 +21,11 @@ def channel_sizes(salience: str, statistics: InputStatistics, mean: Tensor, weig
     - extremes: the larger of the first and the last bin, where a trajectory is noisiest and cleanest.
     """
     if salience == "rms":
-        return (statistics.channel_rms.double().square() - 2 * mean * statistics.mean().double() + mean**2).sqrt()
+        return (
+            (statistics.channel_rms.double().square() - 2 * mean * statistics.mean().double() + mean**2)
+            .clamp_min(0)
+            .sqrt()
+        )
     by_bin = _by_bin(statistics, mean)
     if salience == "spearman":
         rho = torch.stack([spearman(size, weights) for size in by_bin])

@@ -163,13 +163,14 @@ def _loaded(checkpoint: Checkpoint) -> nn.Module:
 
 def heldout_conditions(checkpoint: Checkpoint, limit: int) -> Sequence[str | int]:
     """What to evaluate on when nothing is given: captions, VBench prompts or class labels, evenly spread, none of which
-    `calibrate` takes when nothing is given."""
+    `calibrate` takes when nothing is given; of a model with so few classes that it takes all, these, from other noise."""
     if checkpoint.name in BUILT_IN:
         return builtin_prompts("mini-heldout")[:limit]
     labelled = condition_kind(pipeline_class(checkpoint)) == "class"
     known = range(class_count(checkpoint.config)) if labelled else builtin_prompts("vbench")
     calibrated = set(default_conditions(checkpoint))
-    return spread([condition for condition in known if condition not in calibrated], limit)
+    left = [condition for condition in known if condition not in calibrated]
+    return spread(left or list(known), limit)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
@@ -79,11 +80,13 @@ def runner(engine: Engine, threads: int | None = None) -> Runner:
         wanted = {name: as_wanted(name, tensor) for name, tensor in inputs.items()}
         return forward(**unflatten(wanted, layout), return_dict=False)[0]
 
-    captured, turns = CapturedCalls(call), turns_of(model)
+    captured, turns, alone = CapturedCalls(call), turns_of(model), Lock()
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         try:
-            with torch.no_grad():
+            # Recorded calls read and write memory of their own, and belong to the GPU that the weights are on.
+            with alone, torch.cuda.device(device), torch.no_grad():
                 return captured(inputs, *tell_grids(model, unflatten(inputs, layout)), turns.tell(inputs))
         except torch.cuda.OutOfMemoryError as error:
             raise _too_large(engine, "a call of this size does not") from error

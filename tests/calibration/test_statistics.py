@@ -231,17 +231,42 @@ def test_of_large_calls_as_many_as_tell_enough_are_read_evenly_from_all_steps(
     monkeypatch.setattr(collect, "ROWS", 2 * rows)
     monkeypatch.setattr(collect, "ROWS_A_CHANNEL", 0)
     found = collect_statistics(graph, trajectories, 1, 16, groups=[TOKENS])
-    assert trajectories.count() > 2 and found.metadata["calls"] == 2 and "calls" not in statistics.metadata
-    assert int(found.groups[TOKENS].count.sum()) == 2 * rows
+    assert trajectories.count() > 4 and found.metadata["calls"] == 4 and "calls" not in statistics.metadata
+    assert int(found.groups[TOKENS].count.sum()) == 4 * rows  # of two steps, both guidance branches of each
     asked = graph, trajectories, [graph.groups[TOKENS]], 1, torch.device("cpu")
     chosen = collect._enough_calls(*asked)
     read = [trajectories.steps_of_calls()[number] for number in chosen]
-    assert sorted(read) == [0, trajectories.steps // 2]
+    assert sorted(read) == [0, 0, *[trajectories.steps // 2] * 2]
     monkeypatch.setattr(collect, "ROWS_A_CHANNEL", 10**6)  # the widest input asks for more
     assert (
         len(collect._enough_calls(graph, trajectories, [graph.groups[TOKENS]], 1, torch.device("cpu")))
         == trajectories.count()
     )
+
+
+def test_both_guidance_branches_are_among_the_calls_that_are_read(
+    graph: DiTGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a pipeline that calls its denoiser once a branch, every second call is of the same one."""
+
+    class Recorded:
+        def steps_of_calls(self) -> list[int]:
+            return [step for _, step in self.places_of_calls()]
+
+        def places_of_calls(self) -> list[tuple[int, int]]:
+            return [(condition, step) for condition in range(4) for step in range(10) for _ in range(2)]
+
+    monkeypatch.setattr(collect, "_rows_of_a_call", lambda *_: collect.ROWS)
+    for alone in (False, True):  # where branches have shapes of their own, each is a unit
+        units = [[2 * number, 2 * number + 1] for number in range(40)]
+        monkeypatch.setattr(
+            collect, "units_of", lambda _, u=units, a=alone: [[c] for unit in u for c in unit] if a else u
+        )
+        for bins in (2, 4, 5):
+            chosen = collect._enough_calls(graph, Recorded(), [], bins, torch.device("cpu"))  # type: ignore[arg-type]
+            assert len(chosen) == (2 if alone else 4) * bins and {number % 2 for number in chosen} == {0, 1}
+            steps = [number // 2 % 10 for number in chosen]
+            assert min(steps) < 3 and max(steps) > 4
 
 
 def test_what_statistics_will_take_on_disk_is_told_before(

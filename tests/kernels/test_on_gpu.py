@@ -31,8 +31,8 @@ from ditq.nn.structural.linear_attention import LinearAttention  # noqa: E402
 from ditq.nn.structural.local_attention import LocalAttention  # noqa: E402
 from ditq.nn.structural.sparse_attention import SparseAttention  # noqa: E402
 from ditq.nn.structural.token_attention import token_attentions  # noqa: E402
-from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation  # noqa: E402
 from ditq.numerics.local_attention import in_blocks  # noqa: E402
+from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation  # noqa: E402
 from ditq.numerics.sparse_attention import sparse_attention, tile_scores, tiles_of  # noqa: E402
 from ditq.numerics.token_layout import Grid, TokenLayout  # noqa: E402
 from ditq.numerics.window import Window  # noqa: E402

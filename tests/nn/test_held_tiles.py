@@ -64,6 +64,12 @@ def test_a_branch_that_begins_later_and_another_size_search_first() -> None:
     assert [searches for _, searches in turns(calls, every=100)] == [True, False, True, False, False, True]
 
 
+def test_a_picture_behind_one_that_broke_off_soon_sees_its_own_tiles() -> None:
+    """Its first call looks like a branch of the other's, and the next one may see tiles of that; those after it do not."""
+    found = turns([call(9.0), *(call(time) for time in (9.0, 8.0, 7.0, 6.0))], every=100)
+    assert found == [(0, True), (0, True), (1, False), (2, True), (3, False)]
+
+
 def test_pictures_of_one_step_are_never_taken_for_each_other_for_long() -> None:
     found = turns([call(1.0)] * (MOST + 2))
     assert all(searches for _, searches in found)

@@ -10,6 +10,7 @@ import torch
 from ditq.errors import DitqError
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.token_attention import token_attentions
+from ditq.numerics.token_layout import Grid, TokenLayout
 from ditq.passes import Context
 from ditq.passes.attention_records import part_error, records_of
 from ditq.passes.linear_attention import LinearAttentionPass
@@ -73,6 +74,17 @@ def test_the_gain_gives_the_picture_the_weight_that_softmax_gave_it() -> None:
         part.gain.copy_(start + shift)
         errors[shift] = part_error(part, [r])
     assert errors[0.0] < errors[-3.0] and errors[0.0] < errors[3.0]
+
+
+def test_the_gain_is_finite_however_large_the_scores_are() -> None:
+    """Also where keys that are not near have scores far above those that are, and far below."""
+    part = LinearAttention("site", TokenLayout(), 2, 16, True, 0, "softmax")
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 3 + 64, 16, generator=generator) for _ in range(3))
+    for image, text in ((60.0, 1.0), (1.0, 60.0)):
+        sized = torch.cat([text * key[:, :, :3], image * key[:, :, 3:]], 2)
+        gain = part.start_gain(30 * query, sized, value, Grid(3, 8, 8), 0.25)
+        assert gain.isfinite().all()
 
 
 def test_the_added_form_starts_as_the_window_alone(monkeypatch: pytest.MonkeyPatch) -> None:

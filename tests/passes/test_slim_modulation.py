@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
+from ditq.calibration.step_weights import StepWeights
 from ditq.cost_model import costs_after, costs_before
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
@@ -70,6 +72,15 @@ def test_it_is_quantized_like_other_modulation_and_loaded_again(family: str) -> 
     assert torch.equal(forward(fresh, inputs), forward(graph.model, inputs))
     parts = [module for module in fresh.modules() if isinstance(module, LowRankLinear)]
     assert parts and all(type(part.up).__name__ == "QuantLinear" for part in parts)
+
+
+def test_steps_weigh_what_they_did_when_statistics_are_gathered_again() -> None:
+    graph = small_graph("flux")
+    first = statistics_of(graph)
+    context = Context(replace(first, step_weights=StepWeights(effect=(1.0, 2.0), share=(1.5, 0.5))))
+    before = context.bin_weights("effect")
+    context.restructured(statistics_of(graph))
+    assert before is not None and torch.equal(context.bin_weights("effect"), before)
 
 
 def test_a_linear_that_would_not_become_smaller_stays() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,6 +22,14 @@ def test_rank_correlation_is_that_of_the_ranks() -> None:
     assert float(spearman(a, a.exp())) == pytest.approx(1, abs=0.1)
     assert float(spearman(a, -a)) == pytest.approx(-1)
     assert float(spearman(a, torch.ones(5))) == 0
+
+
+def test_a_channel_that_never_changes_has_a_size_all_the_same() -> None:
+    """Its mean square is the square of its mean, up to rounding, which may leave less than nothing."""
+    values = torch.linspace(-3, 7, 101)
+    constant: Any = SimpleNamespace(channel_rms=values.abs() * (1 - 1e-7), mean=lambda: values)
+    found = channel_sizes("rms", constant, values.double(), torch.ones(101).double())
+    assert found.isfinite().all() and float(found.max()) < 1e-2
 
 
 def test_sizes_by_timestep_bin() -> None:

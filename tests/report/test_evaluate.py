@@ -183,6 +183,8 @@ def test_what_is_evaluated_was_not_calibrated_with(checkpoint: Checkpoint, tmp_p
         found = heldout_conditions(where, 32)
         assert len(found) == len(set(found)) == 32
         assert not set(found) & set(default_conditions(where))
+    few = replace(labelled, config={"num_embeds_ada_norm": 10})  # so few that all are calibrated with
+    assert sorted(heldout_conditions(few, 32)) == list(range(10))
 
 
 def test_at_most_the_asked_number_is_drawn(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -104,7 +104,8 @@ class Turns:
     """Tells the parts of a model the turn of each of its calls, which it reads off their timesteps.
 
     Those of a picture go one way; the first call that goes back is of another picture. Calls of one timestep are guidance
-    branches of a step, in the same order in all.
+    branches of a step, in the same order in all. After a step of fewer than the one before they search again: what looked
+    like a branch there may have been the first call of another picture.
     """
 
     def __init__(self, parts: Iterable[TokenAttention]) -> None:
@@ -112,6 +113,7 @@ class Turns:
         self._last: float | None = None
         self._way = 0.0  # of timesteps: -1 falling, 1 rising, 0 not seen yet
         self._step, self._branch = 0, 0
+        self._branches = 0  # of the step before; 0 in the first one
         self._places: set[Hashable] = set()  # of this picture
 
     def tell(self, inputs: Mapping[str, Any]) -> Hashable:
@@ -142,8 +144,11 @@ class Turns:
             self._branch += 1
             return
         way = 0.0 if self._last is None else float((timestep > self._last) - (timestep < self._last))
+        branches = self._branch + 1
         self._last, self._branch = timestep, 0
         if way and self._way in (0, way):
-            self._way, self._step = way, self._step + 1
+            if branches < self._branches:
+                self._places = set()
+            self._way, self._step, self._branches = way, self._step + 1, branches
         else:
-            self._step, self._places = 0, set()
+            self._step, self._places, self._branches = 0, set(), 0

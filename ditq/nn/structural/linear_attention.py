@@ -15,6 +15,7 @@ from ditq.numerics.token_layout import Grid, TokenLayout
 from ditq.numerics.window import Window
 
 TINY = 1e-30
+NOISE = 1e-7  # of a sum in float32
 
 
 @register
@@ -69,9 +70,13 @@ class LinearAttention(TokenAttention):
         scores = image_query @ key.transpose(-1, -2) * scale
         near = softmax_mass(query, key, value, grid, self.window, scale)
         assert near.largest is not None
-        far = ((scores - near.largest).exp().sum(-1, keepdim=True) - near.total).clamp_min(TINY)
+        largest = scores.amax(-1, keepdim=True)
+        every = (scores - largest).exp().sum(-1, keepdim=True)
+        far = (every - near.total * (near.largest - largest).exp()).clamp_min(
+            NOISE * every
+        )  # below it is what rounding left
         linear = image_mass(query, key, value, grid, self.form()).total.clamp_min(TINY)
-        return (far.log() - linear.log()).mean((0, 2, 3))
+        return (far.log() + largest - near.largest - linear.log()).mean((0, 2, 3))
 
     def macs(self, grid: Grid) -> int:
         channels, image, text = self.heads * self.width, grid.image, grid.text
