@@ -13,7 +13,8 @@ In reading order:
     fast_linear.py  what stands in a QuantLinear's place
     fast_experts.py what stands in the place of a mixture of experts: each of their linears as one kernel
     on_gpu.py       a whole model of them on a GPU, the rest in bfloat16
-    answered_attention.py  windows and linear attention, as an operator
+    answered_attention.py  windows, linear attention and the like, as an operator
+    tiled_attention.py  chosen tiles of large pictures, without gathering their keys
     blocks.py       its blocks compiled each by itself, equal ones once
     traced.py       a block as one graph, in which inputs are quantized once, together with what makes them
     captured.py     its calls as CUDA graphs
