@@ -270,7 +270,8 @@ def _class_name(pipeline: Any) -> str:
 
 def _bind(module: torch.nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a forward call by name (PixArt and DiT pipelines pass the latents by position)."""
-    signature = inspect.signature(module.forward)
+    own = getattr(module, "call_signature", None)  # of an engine, whose forward takes what its original's does
+    signature = own if isinstance(own, inspect.Signature) else inspect.signature(module.forward)
     bound = signature.bind(*positional, **named).arguments
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL and bound.pop(parameter.name, ()):

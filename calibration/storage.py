@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ditq.errors import DitqError
+from ditq.numerics.raw_bytes import raw_bytes
 
 PARTIAL = ".partial"  # ending of what is not finished yet
 
@@ -81,7 +82,7 @@ def tensor_digest(*tensors: torch.Tensor) -> str:
     """SHA-256 over the bytes of tensors, in order."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(tensor.cpu()).numpy().data)
     return digest.hexdigest()
 
 

@@ -339,15 +339,23 @@ class Checkpoint:
             )
         try:
             with quiet_libraries():
-                pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                # By its own class: the common one forgets a transformer that the class calls optional, as Wan's do.
+                name = read_json(self.pipeline_root / "model_index.json").get("_class_name")
+                kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+                model = self.load_model(dtype) if transformer is None else transformer
+                pipeline = (kind or diffusers.DiffusionPipeline).from_pretrained(
                     str(self.pipeline_root),
-                    transformer=self.load_model(dtype) if transformer is None else transformer,
+                    transformer=model,
                     torch_dtype=dtype,
                     use_safetensors=True,
                     local_files_only=True,
                 )
         except (*REFUSALS, OSError, ImportError, SafetensorError) as error:
             raise DitqError(f"{self.name}: the pipeline does not load: {_first_line(error)}") from error
+        if pipeline.transformer is not model:
+            raise DitqError(
+                f"{self.name}: {type(pipeline).__name__} takes no transformer that it is given, only its own"
+            )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

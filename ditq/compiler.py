@@ -16,7 +16,7 @@ from ditq.budget import Budget
 from ditq.budget.attention import within
 from ditq.budget.fit import BudgetFit, fit_budget, quantize_step
 from ditq.budget.request import ATTENTION
-from ditq.calibration.calibrate import TRAJECTORIES, calibrate, pipeline_class
+from ditq.calibration.calibrate import TRAJECTORIES, calibrate, choose_conditions, pipeline_class
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
 from ditq.calibration.storage import make_folder
@@ -140,8 +140,8 @@ def compile(
         assert family is not None
         _check_recipe(recipe, checkpoint, inputs, wanted, gpus if options.gpus else ())
         clock.lap("structure")
-        if statistics is None and (budget is not None or any(step.requires_statistics for step in recipe.passes)):
-            statistics = _statistics(checkpoint, work, options)
+        needed = budget is not None or any(step.requires_statistics for step in recipe.passes)
+        statistics = statistics or _statistics(checkpoint, work, options, needed)
         clock.lap("calibrate")
         weights = _weights_folder(checkpoint, work, options.offload)
         model = checkpoint.load_model(offload=weights)
@@ -291,9 +291,14 @@ def _text_sites(graph: DiTGraph, changing: Collection[str]) -> tuple[str, ...]:
     )
 
 
-def _statistics(checkpoint: Checkpoint, work: Path, options: CompileOptions) -> Statistics:
+def _statistics(checkpoint: Checkpoint, work: Path, options: CompileOptions, needed: bool) -> Statistics | None:
+    """Those that were given, or of calls made now if they are needed. What was given and is not needed is looked at too."""
     if options.statistics is not None:
         return Statistics.open(options.statistics, fingerprint=checkpoint.fingerprint())
+    if not needed:
+        if options.conditions is not None:
+            choose_conditions(checkpoint, options.conditions, options.limit)
+        return None
     return calibrate(
         checkpoint,
         work / "calibration",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def load_engine(path: str | Path, target: str = "auto", threads: int | None = No
 
 
 class EngineTransformer(ModelMixin):
-    """Called like the diffusers transformer that it stands for. It has no parameters and is for inference."""
+    """Called like the diffusers transformer that it stands for. It has no parameters but an empty one; for inference."""
 
     def __init__(self, engine: Engine, target_name: str = "auto", threads: int | None = None) -> None:
         super().__init__()
@@ -60,6 +61,8 @@ class EngineTransformer(ModelMixin):
         chosen = target(self.target)
         self._dtype, self._device = chosen.dtype, torch.device(chosen.device)
         self._config = FrozenDict(engine.config)
+        # Offloading asks a module's first parameter where it is.
+        self.nothing = torch.nn.Parameter(torch.empty(0), requires_grad=False)
 
     @property
     def config(self) -> FrozenDict:
@@ -74,12 +77,18 @@ class EngineTransformer(ModelMixin):
     def device(self) -> torch.device:
         return self._device
 
+    @property
+    def call_signature(self) -> Signature:
+        """That of the original's forward, of which some pipelines give the first arguments without their names."""
+        names = self.engine.manifest["arguments"]
+        return Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names])
+
     def to(self, *arguments: Any, **keywords: Any) -> EngineTransformer:  # type: ignore[override]
         """Stays where it is: inputs are brought to it and the output goes back to their device and dtype."""
         return self
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
+    def cache_context(self, name: str, **of_the_step: Any) -> Iterator[None]:
         """Pipelines name their guidance branches by it, for step caches; an engine keeps nothing between calls."""
         yield
 

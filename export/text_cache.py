@@ -8,6 +8,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ditq.numerics.raw_bytes import raw_bytes
+
 KEPT = 2  # a pipeline may call the denoiser once for each branch of guidance, in turns
 Made = TypeVar("Made")
 
@@ -40,4 +42,4 @@ def _same(a: Tensor, b: Tensor) -> bool:
     """Equal in shape, dtype and every bit; a comparison of numbers would take -0 for 0 and no NaN for itself."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    return torch.equal(raw_bytes(a), raw_bytes(b))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ditq.commands import DEVICE_HELP, GPU_HELP, SEED, SIZES_HELP, print_evaluation, table
 from ditq.errors import DitqError
+
+if TYPE_CHECKING:
+    from ditq.checkpoint import Checkpoint
 
 
 @click.command(name="compile")
@@ -107,7 +111,7 @@ def compile_command(checkpoint: str, out: Path, recipe: str, budget: str | None,
     click.echo(f"{'time':10s} {laps}; peak memory {result.peak_memory / 2**30:.1f} GiB")
     if evaluated and opened.pipeline_root is not None:
         print_evaluation(report_on(out, opened, limit=evaluated, device=device, speed=False))
-    click.echo(f"engine in {out}; next: ditq sample {out} " + _example(opened))
+    click.echo(f"engine in {out}; next: " + _next(out, checkpoint, opened))
 
 
 def _said_of_text(sites: int) -> str:
@@ -116,9 +120,20 @@ def _said_of_text(sites: int) -> str:
     return "no keys and values are made of the text alone, so nothing is cached between steps"
 
 
-def _example(checkpoint: Any) -> str:
-    prompt = '"smirking face, noto"' if checkpoint.name.startswith("mini") else '"your prompt"'
-    return prompt + " -o sample.png"
+def _next(out: str | Path, given: str, checkpoint: Checkpoint) -> str:
+    """What to do with the engine: words for a shell."""
+    from ditq.calibration.calibrate import pipeline_class
+    from ditq.calibration.sampling import condition_kind
+    from ditq.checkpoint import BUILT_IN
+
+    if checkpoint.pipeline_root is None:
+        return f"ditq.load_engine({str(out)!r}), in the pipeline that its transformer is of"
+    if condition_kind(pipeline_class(checkpoint)) == "class":
+        drawn = "0"
+    else:
+        drawn = '"smirking face, noto"' if checkpoint.name.startswith("mini") else '"your prompt"'
+    around = "" if checkpoint.name in BUILT_IN else f" --checkpoint {shlex.quote(given)}"
+    return f"ditq sample {shlex.quote(str(out))} {drawn}{around} -o sample.png"
 
 
 def _short(value: object) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ditq.nn.input_transform import InputTransform
 from ditq.numerics.activation_format import ActivationFormat
+from ditq.numerics.raw_bytes import raw_bytes
 from ditq.numerics.rotation import BlockStep, PermuteStep, Rotation
 
 _WIDEST = 32768  # channels of a padded token
@@ -53,7 +54,7 @@ class Online:
         parts = []
         for value in (getattr(self, f.name) for f in fields(self)):
             tensor = isinstance(value, Tensor)
-            parts.append(sha256(value.cpu().flatten().view(torch.uint8).numpy()).hexdigest() if tensor else repr(value))
+            parts.append(sha256(raw_bytes(value.cpu()).numpy()).hexdigest() if tensor else repr(value))
         return " ".join(parts)
 
 

@@ -27,15 +27,15 @@ from ditq.report.speed import ENGINE, TORCH, called, compare_speed
 from ditq.report.speed import benchmark as speed_of
 
 
-def original_of(engine: Engine, against: Checkpoint | str | None) -> Checkpoint:
-    """The checkpoint that an engine is compared with.
+def original_of(engine: Engine, against: Checkpoint | str | None, option: str = "--against") -> Checkpoint:
+    """The checkpoint that an engine is compared with, or drawn around. option: of the command, that gives it.
 
     Raises:
         DitqError: none was given and the engine was not compiled from a built-in one, or it is another model.
     """
     name = engine.manifest["source"]["name"]
     if against is None and name not in BUILT_IN:
-        raise DitqError(f"{engine.folder}: was compiled from {name}; say where that is with --against")
+        raise DitqError(f"{engine.folder}: was compiled from {name}; say where that is with {option}")
     checkpoint = against if isinstance(against, Checkpoint) else Checkpoint.open(against or name)
     if (
         checkpoint.class_name != engine.manifest["class_name"]
@@ -134,7 +134,7 @@ def draw(
     """
     place = device_of(device)
     engine = Engine.open(engine_folder)
-    source = original_of(engine, checkpoint or against)
+    source = original_of(engine, checkpoint or against, "--checkpoint")
     settings = dict(source.sampling) | ({} if steps is None else {"num_inference_steps": steps}) | dict(arguments or {})
     condition: str | int = prompt
     if source.family and source.family.condition == "class":
