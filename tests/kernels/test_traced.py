@@ -77,6 +77,28 @@ def test_equal_blocks_are_compiled_once() -> None:
         assert [product.args[14] for product in products] == ["gelu", ""]
 
 
+@pytest.mark.parametrize(("index", "fused"), [((slice(None), None), True), ((..., None, slice(None)), True), (1, False)])
+def test_a_modulation_of_which_a_part_is_taken_is_not_taken_for_all_of_it(index: Any, fused: bool) -> None:
+    class Modulated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = quantized(nn.Linear(64, 64), "up")
+
+        def forward(self, x: Tensor, table: Tensor) -> Tensor:
+            return self.up(F.layer_norm(x, (64,)) * (1 + table)[index] + table[:1, None])
+
+    graphs: list[fx.GraphModule] = []
+
+    def keep(graph: fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return lambda *given: [torch.zeros(2, 3, 64, dtype=torch.bfloat16)]
+
+    model = to_gpu(Modulated().requires_grad_(False), torch.device("cpu"))
+    compiled(model, keep)(torch.randn(2, 3, 64).bfloat16(), torch.randn(2, 64).bfloat16())
+    (quantizer,) = graphs[0].graph.find_nodes(op="call_function", target=torch.ops.ditq.quantized.default)
+    assert (quantizer.args[1] is not None) == fused
+
+
 @pytest.mark.parametrize("read_twice", [False, True])
 def test_an_activation_goes_into_the_product_only_where_nothing_else_reads_what_it_reads(read_twice: bool) -> None:
     class Gated(nn.Module):
