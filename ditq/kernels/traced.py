@@ -208,9 +208,18 @@ def _module_of(node: fx.Node, sites: Iterable[str]) -> str | None:
 
 
 def _path(source: str) -> str:
-    """blocks.0.attn of what Dynamo calls L['self'].__dict__['_modules']['blocks'].0.attn, or the like in other versions."""
-    words = re.findall(r"\w+", source)
-    return ".".join(word for word in words if word not in {"L", "self", "__dict__", "_modules"})
+    """blocks.0.attn of what Dynamo calls L['self'].__dict__['_modules']['blocks'].0.attn, or the like in other versions.
+
+    What stands around a forward, as of blocks in parallel, is passed through to the module that it belongs to.
+    """
+    words: list[str] = []
+    for word in re.findall(r"\w+", source):
+        if word == "__self__":
+            while words and words[-1] in {"fn", "forward", "inner"}:
+                words.pop()
+        elif word not in {"L", "self", "__dict__", "_modules"}:
+            words.append(word)
+    return ".".join(words)
 
 
 def _is(node: Any, function: Any) -> bool:
