@@ -141,6 +141,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "input of no shape": (_edit(lambda m: m["inputs"][0].update(shape=None)), "no valid 'inputs'"),
     "layout of something else": (_edit(lambda m: m["layout"].update(hidden_states=5)), "no valid 'layout'"),
     "layout of no tensor": (_edit(lambda m: m["layout"].update(hidden_states={"list": [{}]})), "no valid 'layout'"),
+    "a list without end": (
+        _edit(lambda m: m["layout"].update(x={"repeated": {"constant": 1}, "times": 10**10})), "no valid 'layout'"
+    ),
     "plans that are none": (_edit(lambda m: m.update(plans=5)), "no valid 'plans'"),
     "plan without files": (_plan(files=5), "a plan is not of the engine's graphs"),
     "plan of other graphs": (_plan(files={"other.onnx": GRAPH}), "a plan is not of the engine's graphs"),
