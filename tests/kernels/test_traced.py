@@ -11,11 +11,26 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from ditq.kernels.on_gpu import to_gpu
+from ditq.kernels.on_gpu import as_wanted, to_gpu
 from ditq.kernels.traced import compiled
 from ditq.nn import ActivationFormat, InputTransform
 from ditq.numerics.rotation import block_hadamard_rotation
 from tests.export.quantized import quantized
+
+
+@pytest.mark.parametrize(("name", "size", "kept"), [
+    ("hidden_states", (2, 8, 64), torch.bfloat16),
+    ("added_cond_kwargs.resolution", (2, 2), torch.bfloat16),
+    ("timestep_cond", (2, 64), torch.bfloat16),  # an embedding, which weights multiply
+    ("timestep", (2,), torch.float32),
+    ("timestep", (2, 8), torch.float32),
+    ("added_cond_kwargs.timesteps", (2, 8), torch.float32),
+    ("img_ids", (8, 3), torch.float32),
+    ("image_rotary_emb.0", (8, 64), torch.float32),
+])  # fmt: skip
+def test_timesteps_and_positions_are_not_rounded(name: str, size: tuple[int, ...], kept: torch.dtype) -> None:
+    """Of 1000 timesteps bfloat16 has every fourth at the end, and cosines of it are off by up to 2^-9."""
+    assert as_wanted(name, torch.rand(size)).dtype == kept
 
 
 def test_a_model_takes_more_sizes_than_torch_allows_by_itself_and_traces_each_once() -> None:
