@@ -42,7 +42,9 @@ def check_files(folder: Path, files: Mapping[str, Any], required: Sequence[str],
             raise DitqError(f"{folder}: {name} was changed since the engine was written; copy or compile it again")
 
 
-def check_plans(folder: Path, plans: Sequence[Mapping[str, Any]], graphs: Sequence[str], files: Mapping[str, Any]) -> None:
+def check_plans(
+    folder: Path, plans: Sequence[Mapping[str, Any]], graphs: Sequence[str], files: Mapping[str, Any]
+) -> None:
     """Check that plans have a file for each graph and one of layers, all of them among those that `check_files` checks.
 
     Raises:

@@ -115,7 +115,14 @@ def _list(name: str) -> Callable[[Path], None]:
 
 def _plan(**entries: Any) -> Callable[[Path], None]:
     """engine.json has a plan whose files are those of the engine itself, but for these entries; there is a secret above."""
-    sound = {"gpu": "sm89", "library": "tensorrt", "version": "10", "sizes": {}, "files": {GRAPH: GRAPH}, "layers": GRAPH}
+    sound = {
+        "gpu": "sm89",
+        "library": "tensorrt",
+        "version": "10",
+        "sizes": {},
+        "files": {GRAPH: GRAPH},
+        "layers": GRAPH,
+    }
 
     def damage(folder: Path) -> None:
         (folder.parent / "secret").write_text("secret")

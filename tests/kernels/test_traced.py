@@ -92,7 +92,9 @@ def test_equal_blocks_are_compiled_once() -> None:
         assert [product.args[14] for product in products] == ["gelu", ""]
 
 
-@pytest.mark.parametrize(("index", "fused"), [((slice(None), None), True), ((..., None, slice(None)), True), (1, False)])
+@pytest.mark.parametrize(
+    ("index", "fused"), [((slice(None), None), True), ((..., None, slice(None)), True), (1, False)]
+)
 def test_a_modulation_of_which_a_part_is_taken_is_not_taken_for_all_of_it(index: Any, fused: bool) -> None:
     class Modulated(nn.Module):
         def __init__(self) -> None:
