@@ -18,6 +18,7 @@ Part = dict[str, Any]
 """{"tensor": flat name}, {"constant": value}, {"values": a nested layout}, {"list" or "tuple": parts}, or {"repeated": a part,
 "times": n}: a list of one thing without tensors, which pipelines repeat for each sample of the batch."""
 Layout = dict[str, Part]
+MOST_REPEATS = 1 << 16  # samples of a batch: an engine.json that asks for more asks for memory only
 
 
 def flatten(arguments: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], Layout]:
@@ -67,7 +68,8 @@ def is_part(part: Any) -> bool:
         if several in part:
             return isinstance(part[several], list) and all(map(is_part, part[several]))
     if "repeated" in part:
-        return is_part(part["repeated"]) and isinstance(part.get("times"), int)
+        times = part.get("times")
+        return is_part(part["repeated"]) and isinstance(times, int) and 1 <= times <= MOST_REPEATS
     return "constant" in part
 
 
@@ -109,7 +111,8 @@ def _collect(value: Any, part: Part, engine: str, name: str, tensors: dict[str, 
     elif "values" in part:
         tensors |= collect(value if isinstance(value, Mapping) else {}, part["values"], engine, f"{name}.")
     elif "constant" in part:
-        if not (_is_empty(value) and _is_empty(part["constant"])) and value != part["constant"]:
+        several = isinstance(value, Tensor) and value.numel() != 1  # which no comparison would call equal or not
+        if several or (not (_is_empty(value) and _is_empty(part["constant"])) and value != part["constant"]):
             made_with = f"was compiled with '{name}' = {part['constant']!r}"
             raise DitqError(f"{engine}: {made_with}; it cannot take another value")
     else:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ditq.errors import DitqError
 from ditq.export.arguments import is_part, unflatten
-from ditq.export.engine_files import check_external_data, check_files
+from ditq.export.engine_files import check_external_data, check_files, check_plans
 from ditq.export.targets import PlannedMatMul
 from ditq.export.weights_file import WEIGHTS
 from ditq.nn.structural.ordered_tokens import OrderedTokens
@@ -77,6 +77,7 @@ class Engine:
         manifest = _read_manifest(folder)
         engine = cls(folder, manifest)
         check_files(folder, manifest["files"], required=(*engine.graphs, WEIGHTS), verify=verify)
+        check_plans(folder, engine.plans, engine.graphs, manifest["files"])
         for graph in engine.graphs:
             check_external_data(folder, graph, manifest["files"])
         return engine

@@ -42,6 +42,27 @@ def check_files(folder: Path, files: Mapping[str, Any], required: Sequence[str],
             raise DitqError(f"{folder}: {name} was changed since the engine was written; copy or compile it again")
 
 
+def check_plans(
+    folder: Path, plans: Sequence[Mapping[str, Any]], graphs: Sequence[str], files: Mapping[str, Any]
+) -> None:
+    """Check that plans have a file for each graph and one of layers, all of them among those that `check_files` checks.
+
+    Raises:
+        DitqError: a plan without them, or one that names a file that is not listed or outside the folder.
+    """
+    for plan in plans:
+        if not isinstance(plan["files"], dict) or set(plan["files"]) != set(graphs):
+            raise DitqError(
+                f"{folder}: engine.json is damaged (a plan is not of the engine's graphs); compile the engine again"
+            )
+        for name in (*plan["files"].values(), plan["layers"]):
+            inside(folder, name, "a plan in engine.json")
+            if name not in files:
+                raise DitqError(
+                    f"{folder}: a plan reads {name!r}, which engine.json does not list; do not use this engine"
+                )
+
+
 def check_external_data(folder: Path, graph: str, files: Mapping[str, Any]) -> None:
     """Check that the graph reads its weights from listed files alone, within their bounds.
 

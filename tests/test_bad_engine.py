@@ -113,6 +113,24 @@ def _list(name: str) -> Callable[[Path], None]:
     return damage
 
 
+def _plan(**entries: Any) -> Callable[[Path], None]:
+    """engine.json has a plan whose files are those of the engine itself, but for these entries; there is a secret above."""
+    sound = {
+        "gpu": "sm89",
+        "library": "tensorrt",
+        "version": "10",
+        "sizes": {},
+        "files": {GRAPH: GRAPH},
+        "layers": GRAPH,
+    }
+
+    def damage(folder: Path) -> None:
+        (folder.parent / "secret").write_text("secret")
+        _edit(lambda manifest: manifest.update(plans=[{**sound, **entries}]))(folder)
+
+    return damage
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "gone": (shutil.rmtree, "no such engine folder|no such checkpoint"),
     "empty": (lambda f: [item.unlink() for item in f.iterdir()], "it has no engine.json|is empty"),
@@ -130,7 +148,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "input of no shape": (_edit(lambda m: m["inputs"][0].update(shape=None)), "no valid 'inputs'"),
     "layout of something else": (_edit(lambda m: m["layout"].update(hidden_states=5)), "no valid 'layout'"),
     "layout of no tensor": (_edit(lambda m: m["layout"].update(hidden_states={"list": [{}]})), "no valid 'layout'"),
+    "a list without end": (
+        _edit(lambda m: m["layout"].update(x={"repeated": {"constant": 1}, "times": 10**10})), "no valid 'layout'"
+    ),
     "plans that are none": (_edit(lambda m: m.update(plans=5)), "no valid 'plans'"),
+    "plan without files": (_plan(files=5), "a plan is not of the engine's graphs"),
+    "plan of other graphs": (_plan(files={"other.onnx": GRAPH}), "a plan is not of the engine's graphs"),
+    "plan of no file": (_plan(files={GRAPH: 5}), "a plan in engine.json names 5, which is outside"),
+    "plan above": (_plan(files={GRAPH: "../secret"}), "a plan in engine.json names '../secret', which is outside"),
+    "layers above": (_plan(layers="../secret"), "a plan in engine.json names '../secret', which is outside"),
+    "layers of a number": (_plan(layers=[]), r"a plan in engine.json names \[\], which is outside"),
+    "plan not listed": (_plan(files={GRAPH: MANIFEST}), "a plan reads 'engine.json', which engine.json does not list"),
     "attentions that are none": (_edit(lambda m: m["structure"].update(attentions=[1])), "no valid 'structure'"),
     "figures that are none": (_edit(lambda m: m.update(measured=5)), "no valid 'measured'"),
     "engine.json too deep": (lambda f: (f / MANIFEST).write_text("[" * 100_000), "engine.json: damaged"),

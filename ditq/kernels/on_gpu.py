@@ -77,6 +77,8 @@ def separate_experts(model: nn.Module) -> str | None:
 
 
 def as_wanted(name: str, tensor: Tensor) -> Tensor:
-    """An input in the dtype that the model computes in. Timesteps and positions (`..._ids`) stay as exact as they are."""
-    exact = tensor.dim() < 2 or name.endswith("ids") or not tensor.is_floating_point()
+    """An input in the dtype that the model computes in. Timesteps and positions (`..._ids`, `image_rotary_emb.0`) stay as exact
+    as they are."""
+    kept = name.endswith(("ids", "timestep", "timesteps")) or "rotary" in name
+    exact = tensor.dim() < 2 or kept or not tensor.is_floating_point()
     return tensor if exact else tensor.to(DTYPE)

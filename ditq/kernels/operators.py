@@ -57,8 +57,10 @@ def quantized(
     """
     form = _form(bits, granularity, grid, group)
     width = a * b
-    pieces = [None if piece is None else piece.reshape(-1, width).contiguous() for piece in (gamma, beta)]
+    pieces = [None if piece is None else piece.reshape(-1, width) for piece in (gamma, beta)]
     samples = max((len(piece) for piece in pieces if piece is not None), default=1)
+    # One for all samples, beside another that each has of its own, is read by sample as well.
+    pieces = [None if piece is None else piece.expand(samples, -1).contiguous() for piece in pieces]
     q, scales, kept = _made(x, tail, a, b, form, keep)
     plan = Online(width, a, b, first, second, size, start, stop, inverse_scale, shift, form, calibrated, limits)
     if len(q):

@@ -62,7 +62,8 @@ def _tuner(device: torch.device) -> Tuner:
 def _way(product: Product, dtype: torch.dtype) -> Way:
     several = _several_tables(product)
     if product.x.device.type == "cpu":
-        return replace(INTERPRETED, decoded=several)
+        # In bfloat16 the weight is written out with its scales, which the kernel would apply once more.
+        return replace(INTERPRETED, decoded=several, library=several and product.x_scale is None)
     tuner, stored, kind = _tuner(product.x.device), product.stored, product.x.dtype
     how_many, whole = (product.tokens, product.experts), whole_rows(product)
     key = label(stored, kind, *how_many, whole, product.activation) + (" joined" if several else "")

@@ -109,7 +109,8 @@ def store_carrier(carrier: Tensor, scale: Tensor) -> StoredWeight:
     scale = scale.flatten() if scale.numel() == rows else scale
     group = columns // scale.shape[1] if scale.dim() == 2 else 0
     float8 = carrier.dtype == torch.float8_e4m3fn
-    return StoredWeight(rows, columns, 8, RUN, carrier.contiguous(), None, None, scale.float(), group, float8)
+    run = PLANE_RUN if group % RUN else RUN  # of one group: kernels read one scale a run
+    return StoredWeight(rows, columns, 8, run, carrier.contiguous(), None, None, scale.float(), group, float8)
 
 
 def why_not_stacked(weights: Sequence[StoredWeight]) -> str | None:

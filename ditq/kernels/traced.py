@@ -208,9 +208,18 @@ def _module_of(node: fx.Node, sites: Iterable[str]) -> str | None:
 
 
 def _path(source: str) -> str:
-    """blocks.0.attn of what Dynamo calls L['self'].__dict__['_modules']['blocks'].0.attn, or the like in other versions."""
-    words = re.findall(r"\w+", source)
-    return ".".join(word for word in words if word not in {"L", "self", "__dict__", "_modules"})
+    """blocks.0.attn of what Dynamo calls L['self'].__dict__['_modules']['blocks'].0.attn, or the like in other versions.
+
+    What stands around a forward, as of blocks in parallel, is passed through to the module that it belongs to.
+    """
+    words: list[str] = []
+    for word in re.findall(r"\w+", source):
+        if word == "__self__":
+            while words and words[-1] in {"fn", "forward", "inner"}:
+                words.pop()
+        elif word not in {"L", "self", "__dict__", "_modules"}:
+            words.append(word)
+    return ".".join(words)
 
 
 def _is(node: Any, function: Any) -> bool:
@@ -274,12 +283,20 @@ def _operands(node: fx.Node, function: Any) -> list[tuple[Any, Any]]:
 def _plus_one(node: Any) -> Any:
     """gamma of 1 + gamma, or of (1 + gamma)[:, None], or None."""
     if _is(node, operator.getitem):
+        if not _keeps_all(node.args[1]):
+            return None
         node = node.args[0]
     if not isinstance(node, fx.Node):
         return None
     return next(
         (gamma for one, gamma in _operands(node, operator.add) if isinstance(one, int | float) and one == 1), None
     )
+
+
+def _keeps_all(index: Any) -> bool:
+    """Whether what is indexed so holds all of the values, in their order: [:, None] and the like."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is Ellipsis or part == slice(None) for part in parts)
 
 
 def _a_sample(value: Any, tokens: fx.Node) -> bool:

@@ -37,7 +37,7 @@ def proof_of(engine: Engine, layers: Mapping[str, Sequence[Layer]]) -> FusionRep
     planned = [entry for entry in engine.planned if entry.kind in (*_NUMBERS, "weight-only kernel")]
     for entry in planned:
         products = entry.coded if entry.inner is None else (*entry.coded, entry.inner)
-        found = [_made_by(product, entry, layers[entry.graph]) for product in products]
+        found = [_made_by(product, entry, layers.get(entry.graph, ())) for product in products]
         wrong = next((kernel for kernel, low_bit in found if not low_bit), None)
         (fused if wrong is None else not_fused)[entry.site] = wrong or found[0][0]
     unplanned: dict[str, str] = {}
@@ -74,8 +74,10 @@ def _read(engine: Engine, plan: Mapping[str, Any]) -> dict[str, list[Layer]]:
     path = engine.folder / plan["layers"]
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
+        if set(read) != set(engine.graphs):  # which are read too, and no other file may be
+            raise ValueError("not of the engine's graphs")
         return {graph: [Layer.from_json(entry) for entry in entries] for graph, entries in read.items()}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DitqError(
             f"{path}: damaged; build the plan again with: ditq plan {engine.folder} --gpu {plan['gpu']}"
         ) from error

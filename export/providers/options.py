@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from ditq.export.engine import Engine
 from ditq.export.plans.run import user_cache
 from ditq.export.plans.sizes import shapes_of, sizes_of
 from ditq.export.providers.choice import CUDA, RTX, TENSORRT
+from ditq.export.weights_file import WEIGHTS
 
 _PREFIX = {TENSORRT: "trt", RTX: "nv"}
 
@@ -36,8 +38,12 @@ def options_of(provider: str, engine: Engine, graph: str, stream: int) -> dict[s
 
 
 def _cache(engine: Engine, graph: str) -> Path:
-    """Where what TensorRT builds of a graph is kept: for the user, not in the engine."""
-    place = user_cache() / "onnxruntime-tensorrt" / engine.files[graph]["sha256"]
+    """Where what TensorRT builds of a graph is kept: for the user, not in the engine.
+
+    Weights lie in a file of their own, and are built in: a graph with other weights is another build.
+    """
+    both = "-".join(str(engine.files[name]["sha256"]) for name in (graph, WEIGHTS))
+    place = user_cache() / "onnxruntime-tensorrt" / hashlib.sha256(both.encode()).hexdigest()
     place.mkdir(parents=True, exist_ok=True)
     return place
 

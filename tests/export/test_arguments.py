@@ -36,6 +36,8 @@ def test_a_call_is_checked_against_what_was_compiled() -> None:
     assert list(collect(more_samples, layout, "engine")) == list(tensors)
     for name, value, says in (
         ("shapes", [[(1, 8, 8)], [(1, 4, 8)]], r"compiled with 'shapes.1.0.1' = 8; it cannot take another value"),
+        ("flag", torch.ones(2), "compiled with 'flag' = True; it cannot take another value"),
+        ("scale", (0.5, torch.ones(4, 4)), "compiled with 'scale.1' = 32; it cannot take another value"),
         ("rotary", (ONE,), "argument 'rotary' must be a list of 2 values"),
         ("rotary", None, "argument 'rotary' must be a list of 2 values"),
         ("shapes", 3, "argument 'shapes' must be a list, as"),

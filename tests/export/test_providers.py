@@ -132,6 +132,19 @@ def test_providers_get_the_stream_and_tensorrt_a_cache_and_the_sizes(
         assert [shapes[name].split(",")[0] for name in shapes] == [f"hidden_states:{n}x4x8x8" for n in (1, 2, 4)]
 
 
+@pytest.mark.parametrize("changed", ["model.onnx", "weights.safetensors"])
+def test_what_tensorrt_built_is_not_used_for_another_graph_or_other_weights(
+    engine: Engine, changed: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sized = {**engine.manifest, "sizes": {"batch": [1, 2, 4], "text_tokens": [8, 16, 32]}}
+    files = {**engine.files, changed: {**engine.files[changed], "sha256": "0" * 64}}
+    engines = [Engine(engine.folder, sized), Engine(engine.folder, {**sized, "files": files})]
+    for provider, kept in ((TENSORRT, "trt_engine_cache_path"), (RTX, "nv_runtime_cache_path")):
+        assert len({options_of(provider, each, "model.onnx", 0)[kept] for each in engines}) == 2
+
+
 def lacking(monkeypatch: pytest.MonkeyPatch, providers: list[str], packages: tuple[str, ...], gpu: str | None) -> str:
     """Why the target does not run on a machine with these providers and packages, and this GPU or none."""
 

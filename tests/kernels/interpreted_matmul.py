@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from ditq.kernels import tma_matmul
+from ditq.kernels.decode import decode_into
 from ditq.kernels.matmul import Product, Tile, launch, matmul_meaning
-from ditq.kernels.storage import StoredWeight, store, store_carrier
+from ditq.kernels.storage import StoredWeight, store, store_carrier, weight_meaning
 from ditq.numerics.carrier import E4M3
 from ditq.numerics.weight_code import WeightCode
 from tests.kernels import interpreter
@@ -120,6 +121,18 @@ def test_float8_carriers_and_inputs_in_floating_point() -> None:
 def test_groups_of_32_columns() -> None:
     check(weight(24, 192, 4, "multipliers", group=32), 7, "int8", SMALL)
     check(weight(24, 192, 4, "scales", group=96), 7, "float", SMALL)
+
+
+@pytest.mark.parametrize("bits", [5, 8])
+@pytest.mark.parametrize("group", [32, 96])
+def test_groups_of_carriers_that_no_run_of_64_divides(bits: int, group: int) -> None:
+    """Multiplied as they are decoded, and written out in full, where each weight goes to bfloat16 once."""
+    stored = weight(24, 192, bits, "scales", group=group)
+    check(stored, 7, "float", SMALL)
+    check(stored, 7, "float", TURNED)
+    full = torch.full((24, 192), torch.nan, dtype=torch.bfloat16)
+    decode_into(stored, full)
+    assert torch.equal(full, weight_meaning(stored).bfloat16())
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "silu"])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ditq.kernels.online import Cut, Online, online
+from ditq.kernels.operators import quantized
 from ditq.kernels.quantize import Before, before_meaning, launch, number_type, quantize_meaning
 from ditq.nn import ActivationFormat, InputTransform
 from ditq.numerics.activation_format import Grid
@@ -215,3 +216,21 @@ def test_fp8_numbers_of_an_attention_are_multiplied_as_they_are_read(behind: int
         launch(first, 7, before, plan, q, scales, None, tail=last)
         found.append((q.float(), scales))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("shared", ["gamma", "beta"])
+def test_a_modulation_of_all_samples_beside_one_of_each(shared: str) -> None:
+    """What the operator gives for [1, 1, n] with [B, 1, n] is what it gives where both are written out for each sample."""
+    plan, x = online(None, TOKEN, None, 64), tokens(15, 64).view(3, 5, 64)
+    assert plan is not None
+    pieces = {name: tokens(3, 64, seed=seed)[:, None] for seed, name in enumerate(("gamma", "beta"), 1)}
+    pieces[shared] = pieces[shared][:1]
+
+    def run(gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return quantized(
+            x, gamma, beta, None, None, None, None, None, True, 1e-6, "", plan.a, plan.b, plan.size, plan.start, plan.stop,
+            TOKEN.bits, TOKEN.granularity, TOKEN.grid, plan.limits, 0, True,
+        )  # fmt: skip
+
+    whole = {name: piece.expand(3, 1, 64).contiguous() for name, piece in pieces.items()}
+    assert all(map(torch.equal, run(**pieces), run(**whole)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,12 +11,14 @@ from torch import Tensor, fx, nn
 
 from ditq.kernels import side_by_side
 from ditq.kernels.fast_linear import FastLinear
+from ditq.kernels.matmul import Product, matmul_meaning
 from ditq.kernels.on_gpu import to_gpu
+from ditq.kernels.product import computed
 from ditq.kernels.side_by_side import joined, stacks
 from ditq.kernels.traced import compiled
 from ditq.nn import ActivationFormat
 from ditq.numerics.carrier import E4M3
-from tests.export.quantized import quantized
+from tests.export.quantized import quantized, relative
 from tests.kernels import interpreter
 
 interpreter.install()
@@ -67,6 +70,22 @@ def test_linears_of_one_input_are_one_product_and_give_what_each_gives(
     (together,) = graph.graph.find_nodes(op="call_function", target=torch.ops.ditq.products.default)
     left = graph.graph.find_nodes(op="call_function", target=torch.ops.ditq.product.default)
     assert (len(together.args[2]), len(left)) == ((2, 2) if crossed else (3, 1))
+
+
+def test_joined_weights_of_inputs_in_floating_point_are_scaled_once() -> None:
+    both = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        layer = quantized(nn.Linear(64, 64), "site", activation=ActivationFormat()).requires_grad_(False)
+        assert layer.table is not None
+        layer.table = layer.table // (seed + 1)  # tables of their own
+        both.append(FastLinear(layer))
+    parts = [torch.stack([getattr(layer.stored, name) for layer in both]) for name in ("data", "tables", "scale")]
+    data, tables, scale = parts[0].flatten(0, 1), parts[1], parts[2].flatten(0, 1)
+    stored = replace(both[0].stored, rows=128, data=data, tables=tables, scale=scale)
+    product = Product(torch.randn(5, 64).bfloat16(), None, stored)
+    expected = matmul_meaning(product.x, None, stored, None)
+    assert relative(computed(product, torch.float32).double(), expected) < 1e-2  # bfloat16 errs by 2e-3
 
 
 def test_linears_of_one_input_with_another_between_them_stay_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:

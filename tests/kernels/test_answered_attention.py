@@ -27,12 +27,14 @@ from ditq.nn.structural.held_tiles import HeldTiles
 from ditq.nn.structural.linear_attention import LinearAttention
 from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.ordered_tokens import ordered_tokens
+from ditq.nn.structural.parallel_block import paired
 from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.nn.structural.token_attention import TokenAttention, token_attentions
 from ditq.numerics.token_layout import Grid
 from ditq.numerics.token_order import TokenOrder
 from ditq.numerics.window import Window
 from ditq.passes import Context
+from ditq.passes.parallel_blocks import ParallelBlocks
 from ditq.passes.token_order import TokenOrderPass
 from tests.export.quantized import relative
 from tests.export.test_token_attentions import HEADS, WIDTH, part_of
@@ -235,3 +237,20 @@ def test_a_part_outside_of_the_blocks_is_an_error() -> None:
     answers_of(model)["elsewhere"] = next(iter(answers_of(model).values()))
     with pytest.raises(DitqError, match=r"elsewhere: torch .* traces no attention there"):
         compiled(model)
+
+
+def test_attentions_of_blocks_in_parallel_are_found_in_their_traces() -> None:
+    """Blocks whose forwards others stand around: Dynamo reaches their modules by way of these."""
+    graph = small_graph("pixart")
+    model = converted(graph, window=Window("circle", 1, 2))
+    ParallelBlocks().sketch(graph)
+    assert len(paired(model)) == 1 and len(token_attentions(model)) == 2
+    inputs = small_inputs(model)
+    expected = forward(model, inputs)
+    fast = to_gpu(model, CPU)
+    graphs: list[fx.GraphModule] = []
+    call = compiled(fast, lambda graph, _: graphs.append(graph) or graph.forward)  # type: ignore[func-returns-value]
+    tell_grids(fast, inputs)
+    wanted = {name: as_wanted(name, v) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
+    assert relative(forward(call, wanted).float(), expected) < 0.05
+    assert [[node.target for node in graph.graph.nodes].count(ANSWERED) for graph in graphs] == [1, 1]

@@ -11,11 +11,26 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from ditq.kernels.on_gpu import to_gpu
+from ditq.kernels.on_gpu import as_wanted, to_gpu
 from ditq.kernels.traced import compiled
 from ditq.nn import ActivationFormat, InputTransform
 from ditq.numerics.rotation import block_hadamard_rotation
 from tests.export.quantized import quantized
+
+
+@pytest.mark.parametrize(("name", "size", "kept"), [
+    ("hidden_states", (2, 8, 64), torch.bfloat16),
+    ("added_cond_kwargs.resolution", (2, 2), torch.bfloat16),
+    ("timestep_cond", (2, 64), torch.bfloat16),  # an embedding, which weights multiply
+    ("timestep", (2,), torch.float32),
+    ("timestep", (2, 8), torch.float32),
+    ("added_cond_kwargs.timesteps", (2, 8), torch.float32),
+    ("img_ids", (8, 3), torch.float32),
+    ("image_rotary_emb.0", (8, 64), torch.float32),
+])  # fmt: skip
+def test_timesteps_and_positions_are_not_rounded(name: str, size: tuple[int, ...], kept: torch.dtype) -> None:
+    """Of 1000 timesteps bfloat16 has every fourth at the end, and cosines of it are off by up to 2^-9."""
+    assert as_wanted(name, torch.rand(size)).dtype == kept
 
 
 def test_a_model_takes_more_sizes_than_torch_allows_by_itself_and_traces_each_once() -> None:
@@ -75,6 +90,30 @@ def test_equal_blocks_are_compiled_once() -> None:
         products = graph.graph.find_nodes(op="call_function", target=torch.ops.ditq.product.default)
         assert up.args[8] is True and up.args[1] is not None and down.args[10] == ""
         assert [product.args[14] for product in products] == ["gelu", ""]
+
+
+@pytest.mark.parametrize(
+    ("index", "fused"), [((slice(None), None), True), ((..., None, slice(None)), True), (1, False)]
+)
+def test_a_modulation_of_which_a_part_is_taken_is_not_taken_for_all_of_it(index: Any, fused: bool) -> None:
+    class Modulated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = quantized(nn.Linear(64, 64), "up")
+
+        def forward(self, x: Tensor, table: Tensor) -> Tensor:
+            return self.up(F.layer_norm(x, (64,)) * (1 + table)[index] + table[:1, None])
+
+    graphs: list[fx.GraphModule] = []
+
+    def keep(graph: fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return lambda *given: [torch.zeros(2, 3, 64, dtype=torch.bfloat16)]
+
+    model = to_gpu(Modulated().requires_grad_(False), torch.device("cpu"))
+    compiled(model, keep)(torch.randn(2, 3, 64).bfloat16(), torch.randn(2, 64).bfloat16())
+    (quantizer,) = graphs[0].graph.find_nodes(op="call_function", target=torch.ops.ditq.quantized.default)
+    assert (quantizer.args[1] is not None) == fused
 
 
 @pytest.mark.parametrize("read_twice", [False, True])

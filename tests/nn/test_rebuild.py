@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,35 @@ def test_weights_that_do_not_fit_are_refused(damage: str) -> None:
     else:
         state[name] = state[name][:-1]
     with pytest.raises(RuntimeError, match=r"to_q\.codes"):
+        rebuild(small_model("dit"), described, state)
+
+
+HUGE = 10**13
+LIES: dict[str, tuple[dict[str, Any], str]] = {
+    "rows": ({"out_features": HUGE}, r"to_q\.codes is .* among the weights, but described as"),
+    "columns": ({"in_features": HUGE}, r"to_q\.codes is .* among the weights, but described as"),
+    "table": ({"table": [HUGE]}, r"to_q\.table is \[16\] among the weights, but described as"),
+    "scale": ({"scale": [64, HUGE]}, r"to_q\.scale is \[64\] among the weights, but described as"),
+    "multiplier": ({"multiplier": [64, HUGE]}, r"to_q\.multiplier is not among the weights"),
+    "rank": ({"rank": HUGE}, r"to_q\.down is not among the weights"),
+    "scales of channels": ({"transform": {"scaled": HUGE, "shifted": None, "rotations": []}}, "inverse_scale is not among"),
+    "rotation": (
+        {"transform": {"scaled": None, "shifted": None, "rotations": [
+            {"start": 0, "stop": HUGE, "rotation": {"kind": "hadamard", "size": HUGE, "seed": 0}}
+        ]}}, "rotations: one of 10000000000000 channels, 0 to 10000000000000, in an input of 64",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_nothing_is_made_in_a_size_that_the_weights_do_not_have(lie: str) -> None:
+    """torch would be asked for terabytes, and say so, where a check came too late."""
+    graph = small_graph("dit")
+    Quantize(rounding="nearest", codebook="uniform", weighted=False, bias_correction=False).run(graph, Context())
+    described, state = describe(graph.model), dict(graph.model.state_dict())
+    entries, says = LIES[lie]
+    described["quantized"]["transformer_blocks.0.attn1.to_q"] |= entries
+    with pytest.raises(RuntimeError, match=says):
         rebuild(small_model("dit"), described, state)
 
 
