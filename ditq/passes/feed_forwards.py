@@ -159,7 +159,8 @@ def tokens_of_places(
             watch = some.pop(place.module)
             if not watch.kept:
                 raise DitqError(
-                    f"{place.name}: its block runs at none of the timesteps of the recorded calls that were taken; raise samples"
+                    f"{place.name}: its block runs at none of the timesteps of the recorded calls that were taken; "
+                    "raise samples"
                 )
             yield place, _tokens(model, place, torch.cat(watch.kept), torch.cat(watch.counts))
 

@@ -135,7 +135,7 @@ def test_the_pass_may_stand_twice(checkpoint: Checkpoint, statistics: Statistics
 def test_calls_of_one_batch_are_refused_before_anything_is_learned(
     checkpoint: Checkpoint, statistics: Statistics
 ) -> None:
-    with pytest.raises(DitqError, match="fit one batch of 64, .*; set batch lower"):
+    with pytest.raises(DitqError, match=r"fit one batch of 64, .*; set batch lower"):
         _run(_graph(checkpoint), statistics, {"samples": 128, "batch": 64})
 
 
@@ -157,14 +157,10 @@ def test_what_auto_has_decided_holds_when_a_pass_has_made_the_model_smaller(
         ({"mob": {"group": 2, "keep": 1, "bins": 2}}, "some timesteps only, by mob, .*set scope: model"),
     ],
 )
-def test_blocks_that_cannot_be_compared_alone_are_refused(
-    tmp_path: Path, before: dict[str, object], said: str
-) -> None:
+def test_blocks_that_cannot_be_compared_alone_are_refused(tmp_path: Path, before: dict[str, object], said: str) -> None:
     graph = _graph(Checkpoint.open(write_pipeline(tmp_path / "pipeline", layers=2)))
     for scope in ("block", "model"):
-        recipe = Recipe.from_dict(
-            {"passes": [before, {"quantize": {}}, {"reconstruct": {"scope": scope}}]}, "test"
-        )
+        recipe = Recipe.from_dict({"passes": [before, {"quantize": {}}, {"reconstruct": {"scope": scope}}]}, "test")
         if scope == "model":
             recipe.preview(graph)
         else:
