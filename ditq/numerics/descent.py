@@ -51,6 +51,10 @@ def refine(
     diagonal = damped.diagonal()
     if not bool((diagonal > 0).any()):
         return code  # the input was always zero: every code is as good
+    dead = diagonal <= 0  # always zero, or no more than float32 loses where the mean was taken out
+    damped[dead] = 0
+    damped[:, dead] = 0
+    diagonal[dead] = 0
     diagonal += max(damping, 1e-6) * diagonal[diagonal > 0].mean()
     codes, scale = code.codes.clone(), code.scale.clone()
     multiplier = None if code.multiplier is None else code.multiplier.clone()

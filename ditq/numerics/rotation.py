@@ -217,9 +217,20 @@ def regular_rotation(n: int, block: int = 64) -> Rotation:
     return Rotation(n, (BlockStep(regular_hadamard(block) / math.sqrt(block)),), recipe)
 
 
+def head_block(head_dim: int) -> int:
+    """The largest Hadamard order that divides a head's channels; 1 if they are odd in number."""
+    return max(b for b in range(1, head_dim + 1) if head_dim % b == 0 and is_hadamard_order(b))
+
+
 def head_rotation(n: int, head_dim: int, seed: int = 0) -> Rotation:
-    """One Hadamard rotation for every attention head: it folds into the value and output projections, offline."""
-    return block_hadamard_rotation(n, head_dim, seed)
+    """One Hadamard rotation for every attention head: it folds into the value and output projections, offline.
+
+    A head whose width is no Hadamard order is rotated in blocks of `head_block`.
+
+    Raises:
+        ValueError: heads of an odd number of channels.
+    """
+    return block_hadamard_rotation(n, head_block(head_dim), seed)
 
 
 @functools.lru_cache(maxsize=4)

@@ -15,6 +15,7 @@ from ditq.passes.base import Context
 from ditq.passes.feed_forwards import Place, Tokens, importance_of
 from ditq.passes.gate import HeldOutCalls
 from ditq.passes.prune import pruned
+from ditq.processes import agreed, is_first
 
 JUDGED = 4  # batches that answers are compared on
 STEP = 16  # channels that the width of equal time is a multiple of: it is measured, and so not exact
@@ -47,20 +48,43 @@ class BetterForm:
     ) -> tuple[nn.Module, dict[str, Any]]:
         """What stands there from now on, and what to report of it. active: hidden channels that a token passes through."""
         dense = self.graph.linear(place.module)
-        width = self._width(place, tokens, made, active) if self.latency else active
+        width, *lost = self._decided(place, tokens, made, active)
+        width = int(width)
         if width == place.form.hidden:
             return dense, {"form": "dense", "pruned to": width, "error": 0.0}
+        row = {"pruned to": width, "answers lose": lost[0], "with pruned": lost[1]}
+        if lost[0] <= (1 - self.margin) * lost[1]:
+            return made, {"form": "experts", **row}
         smaller, error = self._pruned(place, tokens, width)
-        before = self.judge.error(self.graph.model)
-        lost: dict[str, float] = {}
-        parts: dict[str, nn.Module] = {"experts": made, "pruned": smaller}
-        for name, part in parts.items():
+        return smaller, {"form": "pruned", **row, "error": error}
+
+    def _decided(self, place: Place, tokens: Tokens, made: MixtureOfExperts, active: int) -> list[float]:
+        """Width of the pruned form, and what the answers lose with the mixture and with it.
+
+        Times differ from one measurement to the next, and with them the forms. So an interrupted compile keeps what was found,
+        and of several processes the first one decides.
+        """
+        found: list[float] | None = None
+        if is_first():
+            figures = self.context.cached_tensors(
+                f"moe.{place.name}.{made.choice}",
+                lambda: {"found": torch.tensor(self._measured(place, tokens, made, active), dtype=torch.float64)},
+            )
+            found = figures["found"].tolist()
+        decided: list[float] = agreed(found)
+        self._widths[self._size(place, made)] = int(decided[0])
+        return decided
+
+    def _measured(self, place: Place, tokens: Tokens, made: MixtureOfExperts, active: int) -> list[float]:
+        width = self._width(place, tokens, made, active) if self.latency else active
+        if width == place.form.hidden:
+            return [width, 0.0, 0.0]
+        dense, before, lost = self.graph.linear(place.module), self.judge.error(self.graph.model), []
+        for part in (made, self._pruned(place, tokens, width)[0]):
             self.graph.replace(place.module, part)
-            lost[name] = self.judge.error(self.graph.model) - before
+            lost.append(self.judge.error(self.graph.model) - before)
         self.graph.replace(place.module, dense)
-        form = "experts" if lost["experts"] <= (1 - self.margin) * lost["pruned"] else "pruned"
-        row = {"form": form, "pruned to": width, "answers lose": lost["experts"], "with pruned": lost["pruned"]}
-        return parts[form], row | ({"error": error} if form == "pruned" else {})
+        return [width, *lost]
 
     def _pruned(self, place: Place, tokens: Tokens, width: int) -> tuple[nn.Module, float]:
         importance = importance_of("needed", place, tokens, width, {}, self.context.seed)
@@ -69,8 +93,7 @@ class BetterForm:
 
     def _width(self, place: Place, tokens: Tokens, made: MixtureOfExperts, active: int) -> int:
         """Hidden channels of a pruned feed-forward that takes as long as the mixture; time is linear in them."""
-        hidden, count = place.form.hidden, self._count(place)
-        key = (hidden, count, *(tuple(weight.shape) for weight in made.parameters()))
+        hidden, count, key = place.form.hidden, self._count(place), self._size(place, made)
         if key not in self._widths:
             assert self.context.latency is not None
             dense = self.graph.linear(place.module)
@@ -81,6 +104,10 @@ class BetterForm:
             width = active + STEP * round(share * (hidden - active) / STEP)
             self._widths[key] = min(max(width, active), hidden)
         return self._widths[key]
+
+    def _size(self, place: Place, made: MixtureOfExperts) -> tuple[object, ...]:
+        """What feed-forwards that take the same time have in common."""
+        return place.form.hidden, self._count(place), *(tuple(weight.shape) for weight in made.parameters())
 
     def _count(self, place: Place) -> int:
         """Tokens of a call."""

@@ -61,7 +61,7 @@ class Load:
 
 
 def measure_load(model: nn.Module, batches: Sequence[CallBatch], context: Context) -> dict[str, Load]:
-    """The load of each mixture of the model, by place, over the calls."""
+    """The load of each mixture of the model, by place, over the calls; nothing of one in a block that no call runs."""
     mixtures = {name: part for name, part in model.named_modules() if isinstance(part, MixtureOfExperts)}
     answers: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in mixtures}
     steps = 1 + max((int(batch.steps.max()) for batch in batches), default=0)
@@ -72,12 +72,12 @@ def measure_load(model: nn.Module, batches: Sequence[CallBatch], context: Contex
             for batch in context.track("load of experts", batches if mixtures else []):
                 call(model, batch)
                 for name, part in mixtures.items():
-                    assert part.chosen is not None
-                    answers[name].append((part.chosen.pop().cpu(), batch.steps * BINS // steps))
+                    if part.chosen:  # a block that runs at some timesteps only may have none of this batch's
+                        answers[name].append((part.chosen.pop().cpu(), batch.steps * BINS // steps))
     finally:
         for part in mixtures.values():
             part.chosen = None
-    return {name: _load(answers[name], part.top) for name, part in mixtures.items()}
+    return {name: _load(answers[name], part.top) for name, part in mixtures.items() if answers[name]}
 
 
 def _load(answers: list[tuple[Tensor, Tensor]], top: int) -> Load:

@@ -127,6 +127,9 @@ def tokens_of_places(
     With `weighting: answer` a token counts as much as its output moves the model's answer: ||d<f, r> / dy||^2, r random signs,
     whose expectation is the squared effect of a small error there. The calls are run as often as it takes to keep no more
     than a few GB.
+
+    Raises:
+        DitqError: none of the calls runs the block of one of them.
     """
     width = max(linear_of(model.get_submodule(p.module), p.form.inputs[0]).in_features for p in places)
     rows = max(rows, 4 * max(place.form.hidden for place in places))
@@ -146,9 +149,7 @@ def tokens_of_places(
                         call(model, batch)
                 else:
                     with torch.enable_grad():
-                        answer = call(model, batch)[0]
-                        signs = torch.randint(0, 2, answer.shape, generator=generator).to(answer) * 2 - 1
-                        (answer * signs).sum().backward()
+                        _send_back(call(model, batch)[0], generator)
                 for watch in some.values():
                     watch.keep()
         finally:
@@ -156,7 +157,19 @@ def tokens_of_places(
                 hook.remove()
         for place in places[start : start + at_once]:
             watch = some.pop(place.module)
+            if not watch.kept:
+                raise DitqError(
+                    f"{place.name}: its block runs at none of the timesteps of the recorded calls that were taken; "
+                    "raise samples"
+                )
             yield place, _tokens(model, place, torch.cat(watch.kept), torch.cat(watch.counts))
+
+
+def _send_back(answer: Tensor, generator: torch.Generator) -> None:
+    """The gradient of <answer, r>, r random signs, to what asks for it: nothing does where none of the blocks ran."""
+    signs = torch.randint(0, 2, answer.shape, generator=generator).to(answer) * 2 - 1
+    if answer.requires_grad:
+        (answer * signs).sum().backward()
 
 
 class _Watch:
@@ -174,7 +187,8 @@ class _Watch:
         return y + probe if probe.requires_grad else y
 
     def keep(self) -> None:
-        assert self._given is not None
+        if self._given is None:  # its block does not run at this batch's timesteps
+            return
         x, probe = self._given
         rows = x.reshape(-1, x.shape[-1])
         count = min(len(rows), math.ceil(self.rows_a_sample * x.shape[0]))
@@ -213,9 +227,7 @@ def taylor_importances(
         ]
         try:
             with torch.enable_grad():
-                answer = call(model, batch)[0]
-                signs = torch.randint(0, 2, answer.shape, generator=generator).to(answer) * 2 - 1
-                (answer * signs).sum().backward()
+                _send_back(call(model, batch)[0], generator)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -237,8 +249,10 @@ class _Scaled:
         return (mean + (hidden - mean) * self.factor,)
 
     def squares(self) -> Tensor:
-        """Sum over the samples of the factor's squared gradient: float64 [H]."""
-        assert self.factor is not None and self.factor.grad is not None
+        """Sum over the samples of the factor's squared gradient: float64 [H]; 0 where its block did not run."""
+        if self.factor is None:
+            return torch.zeros(())
+        assert self.factor.grad is not None
         return self.factor.grad.double().square().sum(dim=tuple(range(self.factor.dim() - 1))).cpu()
 
 

@@ -41,8 +41,8 @@ def learned_heads(
     taken only if the sum is less on held-out rows by more than their noise.
     """
     width, size = attention.heads * attention.head_width, attention.head_width
-    start = head_rotation(width, size, seed=context.seed)
     matrix = head_rotation(size, size, seed=context.seed).matrix()
+    start = Rotation(width, (BlockStep(matrix),))
     values = [site for site in attention.values if plain_linear(graph, site).out_features == width]
     if len(values) == len(attention.values):
         start = Rotation(width, (HeadsStep(matrix.repeat(attention.heads, 1, 1)),))

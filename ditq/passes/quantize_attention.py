@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ditq.calibration.batches import sampled_batches
+from ditq.calibration.batches import CallBatch, sampled_batches
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn import attention_rounding
@@ -135,11 +135,16 @@ class QuantizeAttention(Pass):
         return report
 
 
+def _batches(context: Context) -> list[CallBatch]:
+    """Recorded calls of one step each: linears with a scale a timestep bin go by the first sample of a call."""
+    return sampled_batches(context.trajectories(), JUDGED, 1, context.seed)
+
+
 def _static_scales(
     model: nn.Module, modules: Iterable[str], context: Context, form: AttentionFormat, margin: float
 ) -> dict[str, tuple[float, ...]]:
     """Those of each attention on recorded calls, as the model is now."""
-    batches = sampled_batches(context.trajectories(), JUDGED, JUDGED, context.seed)
+    batches = _batches(context)
     with watched(model, modules, form.turns) as found:
         for batch in context.track("largest numbers of attentions", batches):
             call(model, batch)
@@ -155,7 +160,7 @@ def _errors(model: nn.Module, roundings: Mapping[str, AttentionRounding], contex
         sums[name][1] += float(exact.double().square().sum())
 
     watches: dict[str, Callable[[Tensor, Tensor], None]] = {name: partial(add, name) for name in roundings}
-    batches = sampled_batches(context.trajectories(), JUDGED, JUDGED, context.seed)
+    batches = _batches(context)
     try:
         for name, rounding in roundings.items():
             rounding.watch = watches[name]

@@ -6,7 +6,7 @@ import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,16 @@ from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn.learned_linear import LearnedLinear
 from ditq.nn.quant_linear import QuantLinear
+from ditq.nn.structural.ordered_tokens import ordered_tokens
 from ditq.nn.structural.parallel_block import paired
+from ditq.nn.structural.scheduled_block import scheduled_blocks
 from ditq.passes.base import Context, Pass, PassReport, register, setting
 from ditq.passes.block_records import BlockOutputs, Call, block_inputs, record_outputs, tensors_of
 from ditq.passes.guided_error import guidance_of, squared, told
 
 SCOPES = ("auto", "model", "block")
 BYTES_A_WEIGHT = 16  # a latent value, its gradient and Adam's two moments in float32
+FIGURES = "figures"  # name of the errors before and after among the tensors that are kept of a finished unit
 HELD_OUT = 8  # every eighth batch judges what was learned on the others
 
 
@@ -38,6 +41,20 @@ class _Example:
     wanted: list[Tensor]
     weights: Tensor
     guidance: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """What one pass of the recipe took from the original model: which modules it learns, and what they gave for each batch.
+
+    number: of the passes of this name in the recipe, from 1.
+    """
+
+    number: int
+    units: list[str]
+    batches: list[CallBatch]
+    outputs: BlockOutputs
+    sampler: Sampler | None
 
 
 @register
@@ -95,11 +112,6 @@ class Reconstruct(Pass):
         weights = sum(site.parameters for site in graph.sites.values() if site.role != "unused")
         if self.scope == "model" or (self.scope == "auto" and BYTES_A_WEIGHT * weights <= self.memory * 1e9):
             return [""]
-        if paired(graph.model):
-            raise DitqError(
-                "pass 'reconstruct': a block that runs beside another, by parallel_blocks, cannot be learned alone; set scope: "
-                "model"
-            )
         for pattern in self.select:
             if not fnmatch.filter(graph.blocks, pattern):
                 raise DitqError(
@@ -108,7 +120,7 @@ class Reconstruct(Pass):
         return [name for name in graph.blocks if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.select)]
 
     def preview(self, graph: DiTGraph) -> dict[str, str]:
-        units = self._units(graph)
+        units = _comparable(graph.model, self._units(graph))
         blocks = graph.blocks if units == [""] else units
         sites = [site for name in blocks for site in graph.blocks[name].sites]
         return dict.fromkeys(sites, f"learn {self.steps} steps")
@@ -117,34 +129,41 @@ class Reconstruct(Pass):
         """What the original model gives on the sampled calls, before any pass changes it."""
         trajectories = context.trajectories()
         batches = sampled_batches(trajectories, self.samples, self.batch, context.seed)
-        outputs = BlockOutputs()
+        if len(batches) < 2:
+            raise DitqError(
+                f"pass 'reconstruct': all recorded calls fit one batch of {self.batch}, and nothing is left to judge what is "
+                "learned on it; set batch lower, or calibrate with more prompts or steps"
+            )
+        outputs, units = BlockOutputs(), self._units(graph)
         for number, batch in context.track("original blocks", list(enumerate(batches))):
-            record_outputs(graph.model, self._units(graph), number, batch, outputs)
-        sampler = find_sampler(graph.model, trajectories) if self.guided and self._units(graph) == [""] else None
-        context.prepared[self.name] = (batches, outputs, sampler)
+            record_outputs(graph.model, units, number, batch, outputs)
+        sampler = find_sampler(graph.model, trajectories) if self.guided and units == [""] else None
+        waiting: list[_Prepared] = context.prepared.setdefault(self.name, [])
+        waiting.append(_Prepared(len(waiting) + 1, units, batches, outputs, sampler))
 
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
-        batches, outputs, sampler = context.prepared.pop(self.name)
-        for unit in context.track(self.name, self._units(graph)):
+        prepared: _Prepared = context.prepared[self.name].pop(0)  # passes run in the order in which they prepared
+        units = _comparable(graph.model, prepared.units)
+        for unit in context.track(self.name, units):
             layers = _layers(graph.model, unit, context)
             if not layers:
                 continue
             first = next(iter(layers.values()))
-            row: dict[str, Any] = {}
 
-            def learn(
-                unit: str = unit, layers: dict[str, QuantLinear] = layers, row: dict[str, Any] = row
-            ) -> dict[str, Tensor]:
-                row |= self._learn(graph, unit, layers, batches, outputs, sampler, context)
-                return _state(layers)
+            def learn(unit: str = unit, layers: dict[str, QuantLinear] = layers) -> dict[str, Tensor]:
+                figures = self._learn(graph, unit, layers, prepared, context)
+                return {**_state(layers), FIGURES: torch.tensor(figures, dtype=torch.float64)}
 
-            _restore(layers, context.cached_tensors(f"{self.name}.{unit or 'model'}", learn))
+            found = context.cached_tensors(f"{self.name}.{prepared.number}.{unit or 'model'}", learn)
+            _restore(layers, found)
+            before, after = found[FIGURES].tolist()
+            row = {"error before": before, "error after": min(before, after), "kept": after < before}
             report.rows.append({"block": unit or "the model", "linears": len(layers), "first": first.site, **row})
-        kept = [row["error after"] / row["error before"] for row in report.rows if "error after" in row]
+        kept: list[float] = [row["error after"] / row["error before"] for row in report.rows]
         if kept:
-            if self.guided and self._units(graph) == [""]:
-                report.summary["branches joined as"] = told(sampler)
+            if self.guided and units == [""]:
+                report.summary["branches joined as"] = told(prepared.sampler)
             report.summary |= {"blocks": len(report.rows), "mean share of the error left": sum(kept) / len(kept)}
         return report
 
@@ -153,21 +172,21 @@ class Reconstruct(Pass):
         graph: DiTGraph,
         unit: str,
         layers: dict[str, QuantLinear],
-        batches: Sequence[CallBatch],
-        outputs: BlockOutputs,
-        sampler: Sampler | None,
+        prepared: _Prepared,
         context: Context,
-    ) -> dict[str, Any]:
-        """Change the layers of one unit; the relative errors before and after, on held-out calls."""
-        inputs = block_inputs(graph.model, unit, batches)
+    ) -> tuple[float, float]:
+        """Change the layers of one unit; the relative errors before and after, on held-out calls. A change that does not
+        lower the error is undone.
+        """
+        inputs = block_inputs(graph.model, unit, prepared.batches)
         examples = [
             _Example(
                 given,
-                outputs.get(unit, number),
+                prepared.outputs.get(unit, number),
                 context.step_weights(batch.steps, self.step_weights),
-                guidance_of(batch, sampler),
+                guidance_of(batch, prepared.sampler),
             )
-            for number, (batch, given) in enumerate(zip(batches, inputs, strict=True))
+            for number, (batch, given) in enumerate(zip(prepared.batches, inputs, strict=True))
         ]
         judges, lessons = examples[::HELD_OUT], [e for i, e in enumerate(examples) if i % HELD_OUT]
         module = graph.model.get_submodule(unit)
@@ -186,7 +205,7 @@ class Reconstruct(Pass):
         after = _error(module, judges)
         if not after < before:
             _restore(layers, untouched)
-        return {"error before": before, "error after": min(before, after), "kept": after < before}
+        return before, after
 
     def _descend(
         self, module: nn.Module, learned: list[LearnedLinear], lessons: Sequence[_Example], context: Context
@@ -207,6 +226,27 @@ class Reconstruct(Pass):
             loss.backward()
             optimizer.step()
             decay.step()
+
+
+def _comparable(model: nn.Module, units: list[str]) -> list[str]:
+    """Those of the modules whose outputs in the present model are to be what they were in the original.
+
+    Raises:
+        DitqError: blocks that cannot be run or compared alone.
+    """
+    if units == [""]:
+        return units
+    reason = ""
+    scheduled = {name: part for name, part in scheduled_blocks(model).items() if name in units}
+    if paired(model):
+        reason = "a block that runs beside another, by parallel_blocks, cannot be learned alone"
+    elif ordered_tokens(model) is not None:
+        reason = "blocks between which token_order has moved the tokens cannot be compared with the original's"
+    elif any(len(part.runs) > 1 for part in scheduled.values()):
+        reason = "a block that runs at some timesteps only, by mob, cannot be learned alone"
+    if reason:
+        raise DitqError(f"pass 'reconstruct': {reason}; set scope: model")
+    return [name for name in units if name not in scheduled or scheduled[name].compared]
 
 
 def _layers(model: nn.Module, unit: str, context: Context) -> dict[str, QuantLinear]:

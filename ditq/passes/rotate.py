@@ -14,7 +14,7 @@ from ditq.graph import DiTGraph
 from ditq.nn.structural import StructuralPart
 from ditq.nn.transformed_linear import TransformedLinear
 from ditq.numerics.learned_rotation import refine
-from ditq.numerics.rotation import Rotation, head_rotation
+from ditq.numerics.rotation import Rotation, head_block, head_rotation
 from ditq.parts import Attention, InputGroup
 from ditq.passes.base import Context, Pass, PassReport, register, setting
 from ditq.passes.choose_codebook import check_codebook
@@ -53,7 +53,7 @@ class Rotate(Pass):
 
     name: ClassVar[str] = "rotate"
     exact: ClassVar[bool] = True
-    not_after: ClassVar[tuple[str, ...]] = ("quantize",)
+    not_after: ClassVar[tuple[str, ...]] = ("quantize", "rotate")
     mode: str = setting("search", "how the matrix is chosen", ("search", "learned", "literal", "quantile", *KINDS))
     kinds: list[str] = setting(
         ["identity", "block_hadamard", "hadamard"], "what `search` and `learned` may choose from"
@@ -101,8 +101,12 @@ class Rotate(Pass):
         return ["hadamard", "outlier"] if self.mode in ("literal", "quantile") else [self.mode]
 
     def _folded(self, graph: DiTGraph, selected: set[str]) -> list[Attention]:
-        """Attentions whose values are rotated offline."""
-        found = [attention for attention in graph.attentions.values() if self.values and attention.foldable]
+        """Attentions whose values are rotated offline; there is no Hadamard matrix for heads of an odd width."""
+        found = [
+            attention
+            for attention in graph.attentions.values()
+            if self.values and attention.foldable and head_block(attention.head_width) > 1
+        ]
         return [a for a in found if {*a.values, *(output.site for output in a.outputs)} <= selected]
 
     def _online(self, graph: DiTGraph, selected: set[str]) -> Iterator[tuple[InputGroup, int, int]]:
@@ -164,6 +168,11 @@ class Rotate(Pass):
 
     def _rotate_values(self, graph: DiTGraph, context: Context, selected: set[str], rows: list[dict[str, Any]]) -> None:
         for attention in self._folded(graph, selected):
+            for output in attention.outputs:
+                online = context.change(graph.sites[output.site].group).online
+                if any(start < output.stop and output.start < stop for start, stop, _ in online):
+                    # The heads' matrix would come behind the online rotation, which is computed after it.
+                    raise DitqError(f"pass 'rotate': {output.site} is rotated online already; leave it out of select")
             width, size = attention.heads * attention.head_width, attention.head_width
             if self.heads == "learned":
                 rotation, matrices, measured = learned_heads(graph, context, attention, self._judge(), self.steps)

@@ -135,3 +135,15 @@ def test_an_input_that_is_always_zero_and_a_row_of_zeros_are_left_in_peace() -> 
     assert refine(weight, torch.zeros(16, 16), fit, code, 1) is code
     with pytest.raises(ValueError, match="must be finite"):
         refine(weight, torch.full((16, 16), torch.nan), fit, code, 1)
+
+
+def test_a_channel_whose_moment_is_lost_to_rounding_is_one_that_was_always_zero() -> None:
+    """E[x^2] - E[x]^2 in float32 may be below 0, beyond the damping; descent along it would climb."""
+    weight, hessian = _problem(8, 32)
+    fit = CODEBOOKS["uniform"](weight, 3)
+    code = encode(weight, fit)
+    clean = hessian.clone()
+    clean[5], clean[:, 5] = 0, 0
+    hessian[5, 5] = -0.1 * float(hessian.diagonal().mean())
+    found, expected = (refine(weight, given, fit, code, 4, damping=DAMPING) for given in (hessian, clean))
+    assert torch.equal(found.codes, expected.codes) and torch.equal(found.scale, expected.scale)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ditq.calibration.batches import sampled_batches, teaching_conditions
+from ditq.calibration.batches import CallBatch, sampled_batches, teaching_conditions
 from ditq.calibration.calibrate import calibrate
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
@@ -26,10 +26,19 @@ from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.nn import describe
 from ditq.nn import rebuild as nn_rebuild
+from ditq.nn.structural.local_attention import LocalAttention
 from ditq.nn.structural.scheduled_block import ScheduledBlock, edges_of, patterns_of, scheduled_blocks
+from ditq.nn.structural.token_attention import attach, token_attentions
+from ditq.numerics.window import Window
 from ditq.pass_pipeline import run_passes
+from ditq.passes import Context
 from ditq.passes.block_groups import grouped
+from ditq.passes.expert_load import measure_load
+from ditq.passes.feed_forwards import isolated, taylor_importances, tokens_of_places
 from ditq.passes.gate import ERROR
+from ditq.passes.local_attention import LocalAttentionPass
+from ditq.passes.mob import _spec
+from ditq.passes.moe import MixtureOfExpertsPass
 from ditq.recipe import Recipe
 from tests.export.quantized import engine_of, quantize_blocks
 from tests.families_small import FAMILIES, forward, small_graph, small_inputs, statistics_of
@@ -326,3 +335,56 @@ def test_the_cost_of_a_group_is_that_of_the_blocks_that_run(checkpoint):
         site = graph.sites["single_transformer_blocks.0.proj_mlp"]
         assert after.works[site.name].parameters == kept * site.parameters
         assert after.works[site.name].activated == site.parameters / 2
+
+
+def batches_at(inputs: dict[str, Any], timesteps: list[float]) -> list[CallBatch]:
+    """A batch of recorded calls for each timestep alone."""
+    found = []
+    for number, timestep in enumerate(timesteps):
+        given = {**inputs, "timestep": torch.full_like(inputs["timestep"], timestep)}
+        found.append(CallBatch(given, torch.full((len(inputs["timestep"]),), number)))
+    return found
+
+
+@pytest.mark.parametrize("weighting", ["answer", "none"])
+def test_batches_that_do_not_run_a_block_say_nothing_of_its_feed_forward(weighting):
+    """The same is measured as on the batches that run it alone."""
+    model, inputs, block = scheduled("pixart", [True, False], [500.0])
+    graph, context = DiTGraph(model, inputs), Context()
+    (place,) = isolated(graph, [f"{block}.*"], "moe")
+    with_others, alone = batches_at(inputs, [100, 900, 50]), batches_at(inputs, [0, 900])[1:]
+    with torch.no_grad():
+        (_, tokens), (_, expected) = (
+            next(tokens_of_places(model, [place], batches, 10**6, weighting, context))
+            for batches in (with_others, alone)
+        )
+        assert torch.equal(tokens.x, expected.x)
+        found = taylor_importances(model, [place], with_others, context)[place.module]
+    assert float(found.min()) >= 0 and float(found.max()) > 0
+    with pytest.raises(DitqError, match="raise samples"):
+        next(tokens_of_places(model, [place], batches_at(inputs, [100]), 100, weighting, context))
+
+
+def test_the_load_of_experts_is_measured_where_their_block_runs():
+    model, inputs, block = scheduled("pixart", [True, False], [500.0])
+    graph = DiTGraph(model, inputs)
+    MixtureOfExpertsPass(experts=2, top=1, select=[f"{block}.*"]).sketch(graph)
+    measured = [measure_load(model, batches_at(inputs, some), Context()) for some in ([100, 900], [900], [100])]
+    assert not measured[2]
+    for (name, load), expected in zip(measured[0].items(), measured[1].values(), strict=True):
+        assert name.startswith(f"{block}.") and torch.equal(load.share, expected.share)
+
+
+def test_an_attention_that_was_converted_is_found_in_the_block_that_is_scheduled_afterwards():
+    graph = small_graph("flux")
+    group = grouped(graph, ["transformer_blocks"], 1, 1, "test")[0]
+    block, site = group.blocks[0], f"{group.blocks[0]}.attn"
+    attach(graph.model, LocalAttention(site, graph.layout, 2, 32, True, 0, window=Window("tiles", 1, 2)))
+    ScheduledBlock.install(graph.model, block, _spec(group, 0, [True, False], [500.0]))
+    graph.refresh()
+    assert set(token_attentions(graph.model)) == {f"{block}.block.attn"}
+    others = [name for name in graph.attentions if not name.startswith(block)]
+    assert others and f"{block}.block.attn" in graph.attentions
+    said = Recipe.from_dict({"passes": [{"quantize_attention": {"select": others}}]}, "test").preview(graph)
+    assert said
+    assert set(LocalAttentionPass().chosen(graph)) == set(others)

@@ -254,6 +254,33 @@ def test_the_pruned_form_is_as_wide_as_takes_the_time_of_experts(checkpoint, sta
     assert changed == (0 if share == 1.0 else len(report.rows))
 
 
+def test_a_width_that_was_measured_once_holds_when_resumed_and_in_every_process(
+    checkpoint, statistics, monkeypatch, tmp_path
+):
+    """Times differ, so what the first process found is kept, and told to the others."""
+    told = []
+
+    def compiled(seconds, work):
+        monkeypatch.setattr("ditq.pass_pipeline.seconds_of", seconds)
+        recipe = Recipe.from_dict({"passes": [{"moe": EXPERTS | {"choose": "latency", "margin": 0.0}}]}, "test")
+        return run_passes(graph_of(checkpoint), recipe, statistics, checkpoint, work)[0].rows
+
+    def tell(value):
+        told.append(value)
+        return value
+
+    def unasked(parts, x):
+        pytest.fail("measured already")
+
+    monkeypatch.setattr("ditq.passes.better_form.agreed", tell)
+    rows = compiled(lambda parts, x: [1.0, 3.0, 2.0], tmp_path)
+    assert compiled(unasked, tmp_path) == rows
+    first = told[: len(rows)]
+    monkeypatch.setattr("ditq.passes.better_form.is_first", lambda: False)
+    monkeypatch.setattr("ditq.passes.better_form.agreed", lambda value: first.pop(0))
+    assert compiled(unasked, None) == rows
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

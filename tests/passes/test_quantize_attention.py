@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,15 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ditq.calibration.batches import CallBatch
+from ditq.calibration.calibrate import calibrate
+from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
+from ditq.inspection import example_inputs
 from ditq.nn import AttentionRounding, describe, rebuild
 from ditq.nn.attention_rounding import attach
 from ditq.numerics.attention_rounding import AttentionFormat, rounded_attention, turned
 from ditq.passes import Context
+from ditq.passes.block_records import call
 from ditq.passes.quantize_attention import QuantizeAttention
 from ditq.recipe import Recipe
 from tests.families_small import FAMILIES, forward, small_graph, small_inputs, small_model
+from tests.small_checkpoint import write_pipeline
 
 ATTENTIONS = {
     "flux": ["transformer_blocks.*.attn", "single_transformer_blocks.*.attn"],
@@ -219,3 +226,22 @@ def test_the_error_of_each_attention_is_measured_on_recorded_calls(recorded: Cal
     y, exact = seen[0]
     assert first == pytest.approx(float((y - exact).square().sum() / exact.square().sum()), rel=1e-4)
     assert 0 < first < 1e-3  # 8 bits: each part is off by at most 1/254 of its largest
+
+
+def test_calls_that_are_measured_are_of_one_step_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linears with a scale a timestep bin take that of the first sample of a call."""
+    checkpoint = Checkpoint.open(write_pipeline(tmp_path / "pipeline"))
+    statistics = calibrate(checkpoint, tmp_path / "stats", ["red apple", "blue fish"], 3, progress=False)
+    steps: list[Tensor] = []
+
+    def watched_call(model: nn.Module, batch: CallBatch) -> Any:
+        steps.append(batch.steps)
+        return call(model, batch)
+
+    monkeypatch.setattr("ditq.passes.quantize_attention.call", watched_call)
+    graph = DiTGraph(checkpoint.load_model(), example_inputs(checkpoint))
+    step = QuantizeAttention(format="float8_e4m3", parts="qkvpo", scales="static", smooth_keys=False)
+    with torch.no_grad():
+        step.run(graph, Context(statistics))
+    assert len(torch.cat(steps).unique()) == 3
+    assert all(len(found.unique()) == 1 for found in steps)

@@ -20,7 +20,8 @@ from ditq.nn import QuantLinear
 from ditq.pass_pipeline import run_passes
 from ditq.passes import Context
 from ditq.passes.guided_error import guidance_of
-from ditq.passes.reconstruct import Reconstruct, _energy, _Example
+from ditq.passes.mob import MixtureOfBlocks
+from ditq.passes.reconstruct import Reconstruct, _comparable, _energy, _Example
 from ditq.recipe import Recipe
 from ditq.site_cache import FolderSiteCache
 from tests.small_checkpoint import write_pipeline
@@ -106,7 +107,7 @@ def test_finished_blocks_are_taken_from_an_interrupted_run(
         {"passes": [{"quantize": QUANTIZE}, {"reconstruct": {"scope": "block", "steps": 3, "samples": 4, "batch": 2}}]},
         "test",
     )
-    states = []
+    states, reports = [], []
     for attempt in range(2):
         graph, context = _graph(checkpoint), Context(statistics, 0, FolderSiteCache(tmp_path, {}), keep_weights=True)
         with torch.no_grad():
@@ -114,10 +115,65 @@ def test_finished_blocks_are_taken_from_an_interrupted_run(
                 step.prepare(graph, context)
             if attempt:
                 monkeypatch.setattr(Reconstruct, "_learn", lambda *_: pytest.fail("learned already"))
-            for step in recipe.passes:
-                step.run(graph, context)
+            reports.append([step.run(graph, context) for step in recipe.passes][-1])
         states.append(graph.model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert reports[0].rows and reports[0].to_json() == reports[1].to_json()
+
+
+def test_the_pass_may_stand_twice(checkpoint: Checkpoint, statistics: Statistics, tmp_path: Path) -> None:
+    """The second one starts where the first one ended, also where finished parts are kept."""
+    learn = {"scope": "model", "steps": 2, "samples": 8, "batch": 4}
+    steps = [{"quantize": QUANTIZE}, {"reconstruct": learn}, {"reconstruct": {**learn, "steps": 3}}]
+    first, second = run_passes(
+        _graph(checkpoint), Recipe.from_dict({"passes": steps}, "test"), statistics, checkpoint, tmp_path
+    )[1:]
+    assert second.rows[0]["error before"] == pytest.approx(first.rows[0]["error after"], rel=1e-6)
+    assert len(list(tmp_path.rglob("reconstruct.*.model.safetensors"))) == 2
+
+
+def test_calls_of_one_batch_are_refused_before_anything_is_learned(
+    checkpoint: Checkpoint, statistics: Statistics
+) -> None:
+    with pytest.raises(DitqError, match=r"fit one batch of 64, .*; set batch lower"):
+        _run(_graph(checkpoint), statistics, {"samples": 128, "batch": 64})
+
+
+def test_what_auto_has_decided_holds_when_a_pass_has_made_the_model_smaller(
+    checkpoint: Checkpoint, statistics: Statistics
+) -> None:
+    """The outputs that were recorded are those of what was decided on the original."""
+    weights = sum(site.parameters for site in _graph(checkpoint).sites.values())
+    learn = {"scope": "auto", "memory": 15.9 * weights / 1e9, "steps": 1, "samples": 4, "batch": 2}
+    steps = [{"prune": {"keep": 0.5, "samples": 8, "rows": 64}}, {"quantize": QUANTIZE}, {"reconstruct": learn}]
+    report = run_passes(_graph(checkpoint), Recipe.from_dict({"passes": steps}, "test"), statistics)[-1]
+    assert [row["block"] for row in report.rows] == list(_graph(checkpoint).blocks)
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ({"token_order": {"tile": 2}}, "token_order has moved .*set scope: model"),
+        ({"mob": {"group": 2, "keep": 1, "bins": 2}}, "some timesteps only, by mob, .*set scope: model"),
+    ],
+)
+def test_blocks_that_cannot_be_compared_alone_are_refused(tmp_path: Path, before: dict[str, object], said: str) -> None:
+    graph = _graph(Checkpoint.open(write_pipeline(tmp_path / "pipeline", layers=2)))
+    for scope in ("block", "model"):
+        recipe = Recipe.from_dict({"passes": [before, {"quantize": {}}, {"reconstruct": {"scope": scope}}]}, "test")
+        if scope == "model":
+            recipe.preview(graph)
+        else:
+            with pytest.raises(DitqError, match=said):
+                recipe.preview(graph)
+
+
+def test_a_block_that_stands_for_others_is_compared_and_those_before_it_are_not(tmp_path: Path) -> None:
+    """Of two blocks of which one runs, what comes out behind the last is what the original's gave."""
+    graph = _graph(Checkpoint.open(write_pipeline(tmp_path / "pipeline", layers=2)))
+    MixtureOfBlocks(group=2, keep=1, bins=1).sketch(graph)
+    last = ["transformer_blocks.1", "single_transformer_blocks.1"]
+    assert _comparable(graph.model, list(graph.blocks)) == last
 
 
 def test_layers_of_eight_bits_are_left_alone(checkpoint: Checkpoint, statistics: Statistics) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel
 
 from ditq.errors import DitqError
+from ditq.graph import DiTGraph
 from ditq.nn import QuantLinear
 from ditq.passes import Context
 from ditq.passes.folding import plain_linear
@@ -13,6 +15,7 @@ from ditq.passes.judging import Judge, Trial, choose
 from ditq.passes.quantize import Quantize
 from ditq.passes.rotate import Rotate, online_cost
 from ditq.passes.smooth import Smooth
+from ditq.recipe import Recipe
 from tests.families_small import FAMILIES, forward, small_graph, small_inputs, statistics_of
 
 LEARNED = {"mode": "learned", "heads": "learned", "kinds": ["block_hadamard"], "steps": 3, "format": "w4a4"}
@@ -121,3 +124,41 @@ def test_a_width_without_the_kind_is_refused_before_calibration() -> None:
         Rotate(mode="hadamard")._possible(50)
     assert list(Rotate(mode="search")._possible(50)) == ["identity", "block_hadamard"]
     assert list(Rotate(mode="search")._possible(51)) == ["identity"]
+
+
+@pytest.mark.parametrize("heads", ["hadamard", "learned"])
+@pytest.mark.parametrize(("width", "offline"), [(18, True), (9, False)])
+def test_heads_of_any_width_are_rotated_or_left_exactly(width: int, offline: bool, heads: str) -> None:
+    """18 channels in blocks of 2; 9 have no Hadamard block, and their attention's outputs are rotated online as the others."""
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=36 // width, attention_head_dim=width, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=10,
+    )  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.eval().requires_grad_(False)
+    inputs = small_inputs(model)
+    graph = DiTGraph(model, inputs)
+    reference, statistics = forward(model, inputs), statistics_of(graph)
+    (attention,) = graph.attentions.values()
+    step = Rotate(mode="search", kinds=["identity"], heads=heads, steps=2)
+    said = step.preview(graph)
+    assert [said[output.site] == "rotate offline" for output in attention.outputs] == [offline]
+    with torch.no_grad():
+        report = step.run(graph, Context(statistics))
+    assert any(row["kind"].startswith("offline") for row in report.rows) == offline
+    assert float((forward(graph.model, inputs) - reference).norm()) < 1e-5 * float(reference.norm())
+
+
+def test_what_is_rotated_is_not_rotated_again() -> None:
+    """The second one's matrix of the heads would stand behind the online rotation of the first."""
+    graph = small_graph("pixart")
+    first, second = {"mode": "hadamard", "values": False}, {"mode": "hadamard"}
+    recipe = Recipe.from_dict({"passes": [{"rotate": first}, {"rotate": second}]}, "test")
+    with pytest.raises(DitqError, match="pass 'rotate' cannot follow 'rotate'"):
+        recipe.preview(graph)
+    context = Context(statistics_of(graph))
+    Rotate(**first).run(graph, context)
+    with pytest.raises(DitqError, match="rotated online already"):
+        Rotate(**second).run(graph, context)

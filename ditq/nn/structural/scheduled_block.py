@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ditq.nn.answered_attention import AnswersAttention
 from ditq.nn.structural import StructuralPart, register
 from ditq.numerics.timestep_bins import bins_of
 
@@ -118,6 +119,9 @@ class ScheduledBlock(StructuralPart):
                 f"{place} does not run at as many bins of timesteps as it has, or carries others than it has"
             )
         model.set_submodule(place, cls(model.get_submodule(place), **spec))
+        for name, part in model.get_submodule(place).named_modules(prefix=place):
+            if isinstance(part, AnswersAttention):  # its attention is one level deeper now
+                part.site = name.rpartition(".")[0]
         if len(spec["runs"]) > 1:
             tell_at_each_call(model)
 
