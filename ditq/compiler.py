@@ -322,7 +322,7 @@ def _of_a_family(checkpoint: Checkpoint, work: Path, options: CompileOptions) ->
     """The checkpoint with what its forward takes: where no family tells, the calls of its pipeline show it."""
     if checkpoint.family is not None:
         return checkpoint, None
-    statistics = _statistics(checkpoint, work, options)
+    statistics = _statistics(checkpoint, work, options, needed=True)
     return with_family(checkpoint, _trajectories(checkpoint, work, options)), statistics
 
 

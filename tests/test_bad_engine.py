@@ -227,6 +227,7 @@ def test_an_engine_is_not_compared_with_another_model(
     sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command in (["sample", sound, "3", "-o", tmp_path / "p.png"], ["evaluate", sound], ["bench", sound]):
-        assert_refused(capsys, "was compiled from toy; say where that is with --against", *command)
+        option = "--checkpoint" if command[0] == "sample" else "--against"
+        assert_refused(capsys, f"was compiled from toy; say where that is with {option}", *command)
         assert_refused(capsys, "was compiled from toy, which is not mini", *command, "--against", "mini")
     assert files_below(tmp_path) == []

@@ -54,7 +54,7 @@ class Online:
         parts = []
         for value in (getattr(self, f.name) for f in fields(self)):
             tensor = isinstance(value, Tensor)
-            parts.append(sha256(raw_bytes(value.cpu()).numpy()).hexdigest() if tensor else repr(value))
+            parts.append(sha256(raw_bytes(value.cpu()).numpy().tobytes()).hexdigest() if tensor else repr(value))
         return " ".join(parts)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from inspect import Parameter, Signature
 from typing import Any
 
 import pytest
 import torch
 
-from ditq.calibration.sampling import DenoiserCall, SamplingSettings, StepRecord, condition_kind, sample
+from ditq.calibration.sampling import DenoiserCall, SamplingSettings, StepRecord, _bind, condition_kind, sample
 from ditq.errors import DitqError
 from tests.calibration.small_pipelines import ARGUMENTS, CONDITIONS, FAMILIES, STEPS, pipeline_of
 
@@ -146,3 +147,21 @@ def test_progress_counts_steps() -> None:
         progress=lambda *news: seen.append(news),
     )
     assert seen == [("sampling", done, 2 * STEPS) for done in range(2 * STEPS + 1)]
+
+
+def test_latents_by_position_are_named_as_an_engine_tells_its_originals_arguments() -> None:
+    """Whose own forward takes any: PixArt's and DiT's pipelines give latents without a name."""
+
+    class Engine(torch.nn.Module):
+        call_signature = Signature(
+            [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in ("hidden_states", "timestep")]
+        )
+
+        def forward(self, *arguments: Any, **keywords: Any) -> None: ...
+
+    latents, timestep = torch.zeros(1, 4), torch.ones(1)
+    assert _bind(Engine(), (latents,), {"timestep": timestep}) == {"hidden_states": latents, "timestep": timestep}
+    plain = torch.nn.Module()
+    plain.forward = lambda *arguments, **keywords: None  # type: ignore[method-assign]
+    with pytest.raises(DitqError, match="unnamed extra arguments"):
+        _bind(plain, (latents,), {})
