@@ -210,6 +210,10 @@ def _working_folder(out: Path, *, force: bool, resume: bool) -> Iterator[Path]:
             elif isinstance(error, KeyboardInterrupt):
                 message = f"interrupted; run again with --resume to go on (finished samples are in {partial})"
                 raise Interrupted(message) from error
+            elif isinstance(error, DitqError) and not resume and "--resume" not in str(error):
+                raise DitqError(
+                    f"{error}; finished samples are in {partial}: run again with --resume to go on"
+                ) from error
             raise
     if out.exists():
         remove_folder(out)

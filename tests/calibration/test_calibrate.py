@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from ditq.calibration import calibrate as calibrate_module
 from ditq.calibration import storage
 from ditq.calibration.calibrate import calibrate, choose_conditions, default_conditions
 from ditq.calibration.prompts import builtin_prompts
@@ -151,6 +152,20 @@ def test_a_full_disk_is_named_and_leaves_no_half_file(
     with pytest.raises(DitqError, match=r"cannot be written .*; free some space, then go on with --resume"):
         make(tmp_path / "stats", checkpoint=pixart)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_behind_finished_samples_says_that_they_are_kept(
+    pixart: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise DitqError("stats: cannot be written (File too large)")
+
+    monkeypatch.setattr(calibrate_module, "collect_statistics", fails)
+    with pytest.raises(
+        DitqError, match=r"File too large\); finished samples are in .*stats.partial: run again with --resume"
+    ):
+        make(tmp_path / "stats", checkpoint=pixart)
+    assert (tmp_path / "stats.partial").is_dir() and not (tmp_path / "stats").exists()
 
 
 def test_a_class_conditional_pipeline_takes_labels_from_a_file(tmp_path: Path) -> None:

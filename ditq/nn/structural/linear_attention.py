@@ -72,9 +72,8 @@ class LinearAttention(TokenAttention):
         assert near.largest is not None
         largest = scores.amax(-1, keepdim=True)
         every = (scores - largest).exp().sum(-1, keepdim=True)
-        far = (every - near.total * (near.largest - largest).exp()).clamp_min(
-            NOISE * every
-        )  # below it is what rounding left
+        far = every - near.total * (near.largest - largest).exp()
+        far = far.clamp_min(NOISE * every)  # below that is what rounding left
         linear = image_mass(query, key, value, grid, self.form()).total.clamp_min(TINY)
         return (far.log() + largest - near.largest - linear.log()).mean((0, 2, 3))
 
