@@ -8,16 +8,20 @@ of tiles that it does not see. Gathered keys and values would take gigabytes: ea
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ditq.numerics.compressed_keys import log_counts
 from ditq.numerics.local_attention import in_blocks, on
 from ditq.numerics.sparse_attention import tile_scores, tiles_of
 from ditq.numerics.token_layout import Grid
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import FlexKernelOptions
 
 _BLOCKS = (128, 64)  # tokens of a block of queries or keys, the best first
 LEAST = 16384  # image tokens from which it is done: keys and values of FLUX's heads would take 1.8 GB for 9 tiles of 64
@@ -98,15 +102,18 @@ def image_over_tiles(
         return torch.where(column < first, score, score + count)
 
     count, which, count_whole, which_whole = _blocks(seen, size // block, tiles, -(-rest // block), real is None)
-    mask = BlockMask.from_kv_blocks(
-        count,
-        which,
-        count_whole,
-        which_whole,
-        BLOCK_SIZE=block,
-        mask_mod=seen_keys,
+    mask = BlockMask(  # which queries each key has, only gradients ask for
         seq_lengths=(image, parts[0].shape[2]),
-        compute_q_blocks=False,
+        kv_num_blocks=count,
+        kv_indices=which,
+        full_kv_num_blocks=count_whole,
+        full_kv_indices=which_whole,
+        q_num_blocks=None,
+        q_indices=None,
+        full_q_num_blocks=None,
+        full_q_indices=None,
+        BLOCK_SIZE=(block, block),
+        mask_mod=seen_keys,
     )
     options: FlexKernelOptions | None = {"BLOCK_M": block, "BLOCK_N": 64} if query.is_cuda else None
     y = flex_attention(
