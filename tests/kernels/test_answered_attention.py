@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from torch import fx
+from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -202,11 +202,8 @@ def test_blocks_with_such_attentions_are_traced_once_for_pictures_of_every_form(
         assert targets.count(SDPA) == (1 if family in ("pixart", "wan") else 0)  # which has cross attention too
 
 
-def test_blocks_whose_attentions_parts_answer_for_are_not_taken_for_those_without() -> None:
-    """The first block has torch's own attention, the second a window; their code and shapes are the same."""
-    model = converted(small_graph("dit"), window=Window("circle", 1, 2))
-    site = next(iter(token_attentions(model)))
-    unanswer(model.get_submodule(site))
+def answered_in_traces(model: nn.Module) -> list[int]:
+    """How many attentions parts answer for in each traced block of a model, which computes through them what it did."""
     inputs = small_inputs(model)
     expected = forward(model, inputs)
     fast = to_gpu(model, CPU)
@@ -215,8 +212,15 @@ def test_blocks_whose_attentions_parts_answer_for_are_not_taken_for_those_withou
     tell_grids(fast, inputs)
     wanted = {name: as_wanted(name, v) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
     assert relative(forward(call, wanted).float(), expected) < 0.05
-    counts = [[node.target for node in graph.graph.nodes].count(ANSWERED) for graph in graphs]
-    assert counts == [0, 1]
+    return [[node.target for node in graph.graph.nodes].count(ANSWERED) for graph in graphs]
+
+
+def test_blocks_whose_attentions_parts_answer_for_are_not_taken_for_those_without() -> None:
+    """The first block has torch's own attention, the second a window; their code and shapes are the same."""
+    model = converted(small_graph("dit"), window=Window("circle", 1, 2))
+    site = next(iter(token_attentions(model)))
+    unanswer(model.get_submodule(site))
+    assert answered_in_traces(model) == [0, 1]
 
 
 def test_a_part_that_the_trace_does_not_reach_is_an_error() -> None:
@@ -245,12 +249,4 @@ def test_attentions_of_blocks_in_parallel_are_found_in_their_traces() -> None:
     model = converted(graph, window=Window("circle", 1, 2))
     ParallelBlocks().sketch(graph)
     assert len(paired(model)) == 1 and len(token_attentions(model)) == 2
-    inputs = small_inputs(model)
-    expected = forward(model, inputs)
-    fast = to_gpu(model, CPU)
-    graphs: list[fx.GraphModule] = []
-    call = compiled(fast, lambda graph, _: graphs.append(graph) or graph.forward)  # type: ignore[func-returns-value]
-    tell_grids(fast, inputs)
-    wanted = {name: as_wanted(name, v) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
-    assert relative(forward(call, wanted).float(), expected) < 0.05
-    assert [[node.target for node in graph.graph.nodes].count(ANSWERED) for graph in graphs] == [1, 1]
+    assert answered_in_traces(model) == [1, 1]
