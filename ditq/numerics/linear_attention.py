@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ditq.numerics.local_attention import in_blocks, local_attention, on, out_of_blocks
+from ditq.numerics.portions import portions
 from ditq.numerics.token_layout import Grid
 from ditq.numerics.window import Window, blocks
 
@@ -51,12 +52,6 @@ class Mass:
 
     def mean(self) -> Tensor:
         return self.values / (self.total + SMALLEST)
-
-
-def linear_mass(query: Tensor, key: Tensor, value: Tensor) -> Mass:
-    """Of features [B, h, N, F] and [B, h, M, F] and values [B, h, M, d]."""
-    sums = key.transpose(-1, -2) @ value
-    return Mass(query @ sums, query @ key.sum(-2)[..., None])
 
 
 def softmax_mass(query: Tensor, key: Tensor, value: Tensor, grid: Grid, window: Window | None, scale: float) -> Mass:
@@ -134,9 +129,19 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, grid: Grid, scal
 def image_mass(query: Tensor, key: Tensor, value: Tensor, grid: Grid, form: LinearForm) -> Mass:
     """The linear part: image queries over image keys."""
     (image_query, _), (image_key, _), (image_value, _) = (grid.parted(tensor) for tensor in (query, key, value))
-    return linear_mass(
-        features(image_query, form.query_map, form.kind), features(image_key, form.key_map, form.kind), image_value
-    )
+    batch, heads, tokens, width = image_key.shape
+    some_tokens = portions(image_key, tokens, 2 * batch * heads * width)
+    sums = total = torch.zeros((), dtype=image_key.dtype, device=image_key.device)
+    for some in some_tokens:
+        weights = features(image_key[:, :, some], form.key_map, form.kind)
+        sums = sums + weights.transpose(-1, -2) @ image_value[:, :, some]
+        total = total + weights.sum(-2)
+    values, totals = [], []
+    for some in some_tokens:
+        weights = features(image_query[:, :, some], form.query_map, form.kind)
+        values.append(weights @ sums)
+        totals.append(weights @ total[..., None])
+    return Mass(torch.cat(values, 2), torch.cat(totals, 2))
 
 
 def _convolved(values: Tensor, kernels: Tensor, grid: Grid) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ditq.numerics.portions import portions
 from ditq.numerics.token_layout import Grid
 from ditq.numerics.window import Blocks, Window, blocks, patches
 
@@ -80,22 +81,39 @@ def windowed(
     scale: float,
 ) -> Tensor:
     """Image queries over the image keys of their window and over keys common to all: [B, h, FHW, d] and [B, h, G, d]."""
-    batch, heads = query.shape[:2]
+    batch, heads, _, width = query.shape
     made = blocks(window, *grid.sides, order=grid.order)
-    parts = [in_blocks(query, made)]  # [B, h, T, Q, d]
+    queries = in_blocks(query, made)  # [B, h, T, Q, d]
+    gathered = 2 * batch * heads * (made.keys.shape[1] + common_key.shape[-2]) * width  # elements a block
+    found = [
+        _of_blocks(queries[:, :, some], key, value, common_key, common_value, made, some, scale)
+        for some in portions(query, len(made.keys), gathered)
+    ]
+    return out_of_blocks(torch.cat(found, 2).flatten(2, 3), made)
+
+
+def _of_blocks(
+    queries: Tensor,
+    key: Tensor,
+    value: Tensor,
+    common_key: Tensor,
+    common_value: Tensor,
+    made: Blocks,
+    some: slice,
+    scale: float,
+) -> Tensor:
+    """The queries [B, h, T, Q, d] of some of the blocks over what each sees: of the same shape."""
+    parts = [queries]
     for image, common in ((key, common_key), (value, common_value)):
-        gathered = image[:, :, on(image, made.keys)]  # [B, h, T, K, d]
-        everywhere = common[:, :, None].expand(-1, -1, len(made.keys), -1, -1)
+        gathered = image[:, :, on(image, made.keys)[some]]  # [B, h, T, K, d]
+        everywhere = common[:, :, None].expand(-1, -1, gathered.shape[2], -1, -1)
         parts.append(torch.cat([gathered, everywhere], -2) if common.shape[-2] else gathered)
     mask = None
     if made.seen is not None:
-        seen = on(query, made.seen)
+        seen = on(queries, made.seen)[some]
         mask = torch.cat([seen, seen.new_ones(*seen.shape[:2], common_key.shape[-2])], -1)[None]
-    queries, keys, values = (part.flatten(0, 1) for part in parts)
-    y = F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, scale=scale
-    )  # [B h, T, Q, d], T in the place of heads
-    return out_of_blocks(y.reshape(batch, heads, -1, y.shape[-1]), made)
+    query, key, value = (part.flatten(0, 1) for part in parts)  # [B h, T, Q, d], T in the place of heads
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).reshape(queries.shape)
 
 
 def in_blocks(tokens: Tensor, made: Blocks) -> Tensor:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from ditq.numerics.compressed_keys import log_counts
 from ditq.numerics.local_attention import in_blocks, on, out_of_blocks
+from ditq.numerics.portions import portions
 from ditq.numerics.token_layout import Grid
 from ditq.numerics.token_order import TokenOrder
 from ditq.numerics.window import Blocks, Window, blocks, number_of_patches
@@ -134,20 +135,41 @@ def sparse_attention(
         seen = tile_scores(queries, keys).topk(min(keep, len(tokens)), sorted=False).indices
     else:
         seen = seen.long().expand(query.shape[0], -1, -1, -1)
-    parts = [queries]
-    for tiled, text in ((keys, text_key), (values, text_value)):
-        everywhere = [text, tiled.mean(3)] if means else [text]
-        gathered = [each[:, :, None].expand(-1, -1, len(tokens), -1, -1) for each in everywhere if each.shape[-2]]
-        parts.append(torch.cat([_of_tiles(tiled, seen), *gathered], -2))
-    mask = _mask(made, seen, text_key.shape[-2], grid, tile, means)
-    if mask is not None:
-        mask = mask[..., None, :].flatten(0, 1).to(query.dtype)
-    queries, keys, values = (part.flatten(0, 1) for part in parts)  # T in the place of heads
-    y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-    image = out_of_blocks(y.reshape(*query.shape[:2], -1, y.shape[-1]), made.blocks)
+    of_all = [(text_key, text_value)]
+    if means:
+        of_all.append((keys.mean(3), values.mean(3)))
+    common_key, common_value = (torch.cat(parts, -2) for parts in zip(*of_all, strict=True))
+    keys_a_tile = seen.shape[-1] * tile**2 + common_key.shape[-2]
+    found = []
+    for some in portions(query, len(tokens), 2 * query.shape[:2].numel() * keys_a_tile * query.shape[-1]):
+        mask = _mask(made, seen[:, :, some], text_key.shape[-2], grid, tile, means)
+        found.append(
+            _of_some(queries[:, :, some], keys, values, common_key, common_value, seen[:, :, some], mask, scale)
+        )
+    image = out_of_blocks(torch.cat(found, 2).flatten(2, 3), made.blocks)
     if not grid.text:
         return image
     return grid.joined(image, F.scaled_dot_product_attention(text_query, key, value, scale=scale))
+
+
+def _of_some(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    common_key: Tensor,
+    common_value: Tensor,
+    seen: Tensor,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Queries of some tiles [B, h, T, t^2, d] over the tiles that they see and keys common to all [B, h, G, d]."""
+    parts = [queries]
+    for tiled, common in ((keys, common_key), (values, common_value)):
+        everywhere = common[:, :, None].expand(-1, -1, seen.shape[2], -1, -1)
+        parts.append(torch.cat([_of_tiles(tiled, seen), everywhere], -2))
+    added = None if mask is None else mask[..., None, :].flatten(0, 1).to(queries.dtype)
+    query, key, value = (part.flatten(0, 1) for part in parts)  # T in the place of heads
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale).reshape(queries.shape)
 
 
 def _mask(made: Tiles, seen: Tensor, text: int, grid: Grid, tile: int, means: bool) -> Tensor | None:

@@ -152,9 +152,13 @@ def blocks(window: Window, *sides: int, order: TokenOrder | None = None) -> Bloc
         (query_rows, query_columns), (key_rows, key_columns) = (
             divmod(tokens % (height * width), width) for tokens in (queries, keys)
         )
-        down = query_rows[:, :, None] - key_rows[:, None, :]
-        right = query_columns[:, :, None] - key_columns[:, None, :]
-        seen = down**2 + right**2 < window.size**2
+        seen = np.empty((*queries.shape, keys.shape[1]), bool)
+        for number in range(
+            len(queries)
+        ):  # one at a time: numbers of all pairs would be 30 times as large as the answer
+            down = query_rows[number, :, None] - key_rows[number]
+            right = query_columns[number, :, None] - key_columns[number]
+            seen[number] = down**2 + right**2 < window.size**2
     return Blocks(queries, keys, places, seen)
 
 
