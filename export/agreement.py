@@ -25,7 +25,7 @@ from ditq.export.engine import TEXT_GRAPH, Engine
 from ditq.export.loader import engine_inputs
 from ditq.export.lowering.four_bit import INPUT
 from ditq.export.session import WEIGHTS_FOLDER, open_session, session_options
-from ditq.export.targets import target
+from ditq.export.targets import RunOptions, target
 from ditq.export.targets.torch import rebuild
 from ditq.export.weights_file import WEIGHTS
 from ditq.nn import AttentionRounding, QuantLinear, rounded_by
@@ -109,7 +109,7 @@ def model_agreement(
     arguments = {name: value for name, value in inputs.items() if name != "return_dict"}
     own = target(engine.manifest["target"])
     tolerance = tolerance or (HALF_TIE_TOLERANCE if own.half else TIE_TOLERANCE)
-    run = (own if own.available()[0] else target("onnxruntime-cpu")).runner(engine, 1)
+    run = (own if own.available()[0] else target("onnxruntime-cpu")).runner(engine, RunOptions(threads=1))
     # of the engine as it is: to give out values might change how the runtime fuses
     output = run(engine_inputs(engine, arguments)).cpu()
     places = _integers(engine, _graphs(engine, arguments))

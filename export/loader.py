@@ -21,7 +21,7 @@ from torch import Tensor
 from ditq.errors import DitqError
 from ditq.export.arguments import collect
 from ditq.export.engine import Engine
-from ditq.export.targets import Runner, target
+from ditq.export.targets import USUAL, Runner, RunOptions, target
 from ditq.nn.structural.ordered_tokens import OrderedTokens, other_order
 from ditq.nn.structural.sparse_attention import SparseAttention, other_picture
 from ditq.numerics.token_layout import TokenLayout
@@ -34,7 +34,9 @@ _ON_GPU = (
 _WITHOUT_GRAPH = ("cuda", "torch")
 
 
-def load_engine(path: str | Path, target: str = "auto", threads: int | None = None) -> EngineTransformer:
+def load_engine(
+    path: str | Path, target: str = "auto", threads: int | None = None, decoded: bool = False
+) -> EngineTransformer:
     """Open an engine folder, check it, and make it ready to run.
 
     Args:
@@ -44,20 +46,21 @@ def load_engine(path: str | Path, target: str = "auto", threads: int | None = No
             an engine compiled for `tensorrt` or `onnxruntime-cuda`, of `onnxruntime-cpu` and `torch` for others with a graph,
             `torch` for those of `cuda`.
         threads: of ONNX Runtime; None leaves the choice to it.
+        decoded: weights lie decoded in the GPU's memory, in 8 bits, instead of being decoded at each call: of target `cuda`.
 
     Raises:
         DitqError: not a sound engine (see `Engine.open`), or the target does not run here.
     """
-    return EngineTransformer(Engine.open(path), target, threads)
+    return EngineTransformer(Engine.open(path), target, RunOptions(threads, decoded))
 
 
 class EngineTransformer(ModelMixin):
     """Called like the diffusers transformer that it stands for. It has no parameters but an empty one; for inference."""
 
-    def __init__(self, engine: Engine, target_name: str = "auto", threads: int | None = None) -> None:
+    def __init__(self, engine: Engine, target_name: str = "auto", options: RunOptions = USUAL) -> None:
         super().__init__()
         self.engine = engine
-        self.target, self._run = _opened(engine, target_name, threads)
+        self.target, self._run = _opened(engine, target_name, options)
         chosen = target(self.target)
         self._dtype, self._device = chosen.dtype, torch.device(chosen.device)
         self._config = FrozenDict(engine.config)
@@ -161,22 +164,22 @@ def check_picture(engine: Engine, arguments: Mapping[str, Any]) -> None:
             raise DitqError(f"{engine.name}: {said(made_for, (grid.height, grid.width))}")
 
 
-def _opened(engine: Engine, name: str, threads: int | None) -> tuple[str, Runner]:
+def _opened(engine: Engine, name: str, options: RunOptions) -> tuple[str, Runner]:
     """(the target that runs the engine, its runner). `auto` is the engine's own target or else, said on standard error, the
     first of the others that runs it."""
     if name != "auto":
-        _check_runs(name, engine)
-        return name, target(name).runner(engine, threads)
+        _check_runs(name, engine, options)
+        return name, target(name).runner(engine, options)
     own = engine.manifest["target"]
     reasons: dict[str, DitqError] = {}
     for candidate in (own, *(other for other in _others(engine) if other != own)):
         try:
-            _check_runs(candidate, engine)
+            _check_runs(candidate, engine, options)
         except DitqError as error:
             reasons[candidate] = error
             continue
         try:
-            run = target(candidate).runner(engine, threads)
+            run = target(candidate).runner(engine, options)
         except DitqError as error:
             if candidate == own and not target(own).plans:  # of which there may be none for what is here
                 raise
@@ -196,11 +199,13 @@ def _others(engine: Engine) -> tuple[str, ...]:
     return ("cuda", "onnxruntime-cuda", *_ON_CPU) if engine.manifest["target"] in _ON_GPU else _ON_CPU
 
 
-def _check_runs(name: str, engine: Engine) -> None:
-    """Raises DitqError if the target does not run here, or needs a graph that the engine does not have."""
+def _check_runs(name: str, engine: Engine, options: RunOptions) -> None:
+    """Raises DitqError if the target does not run here, or not so, or needs a graph that the engine does not have."""
     runs, why_not = target(name).available()
     if not runs:
         raise DitqError(f"target '{name}' does not run here: {why_not}")
+    if options.decoded and not target(name).decodes:
+        raise DitqError(f"target '{name}' holds weights in one form; decoded weights are of target 'cuda'")
     if target(name).lower is not None and not engine.graphs:
         made_for = engine.manifest["target"]
         raise DitqError(

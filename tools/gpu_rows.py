@@ -47,6 +47,7 @@ ATTENTIONS: dict[str, tuple[type[LocalAttention] | type[LinearAttention] | type[
 }
 IN_ORDER = " in order"  # of tokens tile by tile in the whole model
 AND_ATTENTION = "and FP8 attention"
+DECODED = "decoded"  # weights, at load
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,14 @@ class Row:
     error: float
 
     HEAD = (
-        f"{'shape':14s} {'variant':32s} {'ms':>9s} {'speed':>7s} {'TFLOP/s':>9s} {'of peak':>8s} {'GB':>7s} "
+        f"{'shape':14s} {'variant':40s} {'ms':>9s} {'speed':>7s} {'TFLOP/s':>9s} {'of peak':>8s} {'GB':>7s} "
         f"{'prod/att/quan/dec/rest':>23s} {'error':>9s}"
     )
 
     def __str__(self) -> str:
         kinds = "-" if self.kinds is None else "/".join(f"{100 * share:.1f}" for share in self.kinds)
         return (
-            f"{self.shape:14s} {self.variant:32s} {self.milliseconds:9.3f} {self.speed:6.2f}x {self.teraflops:9.1f} "
+            f"{self.shape:14s} {self.variant:40s} {self.milliseconds:9.3f} {self.speed:6.2f}x {self.teraflops:9.1f} "
             f"{self.share:8.1%} {self.gigabytes:7.2f} {kinds:>23s} {self.error:9.2e}"
         )
 
@@ -105,7 +106,7 @@ def variants(shape: Shape, device: torch.device, inner: Compiler, mode: str) -> 
             in_blocks(model, lambda _, block: torch.compile(block, dynamic=False, fullgraph=True, **options))
         )
 
-    def ours(form: Format, attention: str = "") -> Callable[[Denoiser], Call]:
+    def ours(form: Format, attention: str = "", decoded: bool = False) -> Callable[[Denoiser], Call]:
         def make(model: Denoiser) -> Call:
             capability = None
             if on_gpu:
@@ -115,7 +116,7 @@ def variants(shape: Shape, device: torch.device, inner: Compiler, mode: str) -> 
                 round_attention(model, device)
             elif attention:
                 put_attention(model, attention)
-            fast = to_gpu(quantize(model, form, device), device, capability)
+            fast = to_gpu(quantize(model, form, device), device, capability, decoded)
             for answer in answers_of(fast).values():
                 answer.part.grid = replace(shape.grid, order=answer.part.layout.order)
             return captured(compiled(fast, inner))
@@ -142,7 +143,9 @@ def variants(shape: Shape, device: torch.device, inner: Compiler, mode: str) -> 
         number = "bf16" if form.activation.granularity == "none" else "fp8" if form.carrier is FLOAT8 else "int8"
         found[f"ditq {name}"] = Variant(number, ours(form))
     for name, number in (("w4a8", "int8"), ("w4a8 FP8", "fp8")):
+        found[f"ditq {name} {DECODED}"] = Variant(number, ours(FORMATS[name], decoded=True))
         found[f"ditq {name} {AND_ATTENTION}"] = Variant(number, ours(FORMATS[name], AND_ATTENTION))
+        found[f"ditq {name} {DECODED} {AND_ATTENTION}"] = Variant(number, ours(FORMATS[name], AND_ATTENTION, True))
     return found
 
 

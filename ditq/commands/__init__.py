@@ -15,6 +15,9 @@ DEVICE_HELP = (
     "the model is in bfloat16."
 )
 GPU_HELP = "A kind of GPU to build a plan for, e.g. sm89; may be repeated.  [default: this one; else sm80, sm89, sm120]"
+DECODED_HELP = (
+    "Decode weights once, when the engine is loaded: more of the GPU's memory, fewer ms a call (target cuda)."
+)
 SIZES_HELP = (
     "Sizes that plans take, smallest:usual:largest by axis, e.g. batch=1:2:4,image_tokens=4096; picture=ROWSxCOLUMNS of "
     "image tokens where a plan is for one picture."

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from ditq.commands import table
+from ditq.commands import DECODED_HELP, table
 
 
 @click.command()
@@ -14,14 +14,15 @@ from ditq.commands import table
 @click.option("--against", help="The original checkpoint; default: where the engine was compiled from.")
 @click.option("--rounds", default=15, show_default=True, type=click.IntRange(min=1))
 @click.option("--threads", type=click.IntRange(min=1), help="Processor threads; default: all.")
+@click.option("--decoded", is_flag=True, help=DECODED_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def bench(engine: str, against: str | None, rounds: int, threads: int | None, as_json: bool) -> None:
+def bench(engine: str, against: str | None, rounds: int, threads: int | None, decoded: bool, as_json: bool) -> None:
     """Time one denoiser call of ENGINE against the original, in turns: in torch and ONNX Runtime float32 on the CPU, or on the
     GPU that the engine runs on in torch bfloat16, compiled and not; and say where the engine's time goes.
     """
     from ditq.report.engine_report import benchmark
 
-    rows = benchmark(engine, against, rounds=rounds, threads=threads)
+    rows = benchmark(engine, against, rounds=rounds, threads=threads, decoded=decoded)
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return

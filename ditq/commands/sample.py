@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ditq.commands import SEED, arguments_of
+from ditq.commands import DECODED_HELP, SEED, arguments_of
 from ditq.errors import DitqError
 
 DEVICE_HELP = "Where the original and the rest of the pipeline run, as in `ditq evaluate`; auto: a GPU if there is one."
@@ -25,9 +25,10 @@ PICTURES = {"": "PNG", ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": 
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="An argument of the pipeline's call.")
 @click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
+@click.option("--decoded", is_flag=True, help=DECODED_HELP)
 @click.option("--force", is_flag=True, help="Replace the picture if it exists.")
-def sample(engine: str, prompt: str, out: Path, against: str | None, checkpoint: str | None, target: str,
-           steps: int | None, settings: tuple[str, ...], seed: int, device: str, force: bool) -> None:  # fmt: skip
+def sample(engine: str, prompt: str, out: Path, against: str | None, checkpoint: str | None, target: str, steps: int | None,
+           settings: tuple[str, ...], seed: int, device: str, decoded: bool, force: bool) -> None:  # fmt: skip
     """Draw PROMPT (or a class label) with ENGINE.
 
     \b
@@ -39,7 +40,7 @@ def sample(engine: str, prompt: str, out: Path, against: str | None, checkpoint:
     check_output(out, force)
     _check_picture(out)
     picture = draw(engine, prompt, checkpoint=checkpoint, against=against, target=target, steps=steps,
-                   arguments=arguments_of(settings), seed=seed, device=device)  # fmt: skip
+                   arguments=arguments_of(settings), seed=seed, device=device, decoded=decoded)  # fmt: skip
     _save_picture(picture, out)
     click.echo(f"picture in {out}")
 

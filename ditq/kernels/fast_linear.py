@@ -87,19 +87,21 @@ class FastLinear(nn.Module):
     """y = x W^T + b through the kernels, made from a QuantLinear on the device that this is on, where it stays.
 
     plans: those of the layers made before; a layer that reads its input in the same form takes the same one, so that the
-    traced graph shows what can be shared.
+    traced graph shows what can be shared. decoded: a weight that quantized inputs are multiplied by lies in 8 bits, so that no
+    call decodes it. One for inputs in floating point stays as coded: it would be written out in bfloat16, or is read by few
+    tokens, whose time is that of its bytes.
 
     Raises:
         ValueError: a layer that no kernel can run (`why_no_kernel`).
     """
 
-    def __init__(self, layer: QuantLinear, plans: dict[str, Online] | None = None) -> None:
+    def __init__(self, layer: QuantLinear, plans: dict[str, Online] | None = None, decoded: bool = False) -> None:
         super().__init__()
         if reason := why_no_kernel(layer):
             raise ValueError(f"{layer.site}: {reason}")
         self.site, self.form = layer.site, layer.activation
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.stored = store_carrier(layer.codes, layer.scale) if layer.bits == 8 else store(layer.code())
+        self.stored = _stored(layer, decoded and layer.activation.granularity != "none")
         # The vendor's FP8 product adds a bias of bfloat16, which would be rounded anew at each call.
         self.bias = layer.bias.to(torch.bfloat16) if layer.bias is not None and self.stored.float8 else layer.bias
         branch = layer.low_rank()
@@ -130,6 +132,13 @@ class FastLinear(nn.Module):
                 inner = F.linear(kept.to(torch.bfloat16), self.down)  # type: ignore[arg-type]
             added = F.linear(inner, self.up)
         return stored_product(q, scales, self.stored, self.bias, added, dtype).view(shape)
+
+
+def _stored(layer: QuantLinear, decoded: bool) -> StoredWeight:
+    if layer.bits == 8:
+        return store_carrier(layer.codes, layer.scale)
+    code = layer.code()
+    return store_carrier(code.carrier(), code.scale.float()) if decoded else store(code)
 
 
 def on_device(transform: InputTransform, device: torch.device) -> InputTransform:

@@ -36,8 +36,8 @@ def check(model: nn.Module, capability: int | None = None) -> None:
             )
 
 
-def to_gpu(model: nn.Module, device: torch.device, capability: int | None = None) -> nn.Module:
-    """Move `model` there, in place.
+def to_gpu(model: nn.Module, device: torch.device, capability: int | None = None, decoded: bool = False) -> nn.Module:
+    """Move `model` there, in place. decoded: as for `FastLinear`.
 
     Raises:
         DitqError: a part of it has no kernel.
@@ -51,7 +51,7 @@ def to_gpu(model: nn.Module, device: torch.device, capability: int | None = None
         )  # one by one, so that no layer is there in both forms for longer than it takes
         if isinstance(layer, QuantLinear):
             try:
-                model.set_submodule(name, FastLinear(layer.to(device), plans))
+                model.set_submodule(name, FastLinear(layer.to(device), plans, decoded))
             except ValueError as error:
                 raise DitqError(f"target 'cuda': {error}") from error
         elif isinstance(layer, TransformedLinear):

@@ -110,10 +110,12 @@ def report_on(
     return evaluation
 
 
-def benchmark(engine_folder: str, against: str | None, rounds: int, threads: int | None) -> list[dict[str, Any]]:
+def benchmark(
+    engine_folder: str, against: str | None, rounds: int, threads: int | None, decoded: bool = False
+) -> list[dict[str, Any]]:
     """What speed.benchmark tells of an engine folder and its original."""
     engine = Engine.open(engine_folder)
-    return speed_of(engine, original_of(engine, against), rounds, threads)
+    return speed_of(engine, original_of(engine, against), rounds, threads, decoded)
 
 
 def draw(
@@ -127,10 +129,12 @@ def draw(
     arguments: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str = AUTO,
+    decoded: bool = False,
 ) -> Any:
     """Draw one picture with the engine in its pipeline; with `against`, the original beside it. A PIL image.
 
     device: where the original and the rest of the pipeline run (devices.py); the engine runs where its target does.
+    decoded: see `load_engine`.
     """
     place = device_of(device)
     engine = Engine.open(engine_folder)
@@ -147,7 +151,7 @@ def draw(
         place_pipeline(pipeline, place)
         return sample(pipeline, [condition], SamplingSettings(settings, seed))[0].image
 
-    drawn = drawn_by(load_engine(engine.folder, target))
+    drawn = drawn_by(load_engine(engine.folder, target, decoded=decoded))
     if against is None:
         return drawn
     return image_grid([[drawn_by(None), drawn]], ["original", "engine"])

@@ -45,14 +45,16 @@ def compare_speed(
     return _compared(transformer, checkpoint, real_call(checkpoint, transformer), rounds, threads)
 
 
-def benchmark(engine: Engine, checkpoint: Checkpoint, rounds: int, threads: int | None) -> list[dict[str, Any]]:
+def benchmark(
+    engine: Engine, checkpoint: Checkpoint, rounds: int, threads: int | None, decoded: bool = False
+) -> list[dict[str, Any]]:
     """Rows of `compare_speed`: name, median_ms, fastest_ms, slowest_ms, times_as_fast (as the first row).
 
     The engine's own row also has `target` and, where its target can tell, `shares` of the time of a call by kinds of work
     (export/time_shares.py); on a GPU `gpu_bytes`, what the engine and its calls take of its memory.
     """
     free = _free_gpu_bytes()
-    transformer = load_engine(engine.folder, threads=threads)
+    transformer = load_engine(engine.folder, threads=threads, decoded=decoded)
     inputs = real_call(checkpoint, transformer)
     taken = free - _free_gpu_bytes()
     speed, reference = _compared(transformer, checkpoint, inputs, rounds, threads)

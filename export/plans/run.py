@@ -14,7 +14,7 @@ from ditq.errors import DitqError
 from ditq.export.engine import TEXT_GRAPH, Engine
 from ditq.export.plans.library import Library, libraries, present_gpu
 from ditq.export.plans.sizes import told_by_positions
-from ditq.export.targets import Runner
+from ditq.export.targets import USUAL, Runner, RunOptions
 from ditq.export.text_cache import TextCache
 from ditq.nn.call_timestep import ARGUMENT
 from ditq.numerics.token_layout import sides
@@ -63,8 +63,8 @@ def plan_here(engine: Engine) -> tuple[Library, Mapping[str, Any]]:
     )
 
 
-def runner(engine: Engine, threads: int | None = None) -> Runner:
-    """Runs the engine's plans; that of the text, if there is one, once for a text. `threads` is of no use to a GPU.
+def runner(engine: Engine, options: RunOptions = USUAL) -> Runner:
+    """Runs the engine's plans; that of the text, if there is one, once for a text. `options` are of no use to it.
 
     Raises:
         DitqError: there is no plan for what is here, or it cannot be loaded.

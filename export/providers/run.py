@@ -17,12 +17,12 @@ from ditq.export.providers.bound import BoundSession
 from ditq.export.providers.choice import CUDA, NAMES, RTX, Choice, choose, foreign_operators
 from ditq.export.providers.options import options_of
 from ditq.export.session import RUNTIME_ERRORS, first_line, session_options
-from ditq.export.targets import Runner
+from ditq.export.targets import USUAL, Runner, RunOptions
 from ditq.export.text_cache import TextCache
 from ditq.nn.call_timestep import ARGUMENT
 
 
-def runner(engine: Engine, threads: int | None = None) -> Runner:
+def runner(engine: Engine, options: RunOptions = USUAL) -> Runner:
     """Runs the engine's graphs; that of the text, if there is one, once for a text.
 
     Which provider runs it, and why not one before it, is said on standard error.
@@ -35,7 +35,7 @@ def runner(engine: Engine, threads: int | None = None) -> Runner:
     print(f"note: {engine.name} is run {choice}, on {torch.cuda.get_device_name(device)}", file=sys.stderr)
     stream = torch.cuda.Stream(device)
     graphs = {
-        graph: BoundSession(open_on_gpu(engine, graph, choice, stream.cuda_stream, threads), device)
+        graph: BoundSession(open_on_gpu(engine, graph, choice, stream.cuda_stream, options.threads), device)
         for graph in engine.graphs
     }
     call = calls(engine, graphs)

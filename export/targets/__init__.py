@@ -61,6 +61,21 @@ class PlannedMatMul:
 
 
 @dataclass(frozen=True)
+class RunOptions:
+    """How an engine is to be run.
+
+    threads: of ONNX Runtime; None leaves the choice to it. decoded: whether weights lie decoded in the GPU's memory, in 8 bits:
+    more of it, and less time (target `cuda`).
+    """
+
+    threads: int | None = None
+    decoded: bool = False
+
+
+USUAL = RunOptions()
+
+
+@dataclass(frozen=True)
 class Target:
     """A runtime that engines are made for or run by.
 
@@ -70,10 +85,11 @@ class Target:
         available: () -> (whether it runs here, why not).
         lower: (graph with ditq::QuantLinear nodes, layers by site) -> what each matmul is planned as; rewrites the
             graph in place. None: the target runs the engine without a graph.
-        runner: (engine, threads) -> a function of input tensors by name, of the engine's own dtypes and on `device`,
+        runner: (engine, options) -> a function of input tensors by name, of the engine's own dtypes and on `device`,
             that returns the output.
         prove: (engine) -> by what was built of it, what became of the planned low-bit products. None: nothing is proven.
         plans: whether the engine's graph is built for single kinds of GPU (`ditq plan`).
+        decodes: whether its runner heeds `decoded`.
         half: whether it multiplies in half precision what is not low-bit.
         shares: (engine, inputs of a call, threads) -> shares of its time by kinds of work, where a runtime on the CPU can tell
             (export/time_shares.py); of one on a GPU its kernels do.
@@ -87,7 +103,7 @@ class Target:
     description: str
     available: Callable[[], tuple[bool, str]]
     lower: Callable[[ir.Model, Mapping[str, QuantLinear]], list[PlannedMatMul]] | None
-    runner: Callable[[Engine, int | None], Runner]
+    runner: Callable[[Engine, RunOptions], Runner]
     carriers: tuple[str, ...] = (INT8.name,)
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -95,6 +111,7 @@ class Target:
     prove: Callable[[Engine], Mapping[str, FusionReport]] | None = None
     plans: bool = False
     half: bool = False
+    decodes: bool = False
     shares: Callable[[Engine, Mapping[str, Tensor], int | None], Mapping[str, float]] | None = None
 
     def check_product(self, site: str, carrier: str, activation_bits: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ditq.errors import DitqError
 from ditq.export.arguments import unflatten
 from ditq.export.session import first_line
-from ditq.export.targets import Runner, Target, register
+from ditq.export.targets import USUAL, Runner, RunOptions, Target, register
 from ditq.export.targets.torch import rebuild
 from ditq.nn.structural.scheduled_block import patterns_of
 from ditq.numerics.carrier import FLOAT8, INT8
@@ -54,7 +54,7 @@ def check(model: nn.Module) -> None:
         )
 
 
-def runner(engine: Engine, threads: int | None = None) -> Runner:
+def runner(engine: Engine, options: RunOptions = USUAL) -> Runner:
     """The rebuilt model with its linears as kernels, compiled for the shapes of each first call and replayed afterwards.
 
     Raises:
@@ -69,7 +69,7 @@ def runner(engine: Engine, threads: int | None = None) -> Runner:
     major, minor = torch.cuda.get_device_capability(device)
     layout = engine.manifest["layout"]
     try:
-        model = to_gpu(rebuild(engine), device, 10 * major + minor)
+        model = to_gpu(rebuild(engine), device, 10 * major + minor, options.decoded)
     except torch.cuda.OutOfMemoryError as error:
         raise _too_large(engine, "its weights do not") from error
     if separate := separate_experts(model):
@@ -119,5 +119,6 @@ TARGET = register(
         device="cuda",
         dtype=torch.bfloat16,
         check=check,
+        decodes=True,
     )
 )

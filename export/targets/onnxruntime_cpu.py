@@ -23,7 +23,7 @@ from ditq.export.lowering.layers import Made, choose_rows, lower_layers
 from ditq.export.lowering.rounded_attention import lower_rounded_attention
 from ditq.export.lowering.token_attentions import lower_token_attentions
 from ditq.export.lowering.writer import Writer
-from ditq.export.targets import PlannedMatMul, Runner, Target, register
+from ditq.export.targets import USUAL, PlannedMatMul, Runner, RunOptions, Target, register
 from ditq.export.text_cache import TextCache
 from ditq.nn import ActivationFormat, QuantLinear
 from ditq.nn.call_timestep import ARGUMENT
@@ -153,11 +153,11 @@ def available() -> tuple[bool, str]:
     return True, f"onnxruntime {onnxruntime.__version__}"
 
 
-def runner(engine: Engine, threads: int | None = None) -> Runner:
+def runner(engine: Engine, options: RunOptions = USUAL) -> Runner:
     """Runs the engine's graph in one session; the graph of the text, if there is one, in another and once for a text."""
     from ditq.export.session import RUNTIME_ERRORS, first_line, open_session, session_options
 
-    sessions = {graph: open_session(engine.folder / graph, session_options(threads)) for graph in engine.graphs}
+    sessions = {graph: open_session(engine.folder / graph, session_options(options.threads)) for graph in engine.graphs}
     readers = {graph: [item.name for item in session.get_inputs()] for graph, session in sessions.items()}
 
     def run_graph(graph: str, arrays: Mapping[str, Any]) -> list[Any]:

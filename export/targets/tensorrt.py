@@ -19,7 +19,7 @@ from ditq.export.lowering.half import multiply_in_half
 from ditq.export.lowering.layers import lower_layers
 from ditq.export.lowering.token_attentions import lower_token_attentions
 from ditq.export.lowering.writer import Writer
-from ditq.export.targets import PlannedMatMul, Runner, Target, register
+from ditq.export.targets import USUAL, PlannedMatMul, Runner, RunOptions, Target, register
 from ditq.nn import QuantLinear
 from ditq.numerics.carrier import FLOAT4, FLOAT8, INT8
 
@@ -53,11 +53,11 @@ def available() -> tuple[bool, str]:
     return run.available()
 
 
-def runner(engine: Engine, threads: int | None = None) -> Runner:
+def runner(engine: Engine, options: RunOptions = USUAL) -> Runner:
     """Runs the engine's plan for this machine's GPU (`export/plans/run.py`)."""
     from ditq.export.plans import run
 
-    return run.runner(engine, threads)
+    return run.runner(engine, options)
 
 
 def prove(engine: Engine) -> dict[str, FusionReport]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ditq.errors import DitqError
 from ditq.export.arguments import unflatten
 from ditq.export.session import first_line
-from ditq.export.targets import Runner, Target, register
+from ditq.export.targets import USUAL, Runner, RunOptions, Target, register
 from ditq.export.weights_file import EXTRA, WEIGHTS
 from ditq.nn import rebuild as nn_rebuild
 from ditq.nn.structural.held_tiles import Turns
@@ -61,8 +61,8 @@ def available() -> tuple[bool, str]:
     return True, f"torch {torch.__version__}, diffusers {diffusers.__version__}"
 
 
-def runner(engine: Engine, threads: int | None = None) -> Runner:
-    """Calls the rebuilt model. `threads` is torch's own setting for the whole process, so it is left alone."""
+def runner(engine: Engine, options: RunOptions = USUAL) -> Runner:
+    """Calls the rebuilt model. Threads are torch's own setting for the whole process, so they are left alone."""
     model = rebuild(engine)
     turns = Turns(token_attentions(model).values())
 

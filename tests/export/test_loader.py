@@ -61,6 +61,14 @@ def test_shapes_outside_the_axes_are_named(flux: EngineTransformer, inputs: dict
         flux(**inputs | {"img_ids": torch.zeros(9, 3)})
 
 
+def test_decoded_weights_are_refused_where_there_is_one_form(flux: EngineTransformer) -> None:
+    for name in ("onnxruntime-cpu", "torch"):
+        with pytest.raises(
+            DitqError, match=f"^target '{name}' holds weights in one form; decoded weights are of target 'cuda'$"
+        ):
+            load_engine(flux.engine.folder, name, decoded=True)
+
+
 def test_half_precision_goes_in_and_comes_out(flux: EngineTransformer, inputs: dict[str, Any]) -> None:
     halves = {name: value.bfloat16() for name, value in inputs.items()}
     y = flux(**halves).sample

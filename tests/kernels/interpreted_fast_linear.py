@@ -10,6 +10,7 @@ from torch import nn
 
 from ditq.kernels.decode import decode_into
 from ditq.kernels.fast_linear import FastLinear, on_device, why_no_kernel
+from ditq.kernels.on_gpu import to_gpu
 from ditq.kernels.online import Online
 from ditq.kernels.storage import carrier_meaning, store, weight_meaning
 from ditq.nn import ActivationFormat, InputTransform, QuantLinear
@@ -61,6 +62,20 @@ def test_codebooks_with_tables_of_other_kinds(codebook: str) -> None:
 def test_weights_alone(bits: int) -> None:
     check(layer(bits=bits, activation=FLOAT, codebook="uniform", group_size=64, float_group_scales=True), moved=8e-3)
     check(layer(bits=bits, activation=FLOAT), moved=8e-3)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(3, 64), (4, None), (5, 64)])
+def test_decoded_weights_give_the_same_to_the_bit(bits: int, group_size: int | None) -> None:
+    made = layer(bits=bits, transform=BLOCKS, group_size=group_size)
+    x = torch.randn(7, made.in_features, generator=torch.Generator().manual_seed(1))
+    coded, decoded = FastLinear(made), FastLinear(made, decoded=True)
+    assert decoded.stored.bits == 8
+    assert torch.equal(decoded(x), coded(x))
+
+
+def test_a_whole_model_is_decoded_but_for_weights_alone() -> None:
+    model = to_gpu(nn.Sequential(layer(), layer(activation=FLOAT)), torch.device("cpu"), decoded=True)
+    assert [linear.stored.bits for linear in model.modules() if isinstance(linear, FastLinear)] == [8, 4]
 
 
 @pytest.mark.parametrize("branch", ["integer", "float"])

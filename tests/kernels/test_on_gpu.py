@@ -108,9 +108,10 @@ def test_products_of_experts_of_flux(bits: int, slots: int) -> None:
     assert relative(computed(half, torch.float32).double(), experts_meaning(half)) < 1e-2
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "flux of experts", "dit of experts"])
+@pytest.mark.parametrize("family", [*FAMILIES, "flux decoded", "flux of experts", "dit of experts"])
 def test_denoisers_compiled_and_replayed_compute_their_meaning(family: str) -> None:
-    family, _, experts = family.partition(" ")
+    family, _, form = family.partition(" ")
+    experts = form == "of experts"
     if experts:
         model = with_experts(family, {"flux": "token", "dit": "expert"}[family])
     else:
@@ -119,7 +120,7 @@ def test_denoisers_compiled_and_replayed_compute_their_meaning(family: str) -> N
     examples = [small_inputs(model, batch=batch, seed=seed) for batch, seed in ((2, 0), (2, 1), (1, 2))]
     expected = [forward(model, inputs) for inputs in examples]
     plain = [{k: v for k, v in inputs.items() if not isinstance(v, torch.Tensor)} for inputs in examples]
-    call = compiled(to_gpu(model, device))
+    call = compiled(to_gpu(model, device, decoded=form == "decoded"))
 
     def run(tensors: Any) -> torch.Tensor:
         wanted = {name: as_wanted(name, tensor) for name, tensor in tensors.items()}
