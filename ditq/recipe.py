@@ -57,15 +57,16 @@ class Recipe:
         plan: dict[str, list[str]] = {}
         done: dict[str, list[str]] = {}
         for step, found in self.stages(graph):
-            for site, what in step.preview(found).items():
+            said = step.preview(found)
+            for site, what in said.items():
                 before = done.setdefault(site, [])
                 if spoiled := next((name for name in before if name in step.not_after), None):
-                    raise DitqError(
-                        f"{self.name}: pass {step.name!r} cannot follow {spoiled!r} on {site}; "
-                        "change their order or what they select"
-                    )
+                    raise DitqError(_order(self.name, step, spoiled, site))
                 before.append(step.name)
                 plan.setdefault(site, []).append(what)
+            for site in step.folds_into(found) - said.keys():
+                if "quantize" in done.get(site, ()):
+                    raise DitqError(_order(self.name, step, "quantize", site))
         return plan
 
     def stages(self, graph: DiTGraph) -> Iterator[tuple[Pass, DiTGraph]]:
@@ -104,6 +105,10 @@ class Recipe:
             if step.trains and not any(earlier.structural and not earlier.trains for earlier in made[:number]):
                 first = " or ".join(name for name, known in passes().items() if known.structural and not known.trains)
                 raise DitqError(f"{where}: pass {step.name!r} trains what another changed; put {first} before it")
+            if spoiled := next((earlier.name for earlier in made[:number] if step.name in earlier.spoiled_by), None):
+                raise DitqError(
+                    f"{where}: pass {step.name!r} changes what {spoiled!r} has measured; put it before {spoiled!r}"
+                )
             if step.structural and (before := next((e.name for e in made[:number] if not e.structural), None)):
                 raise DitqError(f"{where}: pass {step.name!r} is structural; put it before {before!r}")
         name, description = str(values.get("name", Path(where).stem)), str(values.get("description", ""))
@@ -134,6 +139,10 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with ditq."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def _order(recipe: str, step: Pass, before: str, site: str) -> str:
+    return f"{recipe}: pass {step.name!r} cannot follow {before!r} on {site}; change their order or what they select"
 
 
 def _budget(values: Mapping[str, Any], where: str) -> Budget | None:

@@ -36,6 +36,14 @@ WRONG: dict[str, tuple[str, str]] = {
         _passes("smooth: {codebook: unifrm}"),
         "codebook: unknown 'unifrm'; did you mean 'uniform'",
     ),
+    "static scales before smooth": (
+        _passes("quantize_attention: {format: float8_e4m3, scales: static, smooth_keys: false}") + "  - smooth: {}\n",
+        "pass 'smooth' changes what 'quantize_attention' has measured; put it before 'quantize_attention'",
+    ),
+    "blocks of a whole model": (
+        _passes("quantize: {}") + "  - reconstruct: {scope: model, select: [blocks.0]}\n",
+        "select is of blocks, and scope: model learns all; set scope: block",
+    ),
     "grid": (_passes("smooth: {alpha: search, grid: 1}"), "grid is 1, must be 2 or more"),
     "boolean for a number": (_passes("quantize: {group_size: true}"), "group_size is True, must be a whole number"),
     "number for a boolean": (_passes("smooth: {centre: 1}"), "centre is 1, must be true or false"),
@@ -139,6 +147,10 @@ UNFIT = {
     "smooth twice": (["smooth", "smooth"], "pass 'smooth' cannot follow 'smooth' on"),
     "rotate after quantize": (["quantize", "rotate"], "pass 'rotate' cannot follow 'quantize' on"),
     "quantize twice": (["quantize", "quantize"], "pass 'quantize' cannot follow 'quantize' on"),
+    "smooth into what is quantized": (
+        ["quantize: {select: ['role:modulation']}", "smooth"],
+        "pass 'smooth' cannot follow 'quantize' on \\S*norm",
+    ),
 }
 
 

@@ -24,7 +24,6 @@ from ditq.parts import LinearSite
 from ditq.passes import Context
 from ditq.passes.activation_formats import InputFormats
 from ditq.passes.base import SiteCache
-from ditq.passes.choose_codebook import check_codebook
 from ditq.passes.folding import plain_linear
 from ditq.passes.quantize import Quantize, stored_bits
 from ditq.passes.site_settings import SiteSettings
@@ -145,9 +144,8 @@ def make_choices(
         raise DitqError("budget: rules give the format of all that the recipe quantizes, so there is nothing to choose")
     for name in names:
         for site in plan.keys() - kept:
-            wanted = candidate_settings(plan[site], name, graph.sites[site])
-            check_codebook(
-                f"budget: candidate {name}", wanted.codebook, wanted.format, wanted.group_size, wanted.codebooks
+            step.check_site(
+                graph, site, candidate_settings(plan[site], name, graph.sites[site]), f"budget: candidate {name}"
             )
     work = [(site, name) for name in names for site in plan]
     layers: dict[tuple[str, str], nn.Module] = {}

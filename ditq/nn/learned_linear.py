@@ -42,6 +42,10 @@ class LearnedLinear(nn.Module):
         self.groups = max(groups, code.scale.shape[1] if code.scale.dim() == 2 else 1)
         self.carrier = carrier_of(code.table)
         self.table = nn.Parameter(code.table.float())
+        self.largest = self.carrier.largest(self.bits)
+        self.smallest = min(
+            -self.largest, float(code.table.float().min())
+        )  # grids that are not symmetric reach further
         self.factor = nn.Parameter(torch.ones_like(code.scale))
         self.bias = nn.Parameter(torch.zeros(layer.out_features) if layer.bias is None else layer.bias.clone())
         self.latent = nn.Parameter(self._start(code, target))
@@ -98,8 +102,7 @@ class LearnedLinear(nn.Module):
 
     def _snapped(self) -> Tensor:
         """The table on its carrier's grid, ascending."""
-        largest = self.carrier.largest(self.bits)
-        return self.carrier.nearest(self.table.detach().clamp(-largest, largest)).sort(dim=-1).values
+        return self.carrier.nearest(self.table.detach().clamp(self.smallest, self.largest)).sort(dim=-1).values
 
     def forward(self, x: Tensor) -> Tensor:
         layer, dtype = self.layer[0], x.dtype

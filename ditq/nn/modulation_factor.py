@@ -42,7 +42,8 @@ def attach(block: nn.Module, rows: int, width: int, argument: str) -> Modulation
     factor = ModulationFactor(rows, width, argument)
     position = list(signature(block.forward).parameters).index(argument)
 
-    def scale_argument(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    def scale_argument(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        factor = getattr(module, ATTRIBUTE)  # the module's own, which a copy of it has a copy of
         if argument in keywords:
             return arguments, {**keywords, argument: factor(keywords[argument])}
         return (*arguments[:position], factor(arguments[position]), *arguments[position + 1 :]), keywords

@@ -138,6 +138,14 @@ class Context:
     def change(self, group: str) -> InputChange:
         return self.changes.setdefault(group, InputChange())
 
+    def rescaled(self, group: str, inverse_scale: Tensor, shift: Tensor, part: slice) -> None:
+        """From now on the channels `part` of a group's input are x * inverse_scale - shift; both [C], of all channels."""
+        change = self.change(group)
+        if change.inverse_scale is None or change.shift is None:
+            change.inverse_scale, change.shift = torch.ones(len(shift)), torch.zeros(len(shift))
+        change.inverse_scale[part], change.shift[part] = inverse_scale[part].float(), shift[part].float()
+        self._latest = None
+
     @property
     def calibration(self) -> Mapping[str, Any]:
         """Where the statistics come from (`Statistics.metadata`); empty without any."""
@@ -232,6 +240,11 @@ class Pass(ABC):
     wants_weights: ClassVar[bool] = False
     """Does it need the weights that an earlier pass coded?"""
 
+    @property
+    def spoiled_by(self) -> tuple[str, ...]:
+        """Passes that must not follow anywhere, since they change what this one has measured."""
+        return ()
+
     exact: ClassVar[bool] = False
     """Does it leave the function as it is, up to rounding? The compiler makes sure of it."""
 
@@ -265,6 +278,10 @@ class Pass(ABC):
             DitqError: a selector that matches nothing, or a setting that does not fit a site.
         """
         return {}
+
+    def folds_into(self, graph: DiTGraph) -> set[str]:
+        """Linears whose weights `run` changes beside those of `preview`: what makes the inputs of these."""
+        return set()
 
     def sketch(self, graph: DiTGraph) -> None:  # noqa: B027  most passes leave the linears where they are
         """Put the parts that `run` would put in into the graph, with any values, and refresh it: passes behind a structural one

@@ -132,7 +132,11 @@ class MixtureOfExpertsPass(Pass):
         said: dict[str, str] = {}
         for each in selected(graph, self.select, self.name):
             shared, routed = self._widths(each.hidden)
-            if not routed or not shared:
+            if not shared:
+                raise DitqError(
+                    f"pass 'moe': {each.name}: shared: {self.shared} leaves no channel for all tokens; set it higher"
+                )
+            if not routed:
                 raise DitqError(
                     f"pass 'moe': {each.name} has {each.hidden} hidden channels, too few for {self.experts} experts"
                 )

@@ -164,16 +164,21 @@ class Quantize(Pass):
         kept = {site: plan[site] for site in graph.sites if site in plan and not plan[site].keep}
         plan = {site: settings.settled().ranked(*sides[site]) for site, settings in kept.items()}
         for site, settings in plan.items():
-            width = graph.sites[site].in_features
-            settings.check_width(site, width)
-            if settings.group_size and width % settings.group_size:
-                size = settings.group_size
-                raise DitqError(f"pass 'quantize': {site}: group_size {size} does not divide its {width} inputs")
-            settings.check_model(graph.example_inputs)
-            smaller = min(width, graph.sites[site].out_features)
-            if settings.rank > smaller:
-                raise DitqError(f"pass 'quantize': {site}: a rank of {settings.rank} is above its width, {smaller}")
+            self.check_site(graph, site, settings)
         return plan
+
+    def check_site(self, graph: DiTGraph, site: str, settings: SiteSettings, where: str = "pass 'quantize'") -> None:
+        """Raise DitqError for settings that do not fit each other or that linear."""
+        check_site_settings(settings, where)
+        width = graph.sites[site].in_features
+        settings.check_width(site, width)
+        if settings.group_size and width % settings.group_size:
+            size = settings.group_size
+            raise DitqError(f"{where}: {site}: group_size {size} does not divide its {width} inputs")
+        settings.check_model(graph.example_inputs)
+        smaller = min(width, graph.sites[site].out_features)
+        if settings.rank > smaller:
+            raise DitqError(f"{where}: {site}: a rank of {settings.rank} is above its width, {smaller}")
 
     def ruled(self, graph: DiTGraph) -> set[str]:
         """Sites whose format a rule gives."""

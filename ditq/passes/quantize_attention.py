@@ -38,8 +38,8 @@ class QuantizeAttention(Pass):
     are. Static ones are the largest number of an attention's queries, of its keys and of its values in recorded calls, with
     a margin. Outputs o are rounded by the scale of v. Where both parts of a product are int8, onnxruntime-cpu multiplies
     integers; target cuda multiplies FP8 in `float8_e4m3` of parts `qkvpo` with static scales. `smooth_keys` takes the mean over
-    the tokens out of the keys, which the softmax cancels. Weights stay as they are, so the pass may stand anywhere in a recipe;
-    `reconstruct` behind it learns with it.
+    the tokens out of the keys, which the softmax cancels. Weights stay as they are, so the pass may stand anywhere in a recipe,
+    with static scales behind `smooth` and `rotate`; `reconstruct` behind it learns with it.
 
     Source: SageAttention (Zhang 2024, arXiv 2410.02367); for the rotation FlashAttention-3 (Shah 2024, arXiv 2407.08608).
     numerics/attention_rounding.py has the formulas.
@@ -62,6 +62,10 @@ class QuantizeAttention(Pass):
     @property
     def requires_statistics(self) -> bool:
         return self.scales == "static"
+
+    @property
+    def spoiled_by(self) -> tuple[str, ...]:
+        return ("smooth", "rotate") if self.scales == "static" else ()
 
     def check(self) -> None:
         try:

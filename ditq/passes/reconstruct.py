@@ -82,7 +82,9 @@ class Reconstruct(Pass):
     only_after: ClassVar[tuple[str, ...]] = ("quantize",)
     wants_weights: ClassVar[bool] = True
     scope: str = setting(
-        "auto", "what is learned at a time: the model, each block, or the model where `memory` allows", SCOPES
+        "auto",
+        "what is learned at a time: the model, each block, or the model where `memory` and `select` allow",
+        SCOPES,
     )
     memory: float = setting(
         4.0, "`scope: auto`: GB for weights, gradients and moments of the whole model; else by block"
@@ -93,12 +95,14 @@ class Reconstruct(Pass):
     rate: float = setting(0.008, "learning rate at the start, in steps between two levels of the weights")
     guided: bool = setting(True, "`scope: model`: the error that counts is that of the branches as guidance joins them")
     step_weights: str = setting("none", "samples count by their step's effect on the last latents", ("none", "effect"))
-    select: list[str] = setting(["*"], "which blocks, as patterns of their names, where blocks are learned")
+    select: list[str] = setting(["*"], "which blocks, as patterns of their names; all with `scope: model`")
 
     def check(self) -> None:
         for key, least in (("steps", 1), ("batch", 1), ("samples", 2)):
             if getattr(self, key) < least:
                 raise DitqError(f"pass 'reconstruct': {key} is {getattr(self, key)}, must be {least} or more")
+        if self.scope == "model" and self.select != ["*"]:
+            raise DitqError("pass 'reconstruct': select is of blocks, and scope: model learns all; set scope: block")
         if self.samples < 2 * self.batch:
             raise DitqError(
                 f"pass 'reconstruct': samples is {self.samples}, must be at least two batches of {self.batch}"
@@ -109,15 +113,15 @@ class Reconstruct(Pass):
 
     def _units(self, graph: DiTGraph) -> list[str]:
         """Modules that are learned, by name; "" is the model."""
-        weights = sum(site.parameters for site in graph.sites.values() if site.role != "unused")
-        if self.scope == "model" or (self.scope == "auto" and BYTES_A_WEIGHT * weights <= self.memory * 1e9):
-            return [""]
         for pattern in self.select:
             if not fnmatch.filter(graph.blocks, pattern):
                 raise DitqError(
                     f"pass 'reconstruct': {pattern!r} matches no block; there are {', '.join(graph.blocks)}"
                 )
-        return [name for name in graph.blocks if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.select)]
+        chosen = [name for name in graph.blocks if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.select)]
+        weights = sum(site.parameters for site in graph.sites.values() if site.role != "unused")
+        fits = BYTES_A_WEIGHT * weights <= self.memory * 1e9 and len(chosen) == len(graph.blocks)
+        return [""] if self.scope == "model" or (self.scope == "auto" and fits) else chosen
 
     def preview(self, graph: DiTGraph) -> dict[str, str]:
         units = _comparable(graph.model, self._units(graph))

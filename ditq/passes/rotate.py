@@ -144,6 +144,9 @@ class Rotate(Pass):
                 said |= dict.fromkeys(group.sites, f"rotate {self.mode}")
         return said
 
+    def folds_into(self, graph: DiTGraph) -> set[str]:
+        return set().union(*(attention.values for attention in self._folded(graph, set(graph.select(self.select)))))
+
     def runtime_cost(self, graph: DiTGraph) -> tuple[int, int]:
         least = most = 0
         for group, start, stop in self._online(graph, set(graph.select(self.select))):

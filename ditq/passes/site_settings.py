@@ -79,30 +79,29 @@ def check_rule(rule: Any) -> None:
             raise DitqError(f"{where}: {key} is {value!r}, must be {kind}")
 
 
-def check_site_settings(settings: SiteSettings) -> None:
+def check_site_settings(settings: SiteSettings, where: str = "pass 'quantize'") -> None:
     if settings.rounding not in ROUNDINGS:
-        raise DitqError(unknown_key("pass 'quantize': rounding", settings.rounding, list(ROUNDINGS)))
+        raise DitqError(unknown_key(f"{where}: rounding", settings.rounding, list(ROUNDINGS)))
     settings.check()
     if settings.format == NVFP4:
         _check_nvfp4(settings)
     if settings.group_size < 0:
-        raise DitqError(f"pass 'quantize': group_size is {settings.group_size!r}, must be a whole number, 0 for none")
+        raise DitqError(f"{where}: group_size is {settings.group_size!r}, must be a whole number, 0 for none")
     if settings.rank < 0:
-        raise DitqError(f"pass 'quantize': rank is {settings.rank!r}, must be a whole number, 0 for none")
+        raise DitqError(f"{where}: rank is {settings.rank!r}, must be a whole number, 0 for none")
     if not 0 <= settings.rank_share <= 1 or (settings.rank and settings.rank_share):
         raise DitqError(
-            f"pass 'quantize': rank_share is {settings.rank_share!r}, must be from 0 to 1, and 0 where rank is given"
+            f"{where}: rank_share is {settings.rank_share!r}, must be from 0 to 1, and 0 where rank is given"
         )
     if settings.branch not in BRANCHES:
-        raise DitqError(unknown_key("pass 'quantize': branch", settings.branch, list(BRANCHES)))
+        raise DitqError(unknown_key(f"{where}: branch", settings.branch, list(BRANCHES)))
     carrier = settings.settled().carrier
     if carrier != INT8.name and settings.has_branch and settings.bits < 16 and settings.branch == "integer":
         raise DitqError(
-            f"pass 'quantize': a branch of int8 rows cannot read inputs on the carrier {carrier}; "
-            "set branch: float, or rank: 0"
+            f"{where}: a branch of int8 rows cannot read inputs on the carrier {carrier}; set branch: float, or rank: 0"
         )
-    check_codebooks("pass 'quantize'", settings.codebooks)
-    check_codebook("pass 'quantize'", settings.codebook, settings.format, settings.group_size, settings.codebooks)
+    check_codebooks(where, settings.codebooks)
+    check_codebook(where, settings.codebook, settings.format, settings.group_size, settings.codebooks)
 
 
 def _check_nvfp4(settings: SiteSettings) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
-from ditq.parts import Attention, InputGroup
+from ditq.parts import Attention, InputGroup, LinearModulation
 from ditq.passes.base import Context, Pass, PassReport, register, setting
 from ditq.passes.choose_codebook import check_codebook
 from ditq.passes.folding import can_shift, fold_into_consumers, fold_into_feed, fold_into_values, plain_linear
@@ -98,9 +98,19 @@ class Smooth(Pass):
         said = {output.site: what for attention in self._attentions(graph) for output in attention.outputs}
         return said | {site: what for group in groups for site in group.sites}
 
+    def folds_into(self, graph: DiTGraph) -> set[str]:
+        feeds = (group.feed for group in self._groups(graph))
+        found = {feed.site for feed in feeds if isinstance(feed, LinearModulation)}
+        return found.union(*(attention.values for attention in self._attentions(graph)))
+
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
         groups, attentions = self._groups(graph), self._attentions(graph)
+        for group in groups:
+            _check_untouched(group, context)
+        for attention in attentions:
+            for output in attention.outputs:
+                _check_untouched(graph.groups[graph.sites[output.site].group], context)
         for attention in attentions:  # first: it changes what the weights that read the attention's own input are
             report.rows += self._smooth_values(graph, context, attention)
         for group in context.track(self.name, groups):
@@ -116,7 +126,6 @@ class Smooth(Pass):
         width = attention.heads * attention.head_width
         seen, mean = [], torch.zeros(width).double()
         for group, start, stop in ranges:
-            _check_untouched(group, context)
             statistics = context.statistics(group.name)
             seen.append((statistics, slice(start, stop)))
             mean += statistics.mean().double()[start:stop] / len(ranges) if self.centre else 0
@@ -135,8 +144,7 @@ class Smooth(Pass):
             inverse, shift = torch.ones(group.width).double(), torch.zeros(group.width).double()
             inverse[part], shift[part] = 1 / scale, mean / scale
             fold_into_consumers(graph, group.sites, inverse, shift)
-            change = context.change(group.name)
-            change.inverse_scale, change.shift = inverse.float(), shift.float()
+            context.rescaled(group.name, inverse, shift, part)
             before, after = (_spread(one.absmax_all[part]) for one in (statistics, context.statistics(group.name)))
             rows.append(
                 {"group": group.name, "sites": len(group.sites), "spread before": before, "spread after": after}
@@ -145,8 +153,6 @@ class Smooth(Pass):
 
     def _smooth(self, graph: DiTGraph, context: Context, group: InputGroup) -> dict[str, Any]:
         assert group.feed is not None
-        _check_untouched(group, context)
-        change = context.change(group.name)
         statistics = context.statistics(group.name)
         mean = (
             statistics.mean().double() if self.centre and can_shift(group.feed) else torch.zeros(group.width).double()
@@ -165,7 +171,7 @@ class Smooth(Pass):
         inverse, shift = 1 / scale, mean / scale
         fold_into_feed(graph, group.feed, inverse, shift)
         fold_into_consumers(graph, group.sites, inverse, shift)
-        change.inverse_scale, change.shift = inverse.float(), shift.float()
+        context.rescaled(group.name, inverse, shift, slice(None))
         after = context.statistics(group.name)
         return {**row, "spread before": _spread(statistics.absmax_all), "spread after": _spread(after.absmax_all)}
 

@@ -89,3 +89,11 @@ def test_groups_that_do_not_divide_are_refused_before_any_work(graph: DiTGraph, 
     with pytest.raises(DitqError, match=r"candidate w4g48: \S+: groups of 48 do not divide its \d+ inputs") as error:
         choices_of(graph, step, "w4", "w4g48")
     assert "\n" not in str(error.value)
+
+
+def test_candidates_are_checked_as_settings_are_before_any_work(graph: DiTGraph, step: Quantize) -> None:
+    with pytest.raises(DitqError, match=r"^budget: candidate w4r999: \S+: a rank of 999 is above its width, \d+$"):
+        choices_of(graph, step, "w4", "w4r999")
+    floats = replace(step, format="w4a8", carrier="float8_e4m3", codebook="twin_log_shared")
+    with pytest.raises(DitqError, match=r"^budget: candidate w4r8: a branch of int8 rows cannot read"):
+        choices_of(graph, floats, "w4", "w4r8")

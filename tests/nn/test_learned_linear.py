@@ -17,6 +17,7 @@ FORMS = {
     "a table a row": {"codebook": "twin_log"},
     "groups by multipliers": {"codebook": "twin_log_shared", "group_size": 16},
     "groups by multipliers, fp8": {"codebook": "twin_log_shared", "group_size": 16, "carrier": FLOAT8},
+    "groups by multipliers, 5 bits": {"codebook": "uniform", "group_size": 16, "bits": 5},
     "groups in float": {"codebook": "uniform", "group_size": 16, "float_group_scales": True},
 }
 
@@ -27,10 +28,10 @@ def _layer(
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(24, 64, generator=generator) * 0.1
     settings = dict(FORMS[name])
-    fitter = CODEBOOKS[str(settings.pop("codebook"))]
+    fitter, bits = CODEBOOKS[str(settings.pop("codebook"))], int(settings.pop("bits", 3))  # type: ignore[call-overload]
 
     def coded(part: Tensor):
-        return encode(part, fitter(part, 3, **settings))
+        return encode(part, fitter(part, bits, **settings))
 
     code = code_with_branch(weight, None, rank, coded, lambda w: float((w - weight).norm())) if rank else coded(weight)
     bias = torch.randn(24, generator=generator)

@@ -300,7 +300,11 @@ def test_wrong_settings_are_one_line(settings, says):
 
 @pytest.mark.parametrize(
     ("settings", "says"),
-    [({"select": ["nothing*"]}, "matches no feed-forward"), ({"experts": 1000}, "too few for 1000 experts")],
+    [
+        ({"select": ["nothing*"]}, "matches no feed-forward"),
+        ({"experts": 1000}, "too few for 1000 experts"),
+        ({"shared": 0.0, "experts": 4}, "shared: 0.0 leaves no channel for all tokens"),
+    ],
 )
 def test_what_does_not_fit_the_model_is_told_before_anything_is_computed(settings, says):
     with pytest.raises(DitqError, match=says):

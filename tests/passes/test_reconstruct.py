@@ -74,7 +74,7 @@ def test_it_brings_a_trained_denoiser_nearer_to_the_original(mini_statistics: St
     block, checkpoint = "single_transformer_blocks.5", Checkpoint.open("mini")
     graphs = [_graph(checkpoint) for _ in range(2)]
     coded = {"format": "w3a8", "select": [f"{block}.*"]}
-    learn = {"scope": scope, "select": [block], "steps": 40, "samples": 64}
+    learn = {"scope": scope, "steps": 40, "samples": 64} | ({"select": [block]} if scope == "block" else {})
     for graph, steps in zip(
         graphs, ([{"quantize": coded}], [{"quantize": coded}, {"reconstruct": learn}]), strict=True
     ):
@@ -229,7 +229,7 @@ def test_statistics_without_recorded_calls_are_refused(checkpoint: Checkpoint, s
 
 def test_a_pattern_that_matches_no_block_is_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(DitqError, match=r"'blocks\.9' matches no block; there are transformer_blocks\.0"):
-        Reconstruct(scope="block", select=["blocks.9"]).preview(_graph(checkpoint))
+        Reconstruct(select=["blocks.9"]).preview(_graph(checkpoint))
 
 
 def test_a_model_is_learned_by_block_where_it_does_not_fit_as_a_whole(checkpoint: Checkpoint) -> None:
@@ -237,6 +237,8 @@ def test_a_model_is_learned_by_block_where_it_does_not_fit_as_a_whole(checkpoint
     weights = sum(site.parameters for site in graph.sites.values())
     assert Reconstruct(memory=17 * weights / 1e9)._units(graph) == [""]
     assert Reconstruct(memory=15 * weights / 1e9)._units(graph) == list(graph.blocks)
+    first = next(iter(graph.blocks))
+    assert Reconstruct(memory=17 * weights / 1e9, select=[first])._units(graph) == [first]
 
 
 def test_a_recipe_with_nothing_to_learn_is_refused() -> None:

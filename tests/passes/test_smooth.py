@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ditq.graph import DiTGraph
 from ditq.passes import Context
 from ditq.passes.salience import channel_sizes, spearman
 from ditq.passes.smooth import Smooth
+from tests.export.quantized import relative
 from tests.families_small import FAMILIES, small_graph, statistics_of
 
 
@@ -101,3 +105,48 @@ def test_values_are_left_alone_where_the_recipe_says_so() -> None:
         graph.sites[output.site].group for attention in graph.attentions.values() for output in attention.outputs
     }
     assert report.summary["attentions folded"] == 0 and not outputs & {row["group"] for row in report.rows}
+
+
+class SideBySide(nn.Module):
+    """One norm, two attentions whose answers lie beside each other in one output linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        self.q, self.k, self.v, self.w = (nn.Linear(32, 32) for _ in range(4))
+        self.out = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, *values = (
+            linear(h).unflatten(-1, (2, 16)).transpose(1, 2) for linear in (self.q, self.k, self.v, self.w)
+        )
+        answers = [F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2) for v in values]
+        return x + self.out(torch.cat(answers, -1))
+
+
+class TwoAttentions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([SideBySide(), SideBySide()])
+
+    def forward(self, hidden_states: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return (hidden_states,)
+
+
+def test_attentions_side_by_side_in_one_output_are_both_smoothed() -> None:
+    torch.manual_seed(0)
+    model, x = TwoAttentions().eval().requires_grad_(False), torch.randn(2, 16, 32)
+    graph, expected = DiTGraph(model, {"hidden_states": x}), model(x)[0]
+    context = Context(statistics_of(graph, inputs=[{"hidden_states": x}]))
+    out = graph.groups[graph.sites["blocks.0.out"].group].name
+    Smooth().run(graph, context)
+    assert relative(model(x)[0], expected) < 1e-5
+    inverse = context.change(out).inverse_scale
+    assert inverse is not None and bool((inverse != 1).all())  # of the channels of both
+    seen: list[Tensor] = []
+    model.get_submodule("blocks.0.out").register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
+    model(x)
+    assert torch.allclose(context.statistics(out).absmax_all, seen[0].abs().amax(0), rtol=1e-3, atol=1e-5)
