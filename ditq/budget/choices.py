@@ -26,7 +26,7 @@ from ditq.passes.activation_formats import InputFormats
 from ditq.passes.base import SiteCache
 from ditq.passes.folding import plain_linear
 from ditq.passes.quantize import Quantize, stored_bits
-from ditq.passes.site_settings import SiteSettings
+from ditq.passes.site_settings import SiteSettings, check_site_settings
 
 ENTRY = 96  # bytes of a tensor's entry in the file's header beside its name: dtype, shape, two offsets
 UNPACKING = 32 << 10  # tables that say what a byte of codes stands for, a few KB for each width of codes
@@ -144,9 +144,9 @@ def make_choices(
         raise DitqError("budget: rules give the format of all that the recipe quantizes, so there is nothing to choose")
     for name in names:
         for site in plan.keys() - kept:
-            step.check_site(
-                graph, site, candidate_settings(plan[site], name, graph.sites[site]), f"budget: candidate {name}"
-            )
+            where, wanted = f"budget: candidate {name}", candidate_settings(plan[site], name, graph.sites[site])
+            check_site_settings(wanted, where)
+            step.check_site(graph, site, wanted, where)
     work = [(site, name) for name in names for site in plan]
     layers: dict[tuple[str, str], nn.Module] = {}
     for site, name in context.track("candidates", work):

@@ -168,8 +168,7 @@ class Quantize(Pass):
         return plan
 
     def check_site(self, graph: DiTGraph, site: str, settings: SiteSettings, where: str = "pass 'quantize'") -> None:
-        """Raise DitqError for settings that do not fit each other or that linear."""
-        check_site_settings(settings, where)
+        """Raise DitqError for settings that do not fit that linear."""
         width = graph.sites[site].in_features
         settings.check_width(site, width)
         if settings.group_size and width % settings.group_size:
