@@ -9,6 +9,7 @@ window of the picture keep their softmax. All sums are in float32 at least.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ditq.numerics.local_attention import in_blocks, local_attention, on, out_of_blocks
-from ditq.numerics.portions import portions
+from ditq.numerics.portions import joined, portions
 from ditq.numerics.token_layout import Grid
 from ditq.numerics.window import Window, blocks
 
@@ -131,17 +132,20 @@ def image_mass(query: Tensor, key: Tensor, value: Tensor, grid: Grid, form: Line
     (image_query, _), (image_key, _), (image_value, _) = (grid.parted(tensor) for tensor in (query, key, value))
     batch, heads, tokens, width = image_key.shape
     some_tokens = portions(image_key, tokens, 2 * batch * heads * width)
-    sums = total = torch.zeros((), dtype=image_key.dtype, device=image_key.device)
+    sums: list[Tensor] = []
+    total: list[Tensor] = []
     for some in some_tokens:
         weights = features(image_key[:, :, some], form.key_map, form.kind)
-        sums = sums + weights.transpose(-1, -2) @ image_value[:, :, some]
-        total = total + weights.sum(-2)
-    values, totals = [], []
+        sums.append(weights.transpose(-1, -2) @ image_value[:, :, some])
+        total.append(weights.sum(-2)[..., None])
+    of_values, of_weights = reduce(torch.add, sums), reduce(torch.add, total)
+    values: list[Tensor] = []
+    totals: list[Tensor] = []
     for some in some_tokens:
         weights = features(image_query[:, :, some], form.query_map, form.kind)
-        values.append(weights @ sums)
-        totals.append(weights @ total[..., None])
-    return Mass(torch.cat(values, 2), torch.cat(totals, 2))
+        values.append(weights @ of_values)
+        totals.append(weights @ of_weights)
+    return Mass(joined(values, 2), joined(totals, 2))
 
 
 def _convolved(values: Tensor, kernels: Tensor, grid: Grid) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ditq.numerics.portions import portions
+from ditq.numerics.portions import joined, portions
 from ditq.numerics.token_layout import Grid
 from ditq.numerics.window import Blocks, Window, blocks, patches
 
@@ -89,7 +89,7 @@ def windowed(
         _of_blocks(queries[:, :, some], key, value, common_key, common_value, made, some, scale)
         for some in portions(query, len(made.keys), gathered)
     ]
-    return out_of_blocks(torch.cat(found, 2).flatten(2, 3), made)
+    return out_of_blocks(joined(found, 2).flatten(2, 3), made)
 
 
 def _of_blocks(

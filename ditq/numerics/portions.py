@@ -6,6 +6,8 @@ fuses these operators instead, and where gradients are wanted all of it is kept 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,3 +20,8 @@ def portions(tensor: Tensor, count: int, elements: int) -> list[slice]:
     if tensor.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         at_once = count
     return [slice(start, start + at_once) for start in range(0, count, max(1, at_once))]
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """One behind the other along `dim`; a single one as it is, not as a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)

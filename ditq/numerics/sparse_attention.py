@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from ditq.numerics.compressed_keys import log_counts
 from ditq.numerics.local_attention import in_blocks, on, out_of_blocks
-from ditq.numerics.portions import portions
+from ditq.numerics.portions import joined, portions
 from ditq.numerics.token_layout import Grid
 from ditq.numerics.token_order import TokenOrder
 from ditq.numerics.window import Blocks, Window, blocks, number_of_patches
@@ -138,7 +138,7 @@ def sparse_attention(
     of_all = [(text_key, text_value)]
     if means:
         of_all.append((keys.mean(3), values.mean(3)))
-    common_key, common_value = (torch.cat(parts, -2) for parts in zip(*of_all, strict=True))
+    common_key, common_value = (joined(parts, -2) for parts in zip(*of_all, strict=True))
     keys_a_tile = seen.shape[-1] * tile**2 + common_key.shape[-2]
     found = []
     for some in portions(query, len(tokens), 2 * query.shape[:2].numel() * keys_a_tile * query.shape[-1]):
@@ -146,7 +146,7 @@ def sparse_attention(
         found.append(
             _of_some(queries[:, :, some], keys, values, common_key, common_value, seen[:, :, some], mask, scale)
         )
-    image = out_of_blocks(torch.cat(found, 2).flatten(2, 3), made.blocks)
+    image = out_of_blocks(joined(found, 2).flatten(2, 3), made.blocks)
     if not grid.text:
         return image
     return grid.joined(image, F.scaled_dot_product_attention(text_query, key, value, scale=scale))

@@ -153,9 +153,7 @@ def blocks(window: Window, *sides: int, order: TokenOrder | None = None) -> Bloc
             divmod(tokens % (height * width), width) for tokens in (queries, keys)
         )
         seen = np.empty((*queries.shape, keys.shape[1]), bool)
-        for number in range(
-            len(queries)
-        ):  # one at a time: numbers of all pairs would be 30 times as large as the answer
+        for number in range(len(queries)):  # one at a time: whole numbers of all pairs would take 30 times as much
             down = query_rows[number, :, None] - key_rows[number]
             right = query_columns[number, :, None] - key_columns[number]
             seen[number] = down**2 + right**2 < window.size**2

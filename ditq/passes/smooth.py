@@ -106,11 +106,9 @@ class Smooth(Pass):
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())
         groups, attentions = self._groups(graph), self._attentions(graph)
-        for group in groups:
+        read = [graph.sites[output.site].group for attention in attentions for output in attention.outputs]
+        for group in (*groups, *(graph.groups[name] for name in read)):
             _check_untouched(group, context)
-        for attention in attentions:
-            for output in attention.outputs:
-                _check_untouched(graph.groups[graph.sites[output.site].group], context)
         for attention in attentions:  # first: it changes what the weights that read the attention's own input are
             report.rows += self._smooth_values(graph, context, attention)
         for group in context.track(self.name, groups):
