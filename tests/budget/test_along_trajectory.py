@@ -42,7 +42,7 @@ def _draw(
     conditions: int = CONDITIONS,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[RecordedPath, list[Tensor]]:
-    """Trajectories with two guidance branches, latents and answers rounded to `dtype`, and the denoiser's outputs before that."""
+    """Trajectories with two guidance branches, latents and answers rounded to `dtype`; the outputs before that rounding."""
     generator = torch.Generator().manual_seed(7)
     rows, places = 2 * conditions, torch.arange(float(SIDE))
     text = torch.randn(rows, TEXT, CONFIG["joint_attention_dim"], generator=generator)
