@@ -33,7 +33,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ditq.budget.choices import Choices
+from ditq.budget.choices import Choices, answer_of
 from ditq.budget.taps import Tap, tapped
 from ditq.calibration.prompts import spread
 from ditq.calibration.record import Trajectories
@@ -185,13 +185,13 @@ class _Walk:
 
     def _caused(self, row: int, tap: Tap, slopes: Tensor) -> Tensor:
         """float64 [F, V, k]: <g, dY> summed over the branches; slopes [V, k * B, ...]."""
-        assert tap.made is not None
+        assert tap.given is not None and tap.made is not None
         count = self.path.conditions
         flat = slopes.reshape(len(slopes), count, -1).double()
         found: dict[int, Tensor] = {}  # a layer that stands for several candidates is run once
         for layer in self.choices.layers[row]:
             if id(layer) not in found:
-                lost = (layer(tap.given) - tap.made).reshape(count, -1).double()
+                lost = (answer_of(layer, tap.given) - tap.made).reshape(count, -1).double()
                 found[id(layer)] = torch.einsum("vke,ke->vk", flat, lost)
         return torch.stack([found[id(layer)] for layer in self.choices.layers[row]])
 

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ditq.budget.choices import Choices
+from ditq.budget.choices import Choices, answer_of
 from ditq.budget.taps import Tap, tapped
 from ditq.calibration.record import Trajectories
 from ditq.calibration.sampler import answer
@@ -144,4 +144,5 @@ def _caused(tap: Tap, layers: Sequence[nn.Module], slopes: Tensor) -> Tensor:
     """float64 [F]: sum over the probes of <g, dY>^2 for each candidate; slopes [probes, ...] are the g."""
     assert tap.given is not None and tap.made is not None
     flat = slopes.flatten(1).double()
-    return torch.stack([(flat @ (layer(tap.given) - tap.made).flatten().double()).square().sum() for layer in layers])
+    lost = ((answer_of(layer, tap.given) - tap.made).flatten().double() for layer in layers)
+    return torch.stack([(flat @ each).square().sum() for each in lost])

@@ -18,6 +18,7 @@ from ditq.budget.sensitivity import SingleCalls
 from ditq.calibration.sampler import LATENTS, RecordedPath, Sampler, Step, answer, fit_sampler, read_path
 from ditq.calibration.statistics import Statistics
 from ditq.graph import DiTGraph
+from ditq.nn import QuantLinear
 from ditq.passes import Context
 from ditq.passes.quantize import Quantize
 from tests.small_checkpoint import CONFIG, small_flux, write_pipeline
@@ -116,6 +117,7 @@ def test_costs_are_those_of_drawing_with_the_one_linear_changed(step: Step) -> N
         choices = make_choices(graph, quantize, Context(), names)
     cost = AlongTrajectories((path,), Sampler((step,) * (STEPS - 1), 0.0))
     found = cost.candidates(graph, choices, probes=64)
+    assert all(layer._carrier is None for row in choices.layers for layer in row if isinstance(layer, QuantLinear))
     assert (found[:, 1] == 0).all() and cost.assignment(graph, choices, np.ones(len(found), dtype=np.int64)) < 1e-12
     differences = []
     for row in np.flatnonzero(found[:, 0] > 1e-12)[::3]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from ditq.budget.sensitivity import Call, SingleCalls, chosen_calls, step_length
 from ditq.calibration.record import RecordedCall
 from ditq.calibration.sampler import answer
 from ditq.graph import DiTGraph
+from ditq.nn import QuantLinear
 from ditq.passes import Context
 from ditq.passes.quantize import Quantize
 from tests.small_checkpoint import CONFIG, small_flux
@@ -98,6 +99,25 @@ def test_measuring_leaves_the_model_as_it_was(case: Case) -> None:
     with torch.no_grad():
         after = [answer(case.graph.model, call.arguments) for call in case.cost.calls]
     assert all(torch.equal(a, b) for a, b in zip(case.cost.clean, after, strict=True))
+
+
+def test_no_more_than_one_candidate_is_decoded_at_a_time(case: Case) -> None:
+    layers = {layer for row in case.choices.layers for layer in row if isinstance(layer, QuantLinear)}
+    held: list[int] = []
+    handles = [layer.register_forward_hook(lambda *_: held.append(_decoded(layers))) for layer in layers]
+    SingleCalls(case.cost.calls[:1], case.cost.clean[:1]).candidates(case.graph, case.choices, probes=1)
+    largest = max(layer.in_features * layer.out_features for layer in layers) * 4
+    assert len(held) == len(layers) and 0 < max(held) <= largest and _decoded(layers) == 0
+    held.clear()
+    case.cost.assignment(case.graph, case.choices, np.zeros(len(case.choices.sites), dtype=np.int64))
+    assert 0 < max(held) <= 4 * int(case.choices.weights.sum()) and _decoded(layers) == 0
+    for handle in handles:
+        handle.remove()
+
+
+def _decoded(layers: Iterable[QuantLinear]) -> int:
+    """Bytes of weights that the layers hold in float32 beside their codes."""
+    return sum(layer._carrier.nbytes for layer in layers if layer._carrier is not None)
 
 
 def test_calls_are_drawn_in_proportion_to_the_weight_of_their_step() -> None:
