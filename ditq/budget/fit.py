@@ -26,6 +26,7 @@ from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
+from ditq.memory import copied
 from ditq.numerics.knapsack import smallest, solve
 from ditq.passes import Context, PassReport
 from ditq.passes.base import CPU
@@ -95,7 +96,7 @@ def fit_budget(
     progress: ProgressSetting = None,
     device: torch.device = CPU,
 ) -> BudgetFit:
-    """Choose formats within the budget. The graph is used up: passes before `quantize` have changed it afterwards.
+    """Choose formats within the budget. The graph is of the checkpoint's model as it came, and used up: passes before `quantize` have changed it afterwards.
 
     Args:
         work: where finished codes are kept, so that an interrupted search goes on.
@@ -107,7 +108,7 @@ def fit_budget(
     place = quantize_step(recipe)
     step = recipe.passes[place]
     assert isinstance(step, Quantize)
-    original = checkpoint.load_model() if budget.kind == "psnr" else None
+    original = copied(graph.model) if budget.kind == "psnr" else None
     context = Context(statistics, seed, device=device).showing(progress)
     caches = _caches(checkpoint, recipe, budget, statistics, seed, work)
     with torch.no_grad():
