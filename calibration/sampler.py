@@ -92,9 +92,10 @@ class RecordedPath:
 def read_path(trajectories: Trajectories, conditions: Sequence[int]) -> RecordedPath | None:
     """The calls of these conditions, step after step; None where the calls of a step cannot be joined into one."""
     found: dict[int, dict[int, list[Mapping[str, Any]]]] = {}
-    for call in trajectories.calls():
-        if call.condition in conditions:
-            found.setdefault(call.step, {}).setdefault(call.condition, []).append(call.arguments)
+    places = enumerate(trajectories.places_of_calls())
+    chosen = frozenset(number for number, (condition, _) in places if condition in conditions)
+    for call in trajectories.calls(chosen=chosen):
+        found.setdefault(call.step, {}).setdefault(call.condition, []).append(call.arguments)
     steps = []
     for step in range(trajectories.steps):
         calls = [arguments for condition in conditions for arguments in found.get(step, {}).get(condition, [])]

@@ -96,8 +96,8 @@ def fit_budget(
     progress: ProgressSetting = None,
     device: torch.device = CPU,
 ) -> BudgetFit:
-    """Choose formats within the budget. The graph is of the checkpoint's model as it came, and used up: passes before `quantize`
-    have changed it afterwards.
+    """Choose formats within the budget. The graph is of the checkpoint's model as it came, and used up: passes before
+    `quantize` have changed it afterwards.
 
     Args:
         work: where finished codes are kept, so that an interrupted search goes on.

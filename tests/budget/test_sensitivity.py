@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,11 +121,17 @@ def _decoded(layers: Iterable[QuantLinear]) -> int:
 
 
 def test_calls_are_drawn_in_proportion_to_the_weight_of_their_step() -> None:
+    read = []
+
     class Recorded:
-        def calls(self) -> Iterator[RecordedCall]:
-            return (
-                RecordedCall({"number": step}, 0.0, step, condition) for condition in range(40) for step in range(4)
-            )
+        def steps_of_calls(self) -> list[int]:
+            return [step for _ in range(40) for step in range(4)]
+
+        def calls(self, chosen: Collection[int]) -> Iterator[RecordedCall]:
+            for number in range(160):
+                if number in chosen:
+                    read.append(number)
+                    yield RecordedCall({"number": number % 4}, 0.0, number % 4, number // 4)
 
     weights = step_lengths([1000.0, 600.0, 300.0, 300.0])
     assert weights == [160_000, 90_000, 0, 90_000]
@@ -133,5 +139,5 @@ def test_calls_are_drawn_in_proportion_to_the_weight_of_their_step() -> None:
     counts = np.zeros(4)
     for call in drawn:
         counts[call.arguments["number"]] += call.times
-    assert counts.sum() == 34
+    assert counts.sum() == 34 and len(read) == len(drawn)  # no other is read
     assert np.abs(counts - 34 * np.array(weights) / sum(weights)).max() <= 1 and counts[2] == 0
