@@ -50,7 +50,8 @@ def sampled_batches(
     """
     generator = torch.Generator().manual_seed(seed)
     units = units_of(trajectories, conditions)
-    steps = [trajectories.steps_of_calls()[unit[0]] for unit in units]
+    step_of = trajectories.steps_of_calls()
+    steps = [step_of[unit[0]] for unit in units]
     mixed = torch.randperm(len(units), generator=generator).tolist()
     by_step = sorted(mixed, key=steps.__getitem__)  # the units of a step stay mixed
     first = trajectories.calls(chosen=frozenset(units[0]))

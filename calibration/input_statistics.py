@@ -130,8 +130,9 @@ class InputStatistics:
         """The statistics of x' = (x * inverse_scale - shift) R; R rotates the channels [start, stop) of each range.
 
         Counts, sums and second moments are exact (float64 inside, second_moments.py), the second moments made when they are
-        read: t' = (t D - n s) R with D = diag(inverse_scale), s = shift. Crest factors are those of the sampled rows. So is
-        absmax, unless x is only scaled; the largest value of all rows may be above that of the sample.
+        read: t' = (t D - n s) R with D = diag(inverse_scale), s = shift. Of channels whose square is lost in the rounding of
+        the sums, it is that of the sampled rows, and they go with no other channel. Crest factors are those of the sampled
+        rows. So is absmax, unless x is only scaled; the largest value of all rows may be above that of the sample.
         """
         scale = torch.ones(self.width) if inverse_scale is None else inverse_scale
         scale = scale.double().cpu()
@@ -140,11 +141,16 @@ class InputStatistics:
             seen, totals = self.count.tolist(), self.total.double()
         else:
             seen, totals = [int(self.count.sum())], self.total.double().sum(0, keepdim=True)
-        moments = ChangedMoments(self.second_moment, totals, seen, scale, offset, tuple(rotations))
         total = torch.empty_like(self.total)
         for number, rows in enumerate(self.count.tolist()):
             total[number] = rotated(self.total[number].double() * scale - rows * offset, rotations)
-        sample = rotated(self.sample.double() * scale - offset, rotations).float()
+        plain = self.sample.double() * scale - offset
+        squares = torch.zeros(self.bins, self.width, dtype=torch.float64)
+        for number in self.sample_bin.unique().tolist():
+            squares[number] = plain[self.sample_bin == number].square().mean(0) * self.count[number]
+        squares = squares if self.by_bin else squares.sum(0, keepdim=True)
+        moments = ChangedMoments(self.second_moment, totals, seen, scale, offset, tuple(rotations), squares)
+        sample = rotated(plain, rotations).float()
         absmax, crest = self.absmax * scale.abs().float(), torch.zeros_like(self.crest)
         only_scaled = shift is None and not rotations
         for number in range(self.bins):

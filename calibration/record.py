@@ -92,6 +92,11 @@ class Trajectories:
         return self.index["checkpoint"]["fingerprint"]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the model drew in, and so what latents were rounded to."""
+        return getattr(torch, self.index["dtype"])
+
+    @property
     def steps(self) -> int:
         """Scheduler steps of each trajectory."""
         return len(self._records[0]["timesteps"])
@@ -346,7 +351,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise DitqError(
             f"{path}: has format version {index.get('version')}, this ditq reads {FORMAT_VERSION}; calibrate again"
         )
-    missing = {"checkpoint", "conditions", "arguments", "seed", "kind"} - set(index)
+    missing = {"checkpoint", "dtype", "conditions", "arguments", "seed", "kind"} - set(index)
     if missing or not isinstance(index["conditions"], list) or not index["conditions"]:
         raise DitqError(f"{path}: incomplete; calibrate again")
     return index

@@ -22,7 +22,8 @@ from ditq.calibration.batches import joined, shapes_of
 from ditq.calibration.record import Trajectories
 
 LATENTS = "hidden_states"
-LINEAR = 1e-3  # relative distance from the linear form at which a step counts as linear: rounding of half precision
+LINEAR = 1e-3  # relative distance from the linear form at which a step counts as linear, recorded in float32
+ROUNDED = 2.0  # and in epsilons of what it is recorded in: rounded latents and answers alone were 0.5 of one away
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,14 @@ class Sampler:
 
 @dataclass(frozen=True, eq=False)
 class RecordedPath:
-    """Recorded calls of some conditions, those of each step joined into one; rows of a condition are its branches."""
+    """Recorded calls of some conditions, those of each step joined into one; rows of a condition are its branches.
+
+    dtype: what latents and answers were rounded to when they were drawn, in whatever they are now.
+    """
 
     calls: tuple[dict[str, Any], ...]
     conditions: int
+    dtype: torch.dtype = torch.float32
 
     @property
     def branches(self) -> int:
@@ -87,9 +92,10 @@ class RecordedPath:
 def read_path(trajectories: Trajectories, conditions: Sequence[int]) -> RecordedPath | None:
     """The calls of these conditions, step after step; None where the calls of a step cannot be joined into one."""
     found: dict[int, dict[int, list[Mapping[str, Any]]]] = {}
-    for call in trajectories.calls():
-        if call.condition in conditions:
-            found.setdefault(call.step, {}).setdefault(call.condition, []).append(call.arguments)
+    places = enumerate(trajectories.places_of_calls())
+    chosen = frozenset(number for number, (condition, _) in places if condition in conditions)
+    for call in trajectories.calls(chosen=chosen):
+        found.setdefault(call.step, {}).setdefault(call.condition, []).append(call.arguments)
     steps = []
     for step in range(trajectories.steps):
         calls = [arguments for condition in conditions for arguments in found.get(step, {}).get(condition, [])]
@@ -98,7 +104,7 @@ def read_path(trajectories: Trajectories, conditions: Sequence[int]) -> Recorded
             return None
         steps.append(joined(calls))
     rows = {step[LATENTS].shape for step in steps}
-    return RecordedPath(tuple(steps), len(conditions)) if len(rows) == 1 else None
+    return RecordedPath(tuple(steps), len(conditions), trajectories.dtype) if len(rows) == 1 else None
 
 
 def find_sampler(model: nn.Module, trajectories: Trajectories) -> Sampler | None:
@@ -127,6 +133,7 @@ def fit_sampler(path: RecordedPath, outputs: Sequence[Tensor]) -> Sampler | None
 
     outputs: the denoiser's output on each of the path's calls.
     """
+    limit = max(LINEAR, ROUNDED * torch.finfo(path.dtype).eps)
     answers = [path.answers(output) for output in outputs]
     if any(given[:, 0].shape != path.latents(0).shape for given in answers):
         return None
@@ -137,12 +144,15 @@ def fit_sampler(path: RecordedPath, outputs: Sequence[Tensor]) -> Sampler | None
         found, residual = _least_squares(terms, wanted)
         if residual > LINEAR and number:
             terms += [path.latents(number - 1), *answers[number - 1].unbind(1)]
-            found, residual = _least_squares(terms, wanted)
+            longer, left = _least_squares(terms, wanted)
+            # Of what rounding alone leaves, further terms explain next to nothing, and coefficients of noise are no use.
+            if left <= LINEAR or left**2 < residual**2 / 2:
+                found, residual = longer, left
         found += [0.0] * (2 + 2 * path.branches - len(found))
         half = 1 + path.branches
         steps.append(Step(found[0], found[half], tuple(found[1:half]), tuple(found[half + 1 :])))
         worst = max(worst, residual)
-    return Sampler(tuple(steps), worst) if steps and worst <= LINEAR else None
+    return Sampler(tuple(steps), worst) if steps and worst <= limit else None
 
 
 def _least_squares(terms: Sequence[Tensor], wanted: Tensor) -> tuple[list[float], float]:

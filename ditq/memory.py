@@ -7,12 +7,15 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from copy import deepcopy
+from itertools import chain
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 CGROUPS = Path("/sys/fs/cgroup")
 LEAST_FREE = 4 << 30  # bytes of the CPU's memory that are taken to be free in any case
@@ -64,6 +67,21 @@ def on_disk(tensor: Tensor, folder: Path, dtype: torch.dtype) -> Tensor:
         storage = torch.UntypedStorage.from_file(file.name, True, size)
     found = torch.empty(0, dtype=dtype).set_(storage, 0, tensor.shape)  # type: ignore[call-overload]
     return found.copy_(tensor)  # type: ignore[no-any-return]  # nothing of this size is allocated beside it
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy, of which what stands on disk in the module stands there too, in files of its own in the same folder.
+
+    Raises:
+        OSError: as `on_disk`.
+    """
+    made: dict[int, Any] = {}
+    for tensor in chain(module.parameters(), module.buffers()):
+        if (file := tensor.untyped_storage().filename) is not None:
+            values = on_disk(tensor.detach(), Path(file).parent, tensor.dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(values, tensor.requires_grad) if is_parameter else values
+    return deepcopy(module, made)
 
 
 def _reserve(file: int, size: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from ditq.devices import AUTO, device_of
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.latency import seconds_of
+from ditq.memory import copied
 from ditq.passes import Context, PassReport
 from ditq.passes.block_records import tensors_of
 from ditq.progress import ProgressSetting
@@ -64,7 +64,7 @@ def run_passes(
     structural = [step for step in recipe.passes if step.structural]
     with torch.no_grad():
         if structural:
-            context.original = copy.deepcopy(graph.model)
+            context.original = copied(graph.model)
         for step in recipe.passes:
             step.prepare(graph, context)
         for number, step in enumerate(recipe.passes):

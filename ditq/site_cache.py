@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ditq.calibration.storage import make_folder, writing
 from ditq.numerics.codebook import LowRank, WeightCode
+from ditq.numerics.rounding import GptqCode
 
 
 class FolderSiteCache:
@@ -32,7 +33,8 @@ class FolderSiteCache:
         low_rank = LowRank(tensors["down"], tensors["up"], tensors["branch_scale"]) if "down" in tensors else None
         multiplier, bits = tensors.get("multiplier"), int(tensors["bits"])
         codebook = bytes(tensors["codebook"].tolist()).decode()
-        return WeightCode(tensors["codes"], tensors["table"], tensors["scale"], multiplier, bits, low_rank, codebook)
+        found = (tensors["codes"], tensors["table"], tensors["scale"], multiplier, bits, low_rank, codebook)
+        return GptqCode(*found, float(tensors["damping"])) if "damping" in tensors else WeightCode(*found)
 
     def adopt(self, site: str, other: FolderSiteCache) -> None:
         """Take over another cache's file of a site, whose code is known to be the same here."""
@@ -44,6 +46,8 @@ class FolderSiteCache:
     def put(self, site: str, code: WeightCode) -> WeightCode:
         tensors = {"codes": code.codes, "table": code.table, "scale": code.scale, "bits": torch.tensor(code.bits)}
         tensors["codebook"] = torch.tensor(list(code.codebook.encode()), dtype=torch.uint8)
+        if isinstance(code, GptqCode):
+            tensors["damping"] = torch.tensor(code.damping, dtype=torch.float64)
         if code.multiplier is not None:
             tensors["multiplier"] = code.multiplier
         if code.low_rank is not None:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 CUDA = torch.device("cuda", 0)
-# Positions may lie on the CPU, as torch copies them.
+# Positions in a tensor of the GPU may lie on the CPU, as torch copies them; not the other way round.
 _POSITIONS = {"aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_"}
 
 
@@ -99,6 +99,7 @@ def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     there = [value for value in tensors if isinstance(value, OnGpu)]
     wanted = kwargs.get("device")
     to_gpu = _is_gpu(wanted)
+    _check_positions(func._schema.name, args)
     name = func._schema.name + (f".{func._schema.overload_name}" if func._schema.overload_name else "")
     if there and name not in {"aten::_to_copy", "aten::copy_"} and func._schema.name not in _POSITIONS:
         beside = [value for value in tensors if not isinstance(value, OnGpu) and value.dim()]
@@ -119,6 +120,12 @@ def _run(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     if func._schema.name.endswith("_") and there and found is args[0].inside:  # in place: the same tensor is given back
         return args[0]
     return tree_map(lambda value: OnGpu(value) if isinstance(value, Tensor) else value, found) if stays else found
+
+
+def _check_positions(name: str, args: Any) -> None:
+    """Raise for positions on the GPU in a tensor of the CPU."""
+    if name in _POSITIONS and not isinstance(args[0], OnGpu) and any(isinstance(part, OnGpu) for part in args[1]):
+        raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 
 from ditq.calibration.calibrate import calibrate
 from ditq.checkpoint import Checkpoint
-from ditq.memory import LEAST_FREE, SMALL, free_memory, on_disk
+from ditq.memory import LEAST_FREE, SMALL, copied, free_memory, on_disk
 from tests.command_line import assert_refused
 from tests.small_checkpoint import write_pipeline
 
@@ -76,6 +76,27 @@ def test_a_model_on_disk_is_the_model(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(mapped(folder)) == len(list(model.parameters()))
     for (name, wanted), found in zip(model.state_dict().items(), offloaded.state_dict().values(), strict=True):
         assert torch.equal(wanted, found), name
+
+
+def test_a_copy_of_a_model_on_disk_stands_there_too_and_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ditq.memory.SMALL", 1)
+    checkpoint = Checkpoint.open(write_pipeline(tmp_path / "pipeline"))
+    (folder := tmp_path / "weights").mkdir()
+    model = checkpoint.load_model(offload=folder)
+    held = len(mapped(folder))
+    copy = copied(model)
+    assert held and len(mapped(folder)) == 2 * held and not list(folder.iterdir())
+    parameters = dict(model.named_parameters())
+    for name, parameter in copy.named_parameters():
+        assert torch.equal(parameter, parameters[name]) and parameter.requires_grad == parameters[name].requires_grad
+        parameter.add_(1)  # as passes do in place
+        assert not torch.equal(parameter, parameters[name]), name
+    again = copied(copied(checkpoint.load_model()))  # of what is in memory, a plain copy
+    assert len(mapped(folder)) == 2 * held and all(
+        torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items()
+    )
 
 
 _WITHIN = """

@@ -90,7 +90,22 @@ class Choices:
             yield
         finally:
             for site, module in before.items():
+                forget(graph.linear(site))
                 graph.replace(site, module)
+
+
+def answer_of(layer: nn.Module, given: Tensor) -> Tensor:
+    """What a candidate gives for an input; nothing of it is kept, since all candidates decoded are many times the model."""
+    try:
+        return layer(given)
+    finally:
+        forget(layer)
+
+
+def forget(layer: nn.Module) -> None:
+    """Free what a candidate keeps of its weights in float32."""
+    if isinstance(layer, QuantLinear):
+        layer.forget()
 
 
 def candidate_settings(settings: SiteSettings, name: str, site: LinearSite) -> SiteSettings:

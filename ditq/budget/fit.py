@@ -26,7 +26,8 @@ from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
-from ditq.numerics.knapsack import smallest, solve
+from ditq.memory import copied
+from ditq.numerics.knapsack import best_known, smallest
 from ditq.passes import Context, PassReport
 from ditq.passes.base import CPU
 from ditq.passes.quantize import Quantize
@@ -95,7 +96,8 @@ def fit_budget(
     progress: ProgressSetting = None,
     device: torch.device = CPU,
 ) -> BudgetFit:
-    """Choose formats within the budget. The graph is used up: passes before `quantize` have changed it afterwards.
+    """Choose formats within the budget. The graph is of the checkpoint's model as it came, and used up: passes before
+    `quantize` have changed it afterwards.
 
     Args:
         work: where finished codes are kept, so that an interrupted search goes on.
@@ -107,7 +109,7 @@ def fit_budget(
     place = quantize_step(recipe)
     step = recipe.passes[place]
     assert isinstance(step, Quantize)
-    original = checkpoint.load_model() if budget.kind == "psnr" else None
+    original = copied(graph.model) if budget.kind == "psnr" else None
     context = Context(statistics, seed, device=device).showing(progress)
     caches = _caches(checkpoint, recipe, budget, statistics, seed, work)
     with torch.no_grad():
@@ -118,12 +120,13 @@ def fit_budget(
         choices = make_choices(graph, step, context, budget.candidates, caches.get, held)
     _check_possible(budget, choices)
     errors = cost.candidates(graph, choices, seed=seed, progress=progress)
-    points = front(choices, errors)
+    points, unproven = front(choices, errors), ""
     if original is not None:
         pictures = Pictures(checkpoint, original, trajectories, progress=progress)
         points = _search_pictures(graph, choices, points, pictures, budget)
     else:
-        points = _with_chosen(points, point(choices, errors, _within(budget, choices, errors)))
+        choice, unproven = _within(budget, choices, errors)
+        points = _with_chosen(points, point(choices, errors, choice))
     points, agreed = _measure_jointly(graph, choices, points, cost)
     chosen = next(item for item in points if item.chosen)
     formats = choices.labels(chosen.choice)
@@ -131,7 +134,7 @@ def fit_budget(
     fitted.check()
     passes = (*recipe.passes[:place], fitted, *recipe.passes[place + 1 :])
     named = Recipe(f"{recipe.name} {budget}", f"{recipe.name}, formats chosen for {budget}.", passes)
-    return BudgetFit(named, _report(budget, choices, cost, errors, points, agreed), formats, caches)
+    return BudgetFit(named, _report(budget, choices, cost, errors, points, agreed, unproven), formats, caches)
 
 
 def _caches(
@@ -176,9 +179,9 @@ def _check_possible(budget: Budget, choices: Choices) -> None:
         )
 
 
-def _within(budget: Budget, choices: Choices, errors: NDArray[np.float64]) -> NDArray[np.int64]:
+def _within(budget: Budget, choices: Choices, errors: NDArray[np.float64]) -> tuple[NDArray[np.int64], str]:
     sizes, limit = _limit(budget, choices)
-    return solve(errors, sizes, limit)
+    return best_known(errors, sizes, limit)
 
 
 def _with_chosen(points: Sequence[Point], chosen: Point) -> list[Point]:
@@ -240,6 +243,7 @@ def _report(
     errors: NDArray[np.float64],
     points: Sequence[Point],
     agreed: tuple[float | None, float | None],
+    unproven: str,
 ) -> BudgetReport:
     chosen = next(item for item in points if item.chosen)
     rows = [
@@ -262,5 +266,7 @@ def _report(
     }
     if chosen.psnr is not None:
         summary["PSNR, dB"] = chosen.psnr
+    if unproven:
+        summary["not proven to be the best"] = unproven
     settings = {"budget": str(budget), "candidates": list(budget.candidates)}
     return BudgetReport("budget", settings, rows, summary, [item.row(choices.names) for item in points])

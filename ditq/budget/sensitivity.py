@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ditq.budget.choices import Choices
+from ditq.budget.choices import Choices, answer_of
 from ditq.budget.taps import Tap, tapped
 from ditq.calibration.record import Trajectories
 from ditq.calibration.sampler import answer
@@ -63,7 +63,7 @@ def chosen_calls(trajectories: Trajectories, weights: Sequence[float], count: in
     weights: for each step, how much a squared error of the denoiser there counts in the final latent. Systematic sampling
     over the calls in the order of their steps; within a step at random.
     """
-    steps = np.array([call.step for call in trajectories.calls()])
+    steps = np.array(trajectories.steps_of_calls())
     chances = np.asarray(weights, dtype=np.float64)[steps]
     generator = np.random.default_rng(seed)
     order = np.lexsort((generator.random(len(steps)), steps))
@@ -71,7 +71,8 @@ def chosen_calls(trajectories: Trajectories, weights: Sequence[float], count: in
     places = (np.arange(count) + generator.random()) / count
     drawn = order[np.minimum(np.searchsorted(ends, places), len(order) - 1)]
     counts = Counter(drawn.tolist())
-    return [Call(call.arguments, counts[number]) for number, call in enumerate(trajectories.calls()) if counts[number]]
+    read = trajectories.calls(chosen=frozenset(counts))
+    return [Call(call.arguments, counts[number]) for number, call in zip(sorted(counts), read, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,4 +145,5 @@ def _caused(tap: Tap, layers: Sequence[nn.Module], slopes: Tensor) -> Tensor:
     """float64 [F]: sum over the probes of <g, dY>^2 for each candidate; slopes [probes, ...] are the g."""
     assert tap.given is not None and tap.made is not None
     flat = slopes.flatten(1).double()
-    return torch.stack([(flat @ (layer(tap.given) - tap.made).flatten().double()).square().sum() for layer in layers])
+    lost = ((answer_of(layer, tap.given) - tap.made).flatten().double() for layer in layers)
+    return torch.stack([(flat @ each).square().sum() for each in lost])

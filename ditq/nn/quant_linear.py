@@ -129,7 +129,7 @@ class QuantLinear(nn.Module):
         self.forget()
 
     def forget(self) -> None:
-        """Decode the codes anew at the next call: they were changed."""
+        """Decode the codes anew at the next call: they were changed, or what was decoded is to be freed."""
         self._carrier = None
 
     def fold_shift(self) -> None:

@@ -183,7 +183,7 @@ def hold_out(statistics: InputStatistics) -> tuple[InputStatistics, Tensor, Tens
     to all that calibration saw but them. At most `MOST_ROWS` are held out. A row stands for as many as its bin has rows a
     held-out one, 1 on average. Largest magnitudes and crest factors stay those of all rows.
     """
-    places = torch.arange(len(statistics.sample))[1::2]
+    places = torch.arange(len(statistics.sample), device=statistics.sample.device)[1::2]
     places = places[:: -(-len(places) // MOST_ROWS) or 1]
     bins = statistics.sample_bin[places]
     moments, totals = statistics.second_moment.clone(), statistics.total.clone()

@@ -22,7 +22,7 @@ from ditq.numerics.carrier import CARRIERS, INT8
 from ditq.numerics.codebook import CODEBOOKS, Fit, WeightCode
 from ditq.numerics.descent import refine
 from ditq.numerics.low_rank import code_with_branch
-from ditq.numerics.rounding import output_error, round_gptq, round_nearest
+from ditq.numerics.rounding import GptqCode, output_error, round_gptq, round_nearest
 from ditq.numerics.scale_search import gptq_with_scale_search
 from ditq.passes.activation_formats import (
     GRANULARITIES,
@@ -266,6 +266,8 @@ class Quantize(Pass):
         }
         if settings.rank:
             row["rank"] = settings.rank
+        if isinstance(code, GptqCode) and code.damping > self.damping:
+            row["damping raised to"] = code.damping
         row |= chosen.row()
         if statistics is not None:
             every = -(-len(weight) // REPORTED)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ditq.calibration.input_statistics import InputStatistics
 
 SALIENCES = ("absmax", "rms", "spearman", "extremes")
+STILL = 16  # roundings of a mean, by bins and over them
 
 
 def channel_sizes(salience: str, statistics: InputStatistics, mean: Tensor, weights: Tensor) -> Tensor:
@@ -31,6 +32,12 @@ def channel_sizes(salience: str, statistics: InputStatistics, mean: Tensor, weig
         rho = torch.stack([spearman(size, weights) for size in by_bin])
         return torch.softmax(-rho, 0) @ by_bin
     return (by_bin[[0, -1]] if salience == "extremes" else by_bin).amax(0)
+
+
+def still(statistics: InputStatistics, mean: Tensor) -> Tensor:
+    """bool [C]: channels that all sampled rows have at their mean [C], up to the rounding of means to float32."""
+    rounding = STILL * torch.finfo(torch.float32).eps
+    return _by_bin(statistics, mean).amax(0) <= rounding * mean.abs()
 
 
 def _by_bin(statistics: InputStatistics, mean: Tensor) -> Tensor:

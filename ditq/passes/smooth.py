@@ -17,7 +17,7 @@ from ditq.passes.choose_codebook import check_codebook
 from ditq.passes.folding import can_shift, fold_into_consumers, fold_into_feed, fold_into_values, plain_linear
 from ditq.passes.judging import Judge, Trial, choose
 from ditq.passes.rotation_kinds import DATA_FREE, KINDS, Making, multiply_adds
-from ditq.passes.salience import SALIENCES, channel_sizes
+from ditq.passes.salience import SALIENCES, channel_sizes, still
 
 PLAIN = 0.5  # the alpha that a search starts from
 CERTAIN_GAIN = 0.01  # by how much of its error another pair must be better than the plain one
@@ -123,6 +123,7 @@ class Smooth(Pass):
         ]
         width = attention.heads * attention.head_width
         seen, mean = [], torch.zeros(width).double()
+        moves = torch.zeros(width, dtype=torch.bool)
         for group, start, stop in ranges:
             statistics = context.statistics(group.name)
             seen.append((statistics, slice(start, stop)))
@@ -134,8 +135,9 @@ class Smooth(Pass):
             centre[part] = mean
             weight = torch.maximum(weight, largest[part])
             size = torch.maximum(size, channel_sizes(self.salience, statistics, centre, largest)[part])
+            moves |= ~still(statistics, centre)[part]
         alpha = PLAIN if isinstance(self.alpha, str) else self.alpha
-        scale = _scale(size, weight, alpha, 1 - alpha if alpha else 0.0)
+        scale = _scale(size * moves, weight, alpha, 1 - alpha if alpha else 0.0)
         fold_into_values(graph, attention, 1 / scale, mean / scale)
         rows = []
         for (group, _, _), (statistics, part) in zip(ranges, seen, strict=True):
@@ -157,7 +159,7 @@ class Smooth(Pass):
         )
         linears = [plain_linear(graph, site).weight for site in group.sites]
         weights = _largest(linears)
-        size = channel_sizes(self.salience, statistics, mean, weights)
+        size = channel_sizes(self.salience, statistics, mean, weights) * ~still(statistics, mean)
         row: dict[str, Any] = {"group": group.name, "sites": len(group.sites)}
         if isinstance(self.alpha, str):
             trial = Trial.of(statistics, list(linears))
@@ -212,10 +214,16 @@ def _pairs(steps: int) -> Iterator[tuple[float, float]]:
 
 
 def _scale(size: Tensor, weights: Tensor, alpha: float, beta: float) -> Tensor:
-    """s [C] float64: size^alpha / weights^beta with a geometric mean of 1, since only ratios between channels matter."""
+    """s [C] float64: size^alpha / weights^beta with a geometric mean of 1, since only ratios between channels matter.
+
+    1 for a channel of size 0, which calibration saw at one value only: it says nothing of how far the channel goes elsewhere.
+    """
     floor = torch.finfo(torch.float32).tiny ** 0.25
-    scale = size.clamp_min(floor) ** alpha / weights.clamp_min(floor) ** beta
-    return (scale / scale.log().mean().exp()).clamp(1e-4, 1e4)
+    moves = size > 0
+    scale = size[moves].clamp_min(floor) ** alpha / weights[moves].clamp_min(floor) ** beta
+    found = torch.ones_like(size)
+    found[moves] = (scale / scale.log().mean().exp()).clamp(1e-4, 1e4)
+    return found
 
 
 def _spread(absmax: Tensor) -> float:

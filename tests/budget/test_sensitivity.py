@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from ditq.budget.sensitivity import Call, SingleCalls, chosen_calls, step_length
 from ditq.calibration.record import RecordedCall
 from ditq.calibration.sampler import answer
 from ditq.graph import DiTGraph
+from ditq.nn import QuantLinear
 from ditq.passes import Context
 from ditq.passes.quantize import Quantize
 from tests.small_checkpoint import CONFIG, small_flux
@@ -100,12 +101,37 @@ def test_measuring_leaves_the_model_as_it_was(case: Case) -> None:
     assert all(torch.equal(a, b) for a, b in zip(case.cost.clean, after, strict=True))
 
 
+def test_no_more_than_one_candidate_is_decoded_at_a_time(case: Case) -> None:
+    layers = {layer for row in case.choices.layers for layer in row if isinstance(layer, QuantLinear)}
+    held: list[int] = []
+    handles = [layer.register_forward_hook(lambda *_: held.append(_decoded(layers))) for layer in layers]
+    SingleCalls(case.cost.calls[:1], case.cost.clean[:1]).candidates(case.graph, case.choices, probes=1)
+    largest = max(layer.in_features * layer.out_features for layer in layers) * 4
+    assert len(held) == len(layers) and 0 < max(held) <= largest and _decoded(layers) == 0
+    held.clear()
+    case.cost.assignment(case.graph, case.choices, np.zeros(len(case.choices.sites), dtype=np.int64))
+    assert 0 < max(held) <= 4 * int(case.choices.weights.sum()) and _decoded(layers) == 0
+    for handle in handles:
+        handle.remove()
+
+
+def _decoded(layers: Iterable[QuantLinear]) -> int:
+    """Bytes of weights that the layers hold in float32 beside their codes."""
+    return sum(layer._carrier.nbytes for layer in layers if layer._carrier is not None)
+
+
 def test_calls_are_drawn_in_proportion_to_the_weight_of_their_step() -> None:
+    read = []
+
     class Recorded:
-        def calls(self) -> Iterator[RecordedCall]:
-            return (
-                RecordedCall({"number": step}, 0.0, step, condition) for condition in range(40) for step in range(4)
-            )
+        def steps_of_calls(self) -> list[int]:
+            return [step for _ in range(40) for step in range(4)]
+
+        def calls(self, chosen: Collection[int]) -> Iterator[RecordedCall]:
+            for number in range(160):
+                if number in chosen:
+                    read.append(number)
+                    yield RecordedCall({"number": number % 4}, 0.0, number % 4, number // 4)
 
     weights = step_lengths([1000.0, 600.0, 300.0, 300.0])
     assert weights == [160_000, 90_000, 0, 90_000]
@@ -113,5 +139,5 @@ def test_calls_are_drawn_in_proportion_to_the_weight_of_their_step() -> None:
     counts = np.zeros(4)
     for call in drawn:
         counts[call.arguments["number"]] += call.times
-    assert counts.sum() == 34
+    assert counts.sum() == 34 and len(read) == len(drawn)  # no other is read
     assert np.abs(counts - 34 * np.array(weights) / sum(weights)).max() <= 1 and counts[2] == 0

@@ -5,6 +5,7 @@ import torch
 
 from ditq.numerics.carrier import INT8
 from ditq.numerics.codebook import CODEBOOKS, Fit, codebook, encode, fit_twin_log, fit_twin_log_shared, fit_uniform
+from ditq.numerics.codebooks import counted
 from ditq.numerics.codebooks.apot import fit_apot
 from ditq.numerics.codebooks.nf import fit_nf
 from ditq.numerics.codebooks.twin_log import CLIPS, OFFSETS
@@ -305,3 +306,23 @@ def test_the_codebooks_have_their_names() -> None:
 def test_a_codebook_says_before_it_is_called_what_it_does_not_take() -> None:
     assert CODEBOOKS["e2m1"].refusal(4, 32) is None and "4 bits, not 3" in str(CODEBOOKS["e2m1"].refusal(3))
     assert CODEBOOKS["twin_log"].refusal(4) is None and "no group_size" in str(CODEBOOKS["twin_log"].refusal(4, 32))
+
+
+@pytest.mark.parametrize("seen", [32, 0])
+@pytest.mark.parametrize("name", ALL)
+def test_columns_whose_inputs_were_always_zero_are_still_coded(name: str, seen: int) -> None:
+    weight, importance = gaussian(8, 64), torch.ones(64)
+    importance[seen:] = 0
+    groups = {"group_size": 32, "float_group_scales": True} if CODEBOOKS[name].groups else {}
+    lost = []
+    for given in (importance, torch.ones(64)):
+        decoded = encode(weight, CODEBOOKS[name](weight, 4, importance=given, **groups)).decode()
+        lost.append(float((decoded - weight)[:, seen:].square().sum() / weight[:, seen:].square().sum()))
+    assert lost[0] < (1.1 if groups or not seen else 5) * lost[1]  # a row of one scale suits the others first
+
+
+def test_importance_of_columns_that_were_seen_stays_as_it_is() -> None:
+    importance = torch.rand(64, generator=torch.Generator().manual_seed(0)) ** 20 + 1e-30
+    assert torch.equal(counted(importance), importance)
+    importance[3] = -1e-9
+    assert torch.equal(counted(importance)[4:], importance[4:]) and 0 < float(counted(importance)[3]) < 1e-5

@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from ditq.numerics.knapsack import GAP, smallest, solve
+from ditq.numerics import knapsack
+from ditq.numerics.knapsack import GAP, best_known, smallest, solve
 
 BITS = np.array([3, 4, 5, 6, 8])
 
@@ -47,3 +48,21 @@ def test_a_limit_below_the_smallest_assignment_is_refused() -> None:
 def test_where_all_fits_each_linear_gets_its_best() -> None:
     errors = np.array([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]])  # more bits are not always better
     assert solve(errors, np.array([[1, 2, 3], [1, 2, 3]]), 6).tolist() == [1, 0]
+
+
+def test_where_the_solver_has_no_time_the_best_known_assignment_is_taken_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = np.random.default_rng(0)
+    errors = -np.sort(-generator.random((300, 6)), axis=1)
+    sizes = np.sort(generator.integers(1, 10**6, (300, 6)), axis=1)
+    limit = smallest(sizes) + int(sizes.sum()) // 12
+    monkeypatch.setattr(knapsack, "SECONDS", 1e-3)
+    with pytest.warns(UserWarning, match="not proven to be the best: .*[Tt]ime limit"):
+        choice = solve(errors, sizes, limit)
+    rows = np.arange(300)
+    assert sizes[rows, choice].sum() <= limit and errors[rows, choice].sum() < 0.75 * errors[:, 0].sum()
+    assert best_known(errors, sizes, limit)[1]
+    monkeypatch.setattr(knapsack, "SECONDS", 60.0)
+    proven, unproven = best_known(errors, sizes, limit, 1e-2)
+    assert not unproven and errors[rows, proven].sum() < 1.01 * errors[rows, choice].sum()

@@ -239,6 +239,21 @@ def test_a_branch_loses_less_and_comes_back_from_the_cache_of_a_resumed_run(tmp_
     assert stored_bits(layers[8]) - stored_bits(layers[0]) == 8 * 2 * 8 * 64 + 32 * 8
 
 
+def test_a_damping_that_had_to_be_raised_is_reported_by_a_resumed_run_too(tmp_path: Path) -> None:
+    site, graph, cache = "transformer_blocks.0.attn1.to_q", small_graph("dit"), FolderSiteCache(tmp_path, {})
+    statistics = statistics_of(graph, forwards=1)
+    group = graph.sites[site].group
+    seen = statistics.groups[group]
+    statistics.groups[group] = replace(seen, moments=seen.second_moment - 0.3 * seen.count * torch.eye(seen.width))
+    for _ in range(2):
+        graph = small_graph("dit")
+        report = Quantize(select=[site]).run(graph, Context(statistics, 0, cache))
+        assert report.rows[0]["damping raised to"] == pytest.approx(1.0)
+    assert (
+        "damping raised to" not in Quantize(select=[site]).run(small_graph("dit"), Context(_statistics("dit"))).rows[0]
+    )
+
+
 def test_a_float_branch_spares_its_part_of_the_input_the_rounding() -> None:
     """At 4 bits the rounding of the input is most of the error; without a branch that no bit of the weight can change."""
     site = "transformer_blocks.0.attn1.to_q"

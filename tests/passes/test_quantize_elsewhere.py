@@ -64,6 +64,9 @@ def test_what_a_gpu_refuses_is_refused() -> None:
         assert (x + 1).device == device and (x + torch.ones(3, device=device)).sum().item() == 6
         with pytest.raises(RuntimeError, match="expected all tensors on cuda:0"):
             x + torch.ones(3)
+        with pytest.raises(RuntimeError, match="indices should be either on cpu"):
+            torch.ones(3)[x > 0]
+        assert x[torch.tensor([True, False, True])].shape == (2,)
         with pytest.raises(RuntimeError, match="expected a 'cuda' generator"):
             torch.randn(3, device=device, generator=torch.Generator())
         assert type(x.cpu()) is Tensor

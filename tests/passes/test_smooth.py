@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ditq.graph import DiTGraph
+from ditq.parts import LinearModulation
 from ditq.passes import Context
 from ditq.passes.salience import channel_sizes, spearman
 from ditq.passes.smooth import Smooth
 from tests.export.quantized import relative
-from tests.families_small import FAMILIES, small_graph, statistics_of
+from tests.families_small import FAMILIES, forward, small_graph, small_inputs, statistics_of
 
 
 def test_rank_correlation_is_that_of_the_ranks() -> None:
@@ -95,6 +96,22 @@ def test_what_attention_gives_is_smoothed_whatever_scales_its_values_have(family
             or len(attention.outputs) > 1
         )
     assert torch.allclose(found[0], found[1], rtol=1e-3)
+
+
+def test_a_channel_that_calibration_saw_at_one_value_only_is_centred_and_not_scaled() -> None:
+    graph, channel = small_graph("flux"), 5
+    group = next(group for group in graph.groups.values() if isinstance(group.feed, LinearModulation))
+    modulation = graph.linear(group.feed.site)
+    for row, value in ((group.feed.scale + channel, -1.0), (group.feed.shift + channel, -5.75)):
+        modulation.weight.data[row], modulation.bias.data[row] = 0, value
+    context = Context(statistics_of(graph))
+    inputs = small_inputs(graph.model)
+    before = forward(graph.model, inputs)
+    Smooth().run(graph, context)
+    scale = context.change(group.name).inverse_scale
+    assert scale is not None and float(scale[channel]) == 1 and abs(float(scale.log().mean())) < 1e-6
+    assert torch.allclose(forward(graph.model, inputs), before, rtol=1e-4, atol=1e-4)
+    assert float(context.statistics(group.name).hessian()[channel].abs().max()) < 1e-6
 
 
 def test_values_are_left_alone_where_the_recipe_says_so() -> None:
