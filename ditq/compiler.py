@@ -5,6 +5,7 @@ This file is the whole path at a glance; each step lives in its own module.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from ditq.checkpoint import Checkpoint
 from ditq.devices import AUTO, device_of
 from ditq.errors import DitqError
 from ditq.export.engine import Engine
+from ditq.export.onnx_graph import Axes
 from ditq.export.plans.make import MadePlan, check_numbers, kinds_of_gpu, make_plans
 from ditq.export.plans.sizes import parse_sizes
 from ditq.export.targets import Target, target, targets
@@ -179,8 +181,8 @@ def compile(
             changing=checkpoint.changing if text_sites else None,
             force=options.force,
         )
-        if budget is not None and budget.kind == "size":
-            _check_size(engine, budget)
+        _note_fixed(engine, family.axes)
+        _check_size(engine, budget)
         clock.lap("export")
         plans: list[MadePlan] = []
         if gpus:
@@ -352,10 +354,22 @@ def _fit(
                       progress=options.progress, device=device_of(options.device))  # fmt: skip
 
 
-def _check_size(engine: Engine, budget: Budget) -> None:
+def _note_fixed(engine: Engine, axes: Axes) -> None:
+    """Say on standard error which axes of the family's have one size only: what calls them otherwise will be refused."""
+    shapes = {entry["name"]: entry["shape"] for entry in engine.manifest["inputs"]}
+    for axis in engine.manifest["dropped_axes"]:
+        name, place = next((name, row.index(axis)) for name, row in axes.items() if axis in row and name in shapes)
+        print(
+            f"note: {engine.name}: takes {name} with {axis} {shapes[name][place]} only, since the forward of "
+            f"{engine.manifest['class_name']} turns that size into a number",
+            file=sys.stderr,
+        )
+
+
+def _check_size(engine: Engine, budget: Budget | None) -> None:
     """The sizes that formats were chosen by leave room for what the export adds; this is the proof that it was enough."""
     found = engine.files[WEIGHTS]["bytes"]
-    if found > budget.value:
+    if budget is not None and budget.kind == "size" and found > budget.value:
         remove(engine.folder)
         raise DitqError(f"budget {budget}: {WEIGHTS} has {found:,d} bytes, more than expected; ask for a little less")
 

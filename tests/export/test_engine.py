@@ -29,8 +29,6 @@ def test_an_engine_computes_what_the_quantized_model_means(family: str, tmp_path
     model = quantize_blocks(shallow_model(family))
     quantized = [layer for layer in model.modules() if isinstance(layer, QuantLinear)]
     engine = engine_of(model, tmp_path / "engine")
-    assert engine.manifest["dropped_axes"] == []
-
     proof = prove_fusion(engine)
     assert (
         proof.complete and proof.planned == sum(layer.activation.granularity == "token" for layer in quantized) > 5
