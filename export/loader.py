@@ -1,6 +1,7 @@
 """load_engine: an engine as the diffusers transformer that it was compiled from.
 
-pipeline = FluxPipeline.from_pretrained(checkpoint, transformer=load_engine("engine"))
+transformer = load_engine("engine")
+pipeline = FluxPipeline.from_pretrained(checkpoint, transformer=transformer, torch_dtype=transformer.dtype)
 """
 
 from __future__ import annotations

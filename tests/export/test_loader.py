@@ -130,4 +130,6 @@ def test_an_engine_is_not_saved_as_a_diffusers_model(flux: EngineTransformer, tm
 def test_the_torch_target_is_the_exact_meaning(flux: EngineTransformer, inputs: dict[str, Any]) -> None:
     exact = load_engine(flux.engine.folder, target="torch")
     expected = forward(quantize_blocks(small_flux(), weight_only=True), inputs)
-    assert relative(exact(**inputs).sample, expected) < 1e-6
+    found = exact(**inputs).sample
+    assert relative(found, expected) < 1e-6
+    assert torch.equal(found.mul_(1.0).requires_grad_(), found)  # an answer is a tensor like any other
