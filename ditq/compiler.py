@@ -32,6 +32,7 @@ from ditq.export.targets import Target, target, targets
 from ditq.export.weights_file import WEIGHTS
 from ditq.export.write import check_replaceable, write_engine
 from ditq.folders import check_output, remove, work_folder
+from ditq.given import check_seed, check_whole, path_of
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.memory import peak_memory
@@ -119,12 +120,9 @@ def compile(
     Raises:
         DitqError: anything wrong with the checkpoint, recipe, prompts, statistics or output; nothing is left half-written.
     """
-    out = Path(out)
+    out = path_of("out", out)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    _check_processes(options)
-    device_of(options.device)
-    if options.offload not in OFFLOAD:
-        raise DitqError(unknown_key("offload", options.offload, list(OFFLOAD)))
+    _check_options(options)
     check_output(out, options.force)
     check_replaceable(out)
     wanted = target(options.target)
@@ -202,7 +200,7 @@ def take_part(
     Raises:
         DitqError: as `compile`, for what both read.
     """
-    _check_processes(options)
+    _check_options(options)
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     shared = max((number for number, step in enumerate(recipe.passes, 1) if isinstance(step, Distill)), default=0)
@@ -235,7 +233,17 @@ def _weights_folder(checkpoint: Checkpoint, work: Path, offload: str) -> Path | 
     return folder
 
 
-def _check_processes(options: CompileOptions) -> None:
+def _check_options(options: CompileOptions) -> None:
+    """Raise DitqError for what no compile takes, before anything is read or computed."""
+    if not isinstance(options, CompileOptions):
+        raise DitqError(f"options is a {type(options).__name__}; give ditq.CompileOptions(...)")
+    check_whole("limit", options.limit, 1)
+    check_seed(options.seed)
+    if not isinstance(options.budget, Budget | str | None):
+        raise DitqError(f"budget is {options.budget!r}; write it as a word, such as 'size=4.2MB' or 'bits=3.5'")
+    device_of(options.device)
+    if options.offload not in OFFLOAD:
+        raise DitqError(unknown_key("offload", options.offload, list(OFFLOAD)))
     if processes.count() > 1 and options.statistics is None:
         raise DitqError(
             f"{processes.count()} processes compile together and none calibrates: run `ditq calibrate` once and give --stats"
@@ -308,7 +316,7 @@ def _statistics(checkpoint: Checkpoint, work: Path, options: CompileOptions, nee
         steps=options.steps,
         device=options.device,
         seed=options.seed,
-        prompts_limit=options.limit,
+        limit=options.limit,
         resume=options.resume,
         progress=options.progress,
     )

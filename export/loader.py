@@ -23,6 +23,7 @@ from ditq.errors import DitqError
 from ditq.export.arguments import collect
 from ditq.export.engine import Engine
 from ditq.export.targets import USUAL, Runner, RunOptions, target
+from ditq.given import check_whole
 from ditq.nn.call_timestep import ARGUMENT
 from ditq.nn.structural.ordered_tokens import OrderedTokens, other_order
 from ditq.nn.structural.sparse_attention import SparseAttention, other_picture
@@ -51,8 +52,9 @@ def load_engine(
         decoded: weights lie decoded in the GPU's memory, in 8 bits, instead of being decoded at each call: of target `cuda`.
 
     Raises:
-        DitqError: not a sound engine (see `Engine.open`), or the target does not run here.
+        DitqError: not a sound engine (see `Engine.open`), `threads` below 1, or the target does not run here.
     """
+    check_whole("threads", threads, 1)
     return EngineTransformer(Engine.open(path), target, RunOptions(threads, decoded))
 
 

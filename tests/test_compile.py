@@ -187,6 +187,11 @@ FAILURES = {
 }  # fmt: skip
 
 
+def test_an_engine_is_evaluated_by_its_path(uninterrupted: Path, pipeline: Path) -> None:
+    found = ditq.evaluate(uninterrupted, pipeline, steps=1, limit=1, conditions=PROMPTS)
+    assert found.engine == "engine" and len(found.prompts) == 1 and found.sites
+
+
 @pytest.mark.parametrize("case", FAILURES)
 def test_no_failure_leaves_half_an_engine(
     case: str, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

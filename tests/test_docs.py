@@ -169,7 +169,7 @@ def test_the_engine_page_names_every_field_family_and_target() -> None:
 
 
 # What a folder may import of ditq, from docs/architecture.md.
-HELPERS = {"errors", "formats", "processes", "progress", "quiet", "suggest"}
+HELPERS = {"errors", "formats", "given", "processes", "progress", "quiet", "suggest"}
 READ_OF_CALIBRATION = {
     "calibration.statistics",
     "calibration.input_statistics",

@@ -72,7 +72,9 @@ def test_whole_numbers_are_taken_in_any_dtype_and_no_others() -> None:
         ("timestep", 500.9, "use a scheduler of whole timesteps, or compile it again"),
         ("class_labels", float("nan"), "give such"),
     ):
-        with pytest.raises(DitqError, match=f"^engine: {name} holds {value:g}, but the engine takes int64 there; {says}$"):
+        with pytest.raises(
+            DitqError, match=f"^engine: {name} holds {value:g}, but the engine takes int64 there; {says}$"
+        ):
             _checked({**given, name: torch.tensor([3.0, value])}, inputs, "engine")
     mask = [{"name": "mask", "dtype": "bool", "shape": ["tokens"]}]
     assert _checked({"mask": torch.tensor([1.0, 0.0])}, mask, "engine")["mask"].tolist() == [True, False]
