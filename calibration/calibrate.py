@@ -29,6 +29,7 @@ from ditq.checkpoint import BUILT_IN, Checkpoint, read_json
 from ditq.devices import AUTO, device_of, dtype_on, place_pipeline
 from ditq.errors import DitqError, Interrupted
 from ditq.folders import without_new_parents
+from ditq.given import check_seed, check_whole, path_of
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.progress import ProgressSetting
@@ -48,7 +49,7 @@ def calibrate(
     seed: int = 0,
     bins: int = 4,
     rows_per_bin: int = 512,
-    prompts_limit: int | None = None,
+    limit: int | None = None,
     arguments: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     device: str = AUTO,
@@ -71,7 +72,7 @@ def calibrate(
             same machine with the same number of threads.
         bins: timestep bins; the steps are divided equally among them.
         rows_per_bin: rows of each input that are kept as they are, a bin.
-        prompts_limit: use at most so many of the conditions.
+        limit: use at most so many of the conditions.
         arguments: further arguments of the pipeline's call, over the checkpoint's own defaults.
         dtype, device: of the model while it draws and while its inputs are read (see devices.py); sums are float32 there.
         moments: second moments by timestep bin or over all, see `collect_statistics`.
@@ -87,15 +88,15 @@ def calibrate(
             existing folder without `force` or `resume`, and when the folder cannot be written.
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
-    for name, value in (("bins", bins), ("rows_per_bin", rows_per_bin), ("prompts_limit", prompts_limit)):
-        if value is not None and value < 1:
-            raise DitqError(f"{name} is {value}; give at least 1")
+    for name, value in (("bins", bins), ("rows_per_bin", rows_per_bin), ("limit", limit)):
+        check_whole(name, value, 1)
+    check_seed(seed)
+    out = path_of("out", out)
     place = device_of(device)
     dtype = dtype or dtype_on(place)
     settings = SamplingSettings.for_checkpoint(checkpoint, steps, seed, arguments)
     check_arguments(pipeline_class(checkpoint), settings.arguments)
-    chosen = choose_conditions(checkpoint, conditions, prompts_limit)
-    out = Path(out)
+    chosen = choose_conditions(checkpoint, conditions, limit)
     with _working_folder(out, force=force, resume=resume) as folder:
         pipeline = checkpoint.load_pipeline(dtype=dtype)
         place_pipeline(pipeline, place)

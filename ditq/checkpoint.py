@@ -23,6 +23,7 @@ from torch import nn
 
 from ditq.errors import DitqError
 from ditq.families import CHANGING, Family, family_of
+from ditq.given import name_of, path_of
 from ditq.memory import free_memory, on_disk
 from ditq.nn.float32_parts import cast, stays_in_float32
 from ditq.quiet import quiet_libraries
@@ -79,8 +80,9 @@ class Checkpoint:
         Raises:
             DitqError: nothing there, no config, an unknown class, a damaged or incomplete set of files.
         """
+        root = path_of("checkpoint", path)
         name = str(path)
-        root = BUILT_IN.get(name, Path(path).expanduser())
+        root = BUILT_IN.get(name, root.expanduser())
         if not root.exists():
             known = ", ".join(BUILT_IN)
             raise DitqError(f"{name}: no such checkpoint; give a folder, a .safetensors file, or one of: {known}")
@@ -107,11 +109,13 @@ class Checkpoint:
         cls, name: str, root: Path, folder: Path, pipeline_root: Path | None = None, sampling: Any = None
     ) -> Checkpoint:
         if not any(folder.iterdir()):
-            raise DitqError(f"{name}: {folder.name}/ is empty; a checkpoint needs a config.json and safetensors files")
+            raise DitqError(
+                f"{name}: {name_of(folder)}/ is empty; a checkpoint needs a config.json and safetensors files"
+            )
         path = folder / "config.json"
         if not path.exists():
             raise DitqError(
-                f"{name}: no config.json in {folder.name}/; give a diffusers pipeline or transformer folder"
+                f"{name}: no config.json in {name_of(folder)}/; give a diffusers pipeline or transformer folder"
             )
         config = read_json(path)
         files = tuple(open_tensor_files(folder, name))

@@ -5,6 +5,7 @@ This file is the whole path at a glance; each step lives in its own module.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,12 +25,14 @@ from ditq.checkpoint import Checkpoint
 from ditq.devices import AUTO, device_of
 from ditq.errors import DitqError
 from ditq.export.engine import Engine
+from ditq.export.onnx_graph import Axes
 from ditq.export.plans.make import MadePlan, check_numbers, kinds_of_gpu, make_plans
 from ditq.export.plans.sizes import parse_sizes
 from ditq.export.targets import Target, target, targets
 from ditq.export.weights_file import WEIGHTS
 from ditq.export.write import check_replaceable, write_engine
 from ditq.folders import check_output, remove, work_folder
+from ditq.given import check_seed, check_whole, path_of
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.memory import peak_memory
@@ -117,12 +120,9 @@ def compile(
     Raises:
         DitqError: anything wrong with the checkpoint, recipe, prompts, statistics or output; nothing is left half-written.
     """
-    out = Path(out)
+    out = path_of("out", out)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    _check_processes(options)
-    device_of(options.device)
-    if options.offload not in OFFLOAD:
-        raise DitqError(unknown_key("offload", options.offload, list(OFFLOAD)))
+    _check_options(options)
     check_output(out, options.force)
     check_replaceable(out)
     wanted = target(options.target)
@@ -179,8 +179,8 @@ def compile(
             changing=checkpoint.changing if text_sites else None,
             force=options.force,
         )
-        if budget is not None and budget.kind == "size":
-            _check_size(engine, budget)
+        _note_fixed(engine, family.axes)
+        _check_size(engine, budget)
         clock.lap("export")
         plans: list[MadePlan] = []
         if gpus:
@@ -200,7 +200,7 @@ def take_part(
     Raises:
         DitqError: as `compile`, for what both read.
     """
-    _check_processes(options)
+    _check_options(options)
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     shared = max((number for number, step in enumerate(recipe.passes, 1) if isinstance(step, Distill)), default=0)
@@ -233,7 +233,17 @@ def _weights_folder(checkpoint: Checkpoint, work: Path, offload: str) -> Path | 
     return folder
 
 
-def _check_processes(options: CompileOptions) -> None:
+def _check_options(options: CompileOptions) -> None:
+    """Raise DitqError for what no compile takes, before anything is read or computed."""
+    if not isinstance(options, CompileOptions):
+        raise DitqError(f"options is a {type(options).__name__}; give ditq.CompileOptions(...)")
+    check_whole("limit", options.limit, 1)
+    check_seed(options.seed)
+    if not isinstance(options.budget, Budget | str | None):
+        raise DitqError(f"budget is {options.budget!r}; write it as a word, such as 'size=4.2MB' or 'bits=3.5'")
+    device_of(options.device)
+    if options.offload not in OFFLOAD:
+        raise DitqError(unknown_key("offload", options.offload, list(OFFLOAD)))
     if processes.count() > 1 and options.statistics is None:
         raise DitqError(
             f"{processes.count()} processes compile together and none calibrates: run `ditq calibrate` once and give --stats"
@@ -306,7 +316,7 @@ def _statistics(checkpoint: Checkpoint, work: Path, options: CompileOptions, nee
         steps=options.steps,
         device=options.device,
         seed=options.seed,
-        prompts_limit=options.limit,
+        limit=options.limit,
         resume=options.resume,
         progress=options.progress,
     )
@@ -352,10 +362,22 @@ def _fit(
                       progress=options.progress, device=device_of(options.device))  # fmt: skip
 
 
-def _check_size(engine: Engine, budget: Budget) -> None:
+def _note_fixed(engine: Engine, axes: Axes) -> None:
+    """Say on standard error which axes of the family's have one size only: what calls them otherwise will be refused."""
+    shapes = {entry["name"]: entry["shape"] for entry in engine.manifest["inputs"]}
+    for axis in engine.manifest["dropped_axes"]:
+        name, place = next((name, row.index(axis)) for name, row in axes.items() if axis in row and name in shapes)
+        print(
+            f"note: {engine.name}: takes {name} with {axis} {shapes[name][place]} only, since the forward of "
+            f"{engine.manifest['class_name']} turns that size into a number",
+            file=sys.stderr,
+        )
+
+
+def _check_size(engine: Engine, budget: Budget | None) -> None:
     """The sizes that formats were chosen by leave room for what the export adds; this is the proof that it was enough."""
     found = engine.files[WEIGHTS]["bytes"]
-    if found > budget.value:
+    if budget is not None and budget.kind == "size" and found > budget.value:
         remove(engine.folder)
         raise DitqError(f"budget {budget}: {WEIGHTS} has {found:,d} bytes, more than expected; ask for a little less")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ from ditq.export.arguments import is_part, unflatten
 from ditq.export.engine_files import check_external_data, check_files, check_plans
 from ditq.export.targets import PlannedMatMul
 from ditq.export.weights_file import WEIGHTS
+from ditq.given import path_of
 from ditq.nn.structural.ordered_tokens import OrderedTokens
 from ditq.nn.structural.sparse_attention import SparseAttention
 from ditq.numerics.timestep_bins import bins_of
@@ -73,8 +75,10 @@ class Engine:
         Raises:
             DitqError: no engine there; a file that is missing, changed or outside the folder; another format version.
         """
-        folder = Path(folder)
+        folder = path_of("engine", folder)
         manifest = _read_manifest(folder)
+        if folder.name in ("", ".."):  # which tell nothing of the engine, and something else from another folder
+            folder = Path(os.path.abspath(folder))
         engine = cls(folder, manifest)
         check_files(folder, manifest["files"], required=(*engine.graphs, WEIGHTS), verify=verify)
         check_plans(folder, engine.plans, engine.graphs, manifest["files"])

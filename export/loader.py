@@ -1,6 +1,7 @@
 """load_engine: an engine as the diffusers transformer that it was compiled from.
 
-pipeline = FluxPipeline.from_pretrained(checkpoint, transformer=load_engine("engine"))
+transformer = load_engine("engine")
+pipeline = FluxPipeline.from_pretrained(checkpoint, transformer=transformer, torch_dtype=transformer.dtype)
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from ditq.errors import DitqError
 from ditq.export.arguments import collect
 from ditq.export.engine import Engine
 from ditq.export.targets import USUAL, Runner, RunOptions, target
+from ditq.given import check_whole
+from ditq.nn.call_timestep import ARGUMENT
 from ditq.nn.structural.ordered_tokens import OrderedTokens, other_order
 from ditq.nn.structural.sparse_attention import SparseAttention, other_picture
 from ditq.numerics.token_layout import TokenLayout
@@ -49,8 +52,9 @@ def load_engine(
         decoded: weights lie decoded in the GPU's memory, in 8 bits, instead of being decoded at each call: of target `cuda`.
 
     Raises:
-        DitqError: not a sound engine (see `Engine.open`), or the target does not run here.
+        DitqError: not a sound engine (see `Engine.open`), `threads` below 1, or the target does not run here.
     """
+    check_whole("threads", threads, 1)
     return EngineTransformer(Engine.open(path), target, RunOptions(threads, decoded))
 
 
@@ -236,8 +240,20 @@ def _checked(
             if isinstance(axis, str) and sizes.setdefault(axis, (size, name))[0] != size:
                 first, where = sizes[axis]
                 raise DitqError(f"{engine}: axis '{axis}' is {first} in {where} but {size} in {name}")
-        inputs[name] = tensor.detach().to(device, getattr(torch, entry["dtype"])).contiguous()
+        dtype = getattr(torch, entry["dtype"])
+        if tensor.is_floating_point() and not dtype.is_floating_point:
+            _check_whole(tensor, dtype, name, engine)
+        inputs[name] = tensor.detach().to(device, dtype).contiguous()
     return inputs
+
+
+def _check_whole(tensor: Tensor, dtype: torch.dtype, name: str, engine: str) -> None:
+    """Raise DitqError for numbers that would become others without a word where the engine takes whole ones."""
+    changed = tensor[tensor.to(dtype).to(tensor.dtype) != tensor]
+    if changed.numel():
+        instead = "use a scheduler of whole timesteps, or compile it again" if name == ARGUMENT else "give such"
+        kind = str(dtype).removeprefix("torch.")
+        raise DitqError(f"{engine}: {name} holds {float(changed[0]):g}, but the engine takes {kind} there; {instead}")
 
 
 def _like(sample: Tensor, given: Tensor) -> Tensor:

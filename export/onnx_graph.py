@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ditq.errors import DitqError
 from ditq.export.arguments import Layout, flatten, unflatten
 from ditq.export.complex_numbers import has_complex, without_complex
+from ditq.export.kept_sizes import keeping_sizes
 from ditq.nn import exporting
 from ditq.quiet import quiet_libraries
 
@@ -200,7 +201,14 @@ def export_what_varies(model: nn.Module, inputs: Mapping[str, Any], axes: Axes) 
     varying = {
         name: {i: torch.export.Dim.AUTO for i, axis in enumerate(axes.get(name, ())) if axis} for name in tensors
     }
-    with torch.no_grad(), exporting(model), warnings.catch_warnings(), quiet_libraries(), _quiet_exporter():
+    with (
+        torch.no_grad(),
+        exporting(model),
+        keeping_sizes(model),
+        warnings.catch_warnings(),
+        quiet_libraries(),
+        _quiet_exporter(),
+    ):
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(wrapper, (tensors,), dynamic_shapes={"tensors": varying}, strict=False)

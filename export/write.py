@@ -25,6 +25,7 @@ from ditq.export.onnx_graph import OUTPUT, ROUNDED_ATTENTION, TOKEN_ATTENTION, A
 from ditq.export.targets import PlannedMatMul, target
 from ditq.export.text_graph import split_text
 from ditq.export.weights_file import WEIGHTS, write_weights
+from ditq.given import name_of
 from ditq.nn import QuantLinear, describe
 from ditq.nn.structural.scheduled_block import edges_of, only, patterns_of
 
@@ -103,7 +104,7 @@ def write_engine(
             "family": family,
             "class_name": class_name,
             "config": _portable(config),
-            "source": {"name": Path(name).name, "fingerprint": fingerprint},
+            "source": {"name": name_of(name), "fingerprint": fingerprint},
             "target": target_name,
             "recipe": dict(recipe),
             "inputs": described,

@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 
 import ditq
 from ditq.checkpoint import Checkpoint
-from ditq.compiler import CompileOptions
+from ditq.compiler import CompileOptions, _note_fixed
 from ditq.errors import DitqError, Interrupted
+from ditq.export import Engine
 from ditq.passes import quantize
 from ditq.report import engine_report, speed
 from tests.command_line import assert_refused, run
@@ -186,6 +187,11 @@ FAILURES = {
 }  # fmt: skip
 
 
+def test_an_engine_is_evaluated_by_its_path(uninterrupted: Path, pipeline: Path) -> None:
+    found = ditq.evaluate(uninterrupted, pipeline, steps=1, limit=1, conditions=PROMPTS)
+    assert found.engine == "engine" and len(found.prompts) == 1 and found.sites
+
+
 @pytest.mark.parametrize("case", FAILURES)
 def test_no_failure_leaves_half_an_engine(
     case: str, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -247,6 +253,15 @@ def test_a_forced_compile_that_fails_leaves_the_old_engine(
     command = ["compile", pipeline, "-o", uninterrupted, "--force", "--limit", 1, "--steps", 1]
     assert_refused(capsys, FULL, *command)
     assert _digests(uninterrupted) == before and len(files_below(uninterrupted.parent)) == 4
+
+
+def test_an_axis_that_the_export_fixed_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = [{"name": "hidden_states", "shape": [2, "image_tokens", 32]}]
+    manifest = {"dropped_axes": ["batch"], "inputs": inputs, "class_name": "Some2DModel"}
+    axes = {"guidance": ("batch",), "hidden_states": ("batch", "image_tokens", None)}
+    _note_fixed(Engine(Path("some/engine"), manifest), axes)
+    said = "note: engine: takes hidden_states with batch 2 only, since the forward of Some2DModel turns that size into a number"
+    assert capsys.readouterr().err == f"{said}\n"
 
 
 def test_an_unknown_target_is_refused_before_any_work(

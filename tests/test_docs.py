@@ -107,6 +107,14 @@ def test_every_command_line_uses_commands_and_options_that_exist(page: str, line
             pytest.fail(f"{page}: {line}: {error.format_message()}")
 
 
+def test_pipelines_around_an_engine_are_told_their_dtype() -> None:
+    """Else the text encoders keep the dtype that they were stored in, and a pipeline in float32 fails in the middle."""
+    calls = [
+        call for page in PAGES for call in re.findall(r"from_pretrained\([^)]*transformer=[^)]*\)", page.read_text())
+    ]
+    assert calls and all("torch_dtype=" in call for call in calls), calls
+
+
 def test_every_command_has_its_section() -> None:
     headings = re.findall(r"^## (.*)$", (ROOT / "docs" / "command-line.md").read_text(), re.MULTILINE)
     assert set(cli.commands) <= {name for heading in headings for name in heading.split(", ")}
@@ -161,7 +169,7 @@ def test_the_engine_page_names_every_field_family_and_target() -> None:
 
 
 # What a folder may import of ditq, from docs/architecture.md.
-HELPERS = {"errors", "formats", "processes", "progress", "quiet", "suggest"}
+HELPERS = {"errors", "formats", "given", "processes", "progress", "quiet", "suggest"}
 READ_OF_CALIBRATION = {
     "calibration.statistics",
     "calibration.input_statistics",

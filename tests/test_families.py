@@ -11,14 +11,14 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from ditq.export import model_agreement
+from ditq.export import load_engine, model_agreement
 from ditq.export.fusion import prove_fusion
 from ditq.export.onnx_graph import _choose_by_logic
 from ditq.graph import DiTGraph
 from ditq.parts import LinearModulation, NormModulation, TableModulation
 from ditq.pass_pipeline import run_passes
 from ditq.recipe import Recipe
-from tests.export.quantized import engine_of, quantize_blocks, shallow_model
+from tests.export.quantized import engine_of, quantize_blocks, relative, shallow_model
 from tests.families_small import OTHERS, forward, small_graph, small_inputs, statistics_of
 
 FOLDS = {"passes": [{"smooth": {"alpha": 0.5, "centre": True}}, {"rotate": {"mode": "block_hadamard", "block": 32}}]}
@@ -100,10 +100,20 @@ def test_an_output_that_reads_an_attention_in_two_parts_is_known_once() -> None:
 
 def test_an_engine_for_videos_runs_low_bit_at_other_lengths_and_sizes(tmp_path: Path) -> None:
     engine = engine_of(quantize_blocks(shallow_model("wan")), tmp_path / "engine")
-    assert not engine.manifest["dropped_axes"] and prove_fusion(engine).complete
+    assert prove_fusion(engine).complete
     inputs = small_inputs(shallow_model("wan"))
     inputs["hidden_states"] = torch.randn(2, 4, 2, 4, 12, generator=torch.Generator().manual_seed(0))
     assert model_agreement(engine, inputs).holds
+
+
+def test_an_engine_of_chroma_takes_any_number_of_samples(tmp_path: Path) -> None:
+    """Its time embedding makes a list of as many zeros as there are samples, which tracing would take for a constant."""
+    model = shallow_model("chroma", num_single_layers=0)
+    transformer = load_engine(engine_of(model, tmp_path / "engine").folder, threads=1)
+    for batch in (1, 3):
+        inputs = small_inputs(model, batch)
+        assert relative(transformer(**inputs).sample, forward(model, inputs)) < 1e-5
+    assert "forward" not in model.get_submodule("time_text_embed").__dict__  # the class's own again
 
 
 def test_a_choice_between_truth_values_becomes_logic() -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from ditq.errors import DitqError
+from ditq.given import MOST_SEED
 
-SEED = click.IntRange(min=0, max=2**62)  # seed + number of the prompt must fit 64 bits
+SEED = click.IntRange(min=0, max=MOST_SEED)
 DEVICE_HELP = (
     "Where the model draws and is read, and weights are rounded: cpu, cuda or cuda:N; auto: a GPU if there is one, where "
     "the model is in bfloat16."

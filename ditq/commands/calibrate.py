@@ -40,7 +40,7 @@ def calibrate(checkpoint: str, out: Path, prompts: Path | None, limit: int | Non
     from ditq.checkpoint import Checkpoint
 
     opened = Checkpoint.open(checkpoint)
-    found = run(opened, out, conditions=prompts, steps=steps, bins=bins, seed=seed, prompts_limit=limit,
+    found = run(opened, out, conditions=prompts, steps=steps, bins=bins, seed=seed, limit=limit,
                 arguments=arguments_of(settings), moments=moments, device=device, step_weights=step_weights, resume=resume,
                 force=force)  # fmt: skip
     count, steps_run = found.metadata["condition_count"], found.metadata["steps"]

@@ -38,6 +38,9 @@ from ditq.calibration.sampling import (
 from ditq.checkpoint import BUILT_IN, Checkpoint
 from ditq.devices import AUTO, device_of, dtype_on, place_pipeline
 from ditq.errors import DitqError
+from ditq.export.loader import load_engine
+from ditq.export.targets.torch import rebuild
+from ditq.given import check_seed, check_whole, name_of, path_of
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.parts import LinearModulation
@@ -68,7 +71,7 @@ class _Drawn:
 
 
 def evaluate(
-    engine: nn.Module,
+    engine: nn.Module | str | Path,
     checkpoint: Checkpoint | str | Path,
     *,
     conditions: Conditions | None = None,
@@ -84,7 +87,7 @@ def evaluate(
     """Measure what the engine loses against the checkpoint that it was made from.
 
     Args:
-        engine: callable like the checkpoint's transformer; it is put in its place in the pipeline.
+        engine: callable like the checkpoint's transformer, which is put in its place in the pipeline; or an engine folder.
         conditions: prompts or class labels, a file of them, a built-in set's name; None for held-out ones.
         steps: denoising steps; None for the checkpoint's own.
         seed: condition i draws its noise from seed + i, for both models.
@@ -97,8 +100,11 @@ def evaluate(
     Raises DitqError for conditions or settings that the pipeline does not take, and for latents that are not finite.
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
-    if limit < 1:
-        raise DitqError(f"limit is {limit}; evaluate at least one prompt")
+    check_whole("limit", limit, 1)
+    check_seed(seed)
+    if not isinstance(engine, nn.Module):
+        engine, name = load_engine(engine), name or name_of(path_of("engine", engine))
+        quantized = quantized or (rebuild(engine.engine) if layers else None)
     if conditions is None:
         chosen = heldout_conditions(checkpoint, limit)
     else:

@@ -67,7 +67,7 @@ def runner(engine: Engine, options: RunOptions = USUAL) -> Runner:
     turns = Turns(token_attentions(model).values())
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
-        with torch.inference_mode():
+        with torch.no_grad():  # not in inference mode, whose tensors refuse what a caller does to them in place
             turns.tell(inputs)
             return model(**unflatten(inputs, engine.manifest["layout"]), return_dict=False)[0]
 

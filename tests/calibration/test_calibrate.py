@@ -55,7 +55,7 @@ def interrupt_at(work: str, count: int, error: type[BaseException] = KeyboardInt
 
 
 def test_the_built_in_checkpoint_needs_no_settings_but_its_size(tmp_path: Path) -> None:
-    found = calibrate("mini", tmp_path / "stats", steps=STEPS, prompts_limit=1, bins=1, rows_per_bin=8)
+    found = calibrate("mini", tmp_path / "stats", steps=STEPS, limit=1, bins=1, rows_per_bin=8)
     assert found.metadata["checkpoint"]["fingerprint"] == mini().fingerprint()
     assert found.metadata["sampling_arguments"] == {**mini().sampling, "num_inference_steps": STEPS}
     # 64 image and 16 text tokens, two branches, two steps
@@ -172,7 +172,7 @@ def test_a_class_conditional_pipeline_takes_labels_from_a_file(tmp_path: Path) -
     checkpoint = saved_checkpoint("dit", tmp_path / "checkpoint")
     labels = tmp_path / "labels.txt"
     labels.write_text("7\n3\n9\n")
-    found = calibrate(checkpoint, tmp_path / "stats", labels, steps=STEPS, bins=1, prompts_limit=2)
+    found = calibrate(checkpoint, tmp_path / "stats", labels, steps=STEPS, bins=1, limit=2)
     assert (found.metadata["kind"], found.metadata["condition_count"]) == ("class", 2)
     # 16 tokens, both branches in one call
     assert int(found.groups["transformer_blocks.0.attn1.to_q"].count) == 16 * 2 * STEPS * 2
@@ -197,7 +197,7 @@ def test_the_default_conditions_fit_the_checkpoint(pixart: Checkpoint, tmp_path:
     ("settings", "words"),
     [
         ({"bins": 0}, "bins is 0; give at least 1"),
-        ({"prompts_limit": 0}, "prompts_limit is 0"),
+        ({"limit": 0}, "limit is 0"),
         ({"steps": 0}, "'num_inference_steps' is 0"),
         ({"arguments": {"guidance": 3}}, "has no sampling argument 'guidance'; did you mean 'guidance_scale'?"),
         ({"conditions": []}, "no prompts"),

@@ -91,7 +91,7 @@ def test_a_change_of_one_copy_at_one_step_is_followed_to_the_end() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights") / "stats"
-    calibrate("mini", folder, steps=5, prompts_limit=1, bins=2, rows_per_bin=8, step_weights=True, progress=False)
+    calibrate("mini", folder, steps=5, limit=1, bins=2, rows_per_bin=8, step_weights=True, progress=False)
     return folder
 
 
@@ -108,7 +108,7 @@ def test_on_the_built_in_model_every_step_counts_and_the_first_ones_most(folder:
 
 
 def test_they_are_the_same_each_time_and_added_to_a_folder_without(folder: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"steps": 5, "prompts_limit": 1, "bins": 2, "rows_per_bin": 8, "progress": False}
+    settings: dict[str, Any] = {"steps": 5, "limit": 1, "bins": 2, "rows_per_bin": 8, "progress": False}
     bare = calibrate("mini", tmp_path / "stats", **settings)
     assert bare.step_weights is None and not (tmp_path / "stats" / FILE).exists()
     with pytest.raises(
@@ -123,9 +123,7 @@ def test_they_are_the_same_each_time_and_added_to_a_folder_without(folder: Path,
 
 def test_a_finished_folder_is_not_probed_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ditq.calibration.calibrate.measure_step_weights", lambda *_, **__: pytest.fail("probed again"))
-    calibrate(
-        "mini", folder, steps=5, prompts_limit=1, bins=2, rows_per_bin=8, step_weights=True, progress=False, resume=True
-    )
+    calibrate("mini", folder, steps=5, limit=1, bins=2, rows_per_bin=8, step_weights=True, progress=False, resume=True)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"effect": [1], "share": []}', '{"effect": [-1], "share": [1]}'])

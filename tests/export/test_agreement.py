@@ -135,7 +135,7 @@ def test_the_built_in_model_agrees_up_to_ties_on_real_inputs(tmp_path: Path) -> 
     quantize = recipe["passes"][-1]["quantize"]
     coarse = {"select": "transformer_blocks.[345].*", "format": "w4a4"}
     quantize |= {"rounding": "nearest", "refine": 0, "rules": [coarse, *quantize["rules"]]}
-    settings: dict[str, Any] = {"steps": 4, "prompts_limit": 2, "bins": 1, "step_weights": False, "progress": False}
+    settings: dict[str, Any] = {"steps": 4, "limit": 2, "bins": 1, "step_weights": False, "progress": False}
     ditq.calibrate("mini-pixart", tmp_path / "stats", **settings)
     options = CompileOptions(statistics=tmp_path / "stats", progress=False)
     compiled = ditq.compile("mini-pixart", tmp_path / "engine", Recipe.from_dict(recipe, "both"), options).engine

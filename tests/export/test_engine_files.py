@@ -57,6 +57,15 @@ def with_external_data(folder: Path, **entries: str) -> None:
     manifest(folder, lambda value: value["files"].update({"model.onnx": hash_file(folder / "model.onnx")}))
 
 
+def test_an_engine_opened_as_a_dot_has_its_folders_name(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(engine)
+    for path in (".", "../engine", "../engine/"):
+        assert Engine.open(path).name == "engine"
+    monkeypatch.chdir(engine.parent)
+    opened = Engine.open("engine")
+    assert (opened.name, opened.folder) == ("engine", Path("engine"))
+
+
 def test_a_sound_copy_opens(engine: Path) -> None:
     assert Engine.open(engine).sites
 

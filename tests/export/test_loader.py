@@ -11,6 +11,7 @@ import torch
 
 from ditq.errors import DitqError
 from ditq.export import EngineTransformer, load_engine
+from ditq.export.loader import _checked
 from tests.export.quantized import engine_of, quantize_blocks, relative
 from tests.families_small import forward, small_inputs
 from tests.small_checkpoint import small_flux, write_pipeline
@@ -59,6 +60,24 @@ def test_shapes_outside_the_axes_are_named(flux: EngineTransformer, inputs: dict
         flux(**inputs | {"hidden_states": torch.zeros(2, 64, 31)})
     with pytest.raises(DitqError, match="axis 'image_tokens'"):
         flux(**inputs | {"img_ids": torch.zeros(9, 3)})
+
+
+def test_whole_numbers_are_taken_in_any_dtype_and_no_others() -> None:
+    """An engine whose example had int64, as DiT's once did, must not cut off what a scheduler gives it."""
+    inputs = [{"name": name, "dtype": "int64", "shape": ["batch"]} for name in ("timestep", "class_labels")]
+    given = {"timestep": torch.tensor([500.0, 499.0]), "class_labels": torch.tensor([3, 4], dtype=torch.int32)}
+    found = _checked(given, inputs, "engine")
+    assert found["timestep"].tolist() == [500, 499] and found["class_labels"].dtype == torch.int64
+    for name, value, says in (
+        ("timestep", 500.9, "use a scheduler of whole timesteps, or compile it again"),
+        ("class_labels", float("nan"), "give such"),
+    ):
+        with pytest.raises(
+            DitqError, match=f"^engine: {name} holds {value:g}, but the engine takes int64 there; {says}$"
+        ):
+            _checked({**given, name: torch.tensor([3.0, value])}, inputs, "engine")
+    mask = [{"name": "mask", "dtype": "bool", "shape": ["tokens"]}]
+    assert _checked({"mask": torch.tensor([1.0, 0.0])}, mask, "engine")["mask"].tolist() == [True, False]
 
 
 def test_decoded_weights_are_refused_where_there_is_one_form(flux: EngineTransformer) -> None:
@@ -113,4 +132,6 @@ def test_an_engine_is_not_saved_as_a_diffusers_model(flux: EngineTransformer, tm
 def test_the_torch_target_is_the_exact_meaning(flux: EngineTransformer, inputs: dict[str, Any]) -> None:
     exact = load_engine(flux.engine.folder, target="torch")
     expected = forward(quantize_blocks(small_flux(), weight_only=True), inputs)
-    assert relative(exact(**inputs).sample, expected) < 1e-6
+    found = exact(**inputs).sample
+    assert relative(found, expected) < 1e-6
+    assert torch.equal(found.mul_(1.0).requires_grad_(), found)  # an answer is a tensor like any other

@@ -44,7 +44,7 @@ def statistics(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="module")
 def mini_statistics(tmp_path_factory: pytest.TempPathFactory) -> Statistics:
     folder = tmp_path_factory.mktemp("reconstruct") / "mini"
-    return calibrate("mini", folder, steps=6, prompts_limit=6, progress=False)
+    return calibrate("mini", folder, steps=6, limit=6, progress=False)
 
 
 def _graph(checkpoint: Checkpoint) -> DiTGraph:
