@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,7 @@ EXAMPLE = "example.safetensors"
 TEXT_GRAPH = "text.onnx"
 FORMAT_VERSION = 1
 LARGEST_TIMESTEP = 1e9
+PLAIN = (bool, int, float, str)
 
 _KEYS: dict[str, type | tuple[type, ...]] = {
     "format_version": int,
@@ -94,6 +95,11 @@ class Engine:
     def config(self) -> dict[str, Any]:
         """The transformer's config.json."""
         return dict(self.manifest["config"])
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Plain numbers and words of the original's own, by name."""
+        return dict(self.manifest.get("attributes") or {})  # absent in engines from before they were kept
 
     @property
     def text(self) -> dict[str, Any] | None:
@@ -204,14 +210,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         (key for key, entries, wanted in _nested(manifest) for entry in entries if not _has(entry, wanted)), None
     ):
         raise DitqError(f"{path}: damaged (no valid '{bad}'); compile the engine again")
-    if manifest.get("schedule") is not None and not _is_schedule(manifest["schedule"]):
-        raise DitqError(f"{path}: damaged (no valid 'schedule'); compile the engine again")
+    for key, sound in _OPTIONAL.items():
+        if manifest.get(key) is not None and not sound(manifest[key]):
+            raise DitqError(f"{path}: damaged (no valid '{key}'); compile the engine again")
     if not all(_is_input(entry) for entry in manifest["inputs"]):
         raise DitqError(f"{path}: damaged (no valid 'inputs'); compile the engine again")
     if not all(is_part(part) for part in manifest["layout"].values()):
         raise DitqError(f"{path}: damaged (no valid 'layout'); compile the engine again")
-    if manifest.get("measured") is not None and not isinstance(manifest["measured"], dict):
-        raise DitqError(f"{path}: damaged (no valid 'measured'); compile the engine again")
     if not all(_tells_layout(part) for part in manifest["structure"].get("structural", [])):
         raise DitqError(f"{path}: damaged (no valid 'layout'); compile the engine again")
     return manifest
@@ -251,6 +256,17 @@ def _is_schedule(found: Any) -> bool:
     numbers = all(isinstance(edge, int | float) and abs(edge) <= LARGEST_TIMESTEP for edge in edges)
     falling = numbers and all(later < earlier for earlier, later in itertools.pairwise(edges))
     return falling and len(graphs) == len(edges) + 1 and all(isinstance(graph, str) for graph in graphs)
+
+
+def _are_plain(found: Any) -> bool:
+    return isinstance(found, dict) and all(isinstance(value, PLAIN) for value in found.values())
+
+
+_OPTIONAL: dict[str, Callable[[Any], bool]] = {
+    "schedule": _is_schedule,
+    "measured": lambda found: isinstance(found, dict),
+    "attributes": _are_plain,
+}
 
 
 def _nested(manifest: Mapping[str, Any]) -> list[tuple[str, list[Any], set[str]]]:

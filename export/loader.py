@@ -35,6 +35,8 @@ _ON_GPU = (
     "onnxruntime-cuda",
 )  # targets whose graphs are made for a GPU, which ditq's own kernels may run too
 _WITHOUT_GRAPH = ("cuda", "torch")
+# Argument -> how many classes it chooses from, by the config; diffusers' embeddings of them have one row more, for no class.
+_CLASSES = {"class_labels": "num_embeds_ada_norm"}
 
 
 def load_engine(
@@ -90,6 +92,16 @@ class EngineTransformer(ModelMixin):
         names = self.engine.manifest["arguments"]
         return Signature([Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in names])
 
+    def __getattr__(self, name: str) -> Any:
+        """A plain number of the original's, such as `inner_dim`, which some pipelines read beside its config."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            engine = self.__dict__.get("engine")  # none yet while it is made
+            if engine is None or name not in engine.attributes:
+                raise
+            return engine.attributes[name]
+
     def to(self, *arguments: Any, **keywords: Any) -> EngineTransformer:  # type: ignore[override]
         """Stays where it is: inputs are brought to it and the output goes back to their device and dtype."""
         return self
@@ -122,6 +134,7 @@ class EngineTransformer(ModelMixin):
         as_output = given.pop("return_dict", True)
         found = collect(given, self.engine.manifest["layout"], self.engine.name)
         check_picture(self.engine, given)
+        check_labels(self.engine, given)
         inputs = _checked(found, self.engine.manifest["inputs"], self.engine.name, self._device)
         sample = _like(self._run(inputs), next(iter(found.values())))
         return Transformer2DModelOutput(sample=sample) if as_output else (sample,)
@@ -135,6 +148,7 @@ def engine_inputs(engine: Engine, arguments: Mapping[str, Any]) -> dict[str, Ten
     """
     found = collect(arguments, engine.manifest["layout"], engine.name)
     check_picture(engine, arguments)
+    check_labels(engine, arguments)
     return _checked(found, engine.manifest["inputs"], engine.name)
 
 
@@ -166,6 +180,18 @@ def check_picture(engine: Engine, arguments: Mapping[str, Any]) -> None:
         grid = layout.grid(arguments)
         if made_for != (grid.height, grid.width):
             raise DitqError(f"{engine.name}: {said(made_for, (grid.height, grid.width))}")
+
+
+def check_labels(engine: Engine, arguments: Mapping[str, Any]) -> None:
+    """Raises DitqError for a class that the model does not know, which a runtime would look up beyond the end of its table."""
+    for name, classes in _CLASSES.items():
+        given, known = arguments.get(name), engine.config.get(classes)
+        if not isinstance(given, Tensor) or not isinstance(known, int):
+            continue
+        wrong = given[(given < 0) | (given > known)]
+        if wrong.numel():
+            knows = f"classes 0 to {known - 1}, and {known} for none"
+            raise DitqError(f"{engine.name}: {name} holds {wrong[0].item()}, but the model knows {knows}")
 
 
 def _opened(engine: Engine, name: str, options: RunOptions) -> tuple[str, Runner]:

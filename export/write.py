@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch import nn
 
 from ditq.errors import DitqError
 from ditq.export.arguments import flatten
-from ditq.export.engine import EXAMPLE, FORMAT_VERSION, GRAPH, MANIFEST, TEXT_GRAPH, Engine, as_json, first_line
+from ditq.export.engine import EXAMPLE, FORMAT_VERSION, GRAPH, MANIFEST, PLAIN, TEXT_GRAPH, Engine, as_json, first_line
 from ditq.export.engine_files import hash_file
 from ditq.export.onnx_graph import OUTPUT, ROUNDED_ATTENTION, TOKEN_ATTENTION, Axes, export_what_varies
 from ditq.export.targets import PlannedMatMul, target
@@ -111,6 +112,7 @@ def write_engine(
             "output": OUTPUT,
             "layout": flatten(inputs)[1],
             "arguments": _arguments(model),
+            "attributes": _attributes(model),
             "dropped_axes": dropped,
             "sizes": {axis: list(three) for axis, three in (sizes or {}).items()},
             "picture": None if picture is None else list(picture),
@@ -213,6 +215,17 @@ def _arguments(model: nn.Module) -> list[str]:
     """The forward's arguments in order, for positional calls."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [name for name, parameter in inspect.signature(model.forward).parameters.items() if parameter.kind in kinds]
+
+
+def _attributes(model: nn.Module) -> dict[str, Any]:
+    """Plain numbers and words of the model's own, some of which pipelines read beside its config."""
+    own = {name: value for name, value in vars(model).items() if not name.startswith("_") and name != "training"}
+    return {
+        name: value
+        for name, value in own.items()
+        if isinstance(value, PLAIN)
+        and not (isinstance(value, float) and not math.isfinite(value))  # JSON has no others
+    }
 
 
 def _portable(config: Mapping[str, Any]) -> dict[str, Any]:

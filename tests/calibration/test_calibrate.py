@@ -196,7 +196,7 @@ def test_the_default_conditions_fit_the_checkpoint(pixart: Checkpoint, tmp_path:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"bins": 0}, "bins is 0; give at least 1"),
+        ({"bins": 0}, "bins is 0; give a whole number of at least 1"),
         ({"limit": 0}, "limit is 0"),
         ({"steps": 0}, "'num_inference_steps' is 0"),
         ({"arguments": {"guidance": 3}}, "has no sampling argument 'guidance'; did you mean 'guidance_scale'?"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 
 from ditq.errors import DitqError
 from ditq.export import load_engine
@@ -17,6 +18,7 @@ from ditq.export.engine import Engine
 from ditq.export.engine_files import hash_file
 from ditq.export.write import write_engine
 from tests.export.quantized import engine_of, quantize_blocks, shallow_model
+from tests.families_small import small_inputs
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,31 @@ def test_an_engine_opened_as_a_dot_has_its_folders_name(engine: Path, monkeypatc
     monkeypatch.chdir(engine.parent)
     opened = Engine.open("engine")
     assert (opened.name, opened.folder) == ("engine", Path("engine"))
+
+
+def test_a_label_of_no_class_is_refused_in_one_line(sound: Path) -> None:
+    inputs = small_inputs(shallow_model("dit"))
+    for target in ("onnxruntime-cpu", "torch"):
+        loaded = load_engine(sound, target)
+        loaded(
+            **inputs | {"class_labels": torch.tensor([9, 10])}
+        )  # the last is that of no class, which guidance asks for
+        for label in (11, -1):
+            says = f"^sound: class_labels holds {label}, but the model knows classes 0 to 9, and 10 for none$"
+            with pytest.raises(DitqError, match=says):
+                loaded(**inputs | {"class_labels": torch.tensor([0, label])})
+
+
+def test_plain_numbers_of_the_original_are_those_of_the_engine(engine: Path) -> None:
+    """HunyuanDiT's pipeline makes its rotations from `inner_dim` and `num_heads`, which no config has."""
+    loaded = load_engine(engine)
+    assert (loaded.inner_dim, loaded.height) == (64, 8)
+    with pytest.raises(AttributeError, match="no attribute 'num_heads'"):
+        _ = loaded.num_heads
+    manifest(engine, lambda value: value.pop("attributes"))  # as engines were before there were such
+    assert not hasattr(load_engine(engine), "inner_dim")
+    manifest(engine, lambda value: value.update(attributes={"inner_dim": [64]}))
+    refused(engine, "damaged (no valid 'attributes')")
 
 
 def test_a_sound_copy_opens(engine: Path) -> None:

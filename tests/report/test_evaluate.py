@@ -193,7 +193,7 @@ def test_at_most_the_asked_number_is_drawn(checkpoint: Checkpoint, tmp_path: Pat
         checkpoint.load_model(), checkpoint, conditions=tmp_path / "prompts.txt", steps=1, limit=1, layers=False, seed=5
     )
     assert [(result.condition, result.seed) for result in found.prompts] == [(PROMPTS[0], 5)]
-    with pytest.raises(DitqError, match="at least one prompt"):
+    with pytest.raises(DitqError, match="limit is 0; give a whole number"):
         evaluate(nn.Identity(), checkpoint, limit=0)
 
 
