@@ -113,7 +113,9 @@ def _of_blocks(
         seen = on(queries, made.seen)[some]
         mask = torch.cat([seen, seen.new_ones(*seen.shape[:2], common_key.shape[-2])], -1)[None]
     query, key, value = (part.flatten(0, 1) for part in parts)  # [B h, T, Q, d], T in the place of heads
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).reshape(queries.shape)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).unflatten(
+        0, queries.shape[:2]
+    )
 
 
 def in_blocks(tokens: Tensor, made: Blocks) -> Tensor:

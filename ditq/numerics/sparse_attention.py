@@ -169,7 +169,9 @@ def _of_some(
         parts.append(torch.cat([_of_tiles(tiled, seen), everywhere], -2))
     added = None if mask is None else mask[..., None, :].flatten(0, 1).to(queries.dtype)
     query, key, value = (part.flatten(0, 1) for part in parts)  # T in the place of heads
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale).reshape(queries.shape)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=added, scale=scale).unflatten(
+        0, queries.shape[:2]
+    )
 
 
 def _mask(made: Tiles, seen: Tensor, text: int, grid: Grid, tile: int, means: bool) -> Tensor | None:
