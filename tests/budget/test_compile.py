@@ -22,7 +22,8 @@ from ditq.recipe import Recipe, load_recipe
 from tests.command_line import assert_refused, run
 from tests.small_checkpoint import files_below, write_pipeline, write_transformer
 
-UNWRITTEN = SimpleNamespace(manifest={"inputs": [], "dropped_axes": []})  # in the place of an engine, which takes long
+# In the place of an engine, whose export takes long.
+UNWRITTEN = SimpleNamespace(manifest={"inputs": [], "dropped_axes": []}, files={"weights.safetensors": {"bytes": 0}})
 PROMPTS = ["red apple, fluent 3d", "dog, noto"]
 
 
