@@ -159,10 +159,13 @@ def test_attentions_side_by_side_in_one_output_are_both_smoothed() -> None:
     graph, expected = DiTGraph(model, {"hidden_states": x}), model(x)[0]
     context = Context(statistics_of(graph, inputs=[{"hidden_states": x}]))
     out = graph.groups[graph.sites["blocks.0.out"].group].name
-    Smooth().run(graph, context)
+    rows = [row for row in Smooth().run(graph, context).rows if row["group"] == out]
     assert relative(model(x)[0], expected) < 1e-5
     inverse = context.change(out).inverse_scale
     assert inverse is not None and bool((inverse != 1).all())  # of the channels of both
+    for row, part in zip(rows, (slice(0, 32), slice(32, 64)), strict=True):
+        absmax = context.statistics(out).absmax_all[part]
+        assert row["spread after"] == pytest.approx(float(absmax.max() / absmax.median()))
     seen: list[Tensor] = []
     model.get_submodule("blocks.0.out").register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
     model(x)
