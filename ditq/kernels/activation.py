@@ -20,7 +20,8 @@ def _tanh(t):
 def activated(z, ACTIVATION: tl.constexpr):
     """The activation of float32 z; '' is none."""
     if ACTIVATION == "gelu_tanh":
-        z = 0.5 * z * (1.0 + _tanh(z * (0.7978845608028654 + 0.035677408136300125 * z * z)))
+        half = 0.5 * z
+        z = half + half * _tanh(z * (0.7978845608028654 + 0.035677408136300125 * (z * z)))
     elif ACTIVATION == "gelu":
         z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     elif ACTIVATION == "silu":

@@ -24,7 +24,7 @@ from ditq.numerics.attention_rounding import FLOAT8, LARGEST, rotation_of_heads
 from ditq.numerics.carrier import E4M3
 
 _LARGEST = tl.constexpr(LARGEST[FLOAT8])
-TOKENS, HEADS, WARPS = 16, 4, 4  # of a program
+TOKENS, HEADS, WARPS = 64, 4, 8  # of a program; fewer tokens would be multiplied without the tensor cores' larger tiles
 _LEAST = 16  # channels of a padded head that tensor cores multiply
 
 
@@ -48,17 +48,20 @@ def heads_kernel(
     place = first + token
     of_x = sample * x_sample + token.to(tl.int64)[:, None] * x_token + channel
     of_y = (sample * all_tokens + place)[:, None] * (heads * d) + channel
-    if ROTARY:
+    w_even, w_odd = 1.0, 1.0
+    if WEIGHT:
+        w_even, w_odd = _pairs(tl.load(weight + channel, mask=channel < d, other=0.0), 1, WIDTH)
+    if ROTARY:  # the same for all heads, with the norm's weight in it
         at = place[:, None] * d + channel
         cos_even, cos_odd = _pairs(tl.load(cos + at, mask=inside, other=0.0), TOKENS, WIDTH)
         sin_even, sin_odd = _pairs(tl.load(sin + at, mask=inside, other=0.0), TOKENS, WIDTH)
-    if WEIGHT:
-        w_even, w_odd = _pairs(tl.load(weight + channel, mask=channel < d, other=0.0), 1, WIDTH)
+        cos_even, cos_odd, sin_even, sin_odd = cos_even * w_even, cos_odd * w_odd, sin_even * w_odd, sin_odd * w_even
     if ROTATED:
         row = tl.arange(0, WIDTH)[:, None]
         signs = tl.load(matrix + row * d + channel, mask=(row < d) & (channel < d), other=0.0)
+    times = size
     if ROUND:
-        times = tl.load(factor)
+        times *= tl.load(factor)
     for i in range(HEADS):
         head = tl.program_id(1) * HEADS + i
         here = (token < tokens)[:, None] & (channel < tl.where(head < heads, d, 0))
@@ -66,15 +69,17 @@ def heads_kernel(
         if NORM:
             spread = tl.rsqrt(tl.sum(even * even + odd * odd, 1) / d + epsilon)[:, None]
             even, odd = even * spread, odd * spread
-        if WEIGHT:
-            even, odd = even * w_even, odd * w_odd
         if ROTARY:
             even, odd = even * cos_even - odd * sin_even, odd * cos_odd + even * sin_odd
+        elif WEIGHT:
+            even, odd = even * w_even, odd * w_odd
         z = tl.reshape(tl.join(even, odd), (TOKENS, WIDTH))
         if ROTATED:
-            z = tl.dot(z.to(tl.bfloat16), signs) * size
+            z = tl.dot(z.to(tl.bfloat16), signs)
+        if ROTATED or ROUND:
+            z *= times
         if ROUND:
-            z = tl.minimum(tl.maximum(z * times, -_LARGEST), _LARGEST)
+            z = tl.clamp(z, -_LARGEST, _LARGEST)
         tl.store(y + of_y + head * d, z.to(y.dtype.element_ty), mask=here)
 
 

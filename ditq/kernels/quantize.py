@@ -49,8 +49,8 @@ def _rotated(z, matrix, SIGNS: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def _nearest(x):
-    """x to the next whole number, half to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no room for a fraction."""
-    return (x + 12582912.0) - 12582912.0
+    """The next whole number, half to even, in the low 22 bits, for |x| < 2^21: beside 1.5 * 2^23 a fraction has no room."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -66,15 +66,16 @@ def _sums(left, left_squares, right, right_squares):
 
 
 @triton.jit
-def _moments(away, squares, pivot, epsilon, n: tl.constexpr):
+def _moments(away, squares, epsilon, n: tl.constexpr):
     """(mean, 1 / standard deviation) as a layer norm has them, of sums [ROWS, B] of z - pivot and of its square.
 
-    The pivot is the token's first channel, so that a mean far from 0 does not cost the digits of the variance.
+    The pivot is the token's first channel, so that a mean far from 0 does not cost the digits of the variance. It is what
+    the mean is away from it.
     """
     away, squares = tl.reduce((away, squares), 1, _sums)
     away, squares = tl.reduce((away, squares), 0, _sums)
     away = away / n
-    return pivot + away, tl.rsqrt(tl.maximum(squares / n - away * away, 0.0) + epsilon)
+    return away, tl.rsqrt(tl.maximum(squares / n - away * away, 0.0) + epsilon)
 
 
 @triton.jit
@@ -86,25 +87,28 @@ def _read(x, channel, inside, times, TIMES: tl.constexpr):
 
 
 @triton.jit
-def _modulation(piece, sample, channel, inside, n: tl.constexpr, GIVEN: tl.constexpr):
-    return tl.load(piece + sample * n + channel, mask=inside, other=0.0) if GIVEN else 0.0
+def _modulation(piece, sample, channel, inside, n: tl.constexpr, BEYOND: tl.constexpr, GIVEN: tl.constexpr):
+    return tl.load(piece + sample * n + channel, mask=inside, other=BEYOND) if GIVEN else 0.0
 
 
 @triton.jit
 def _moved(
-    z, i, channel, inside, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
+    z, i, channel, inside, pivot, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
     a: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr,
     SCALED: tl.constexpr, SHIFTED: tl.constexpr, STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr,
     START: tl.constexpr, STOP: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the token as they came -> as they are after the first step of the rotation, or without one after all of it.
+    """Rows of the token as they came -> as they are after the first step of the rotation, but for a factor of all, or
+    without one after all of it.
 
-    gamma, beta: of these channels.
+    gamma, beta: of these channels; gamma is -1 where there is none, which leaves 0 of what the norm made there.
     """
     if not HALF:
         z = z.to(tl.float32)
     if NORM:
-        z = tl.where(inside, (z.to(tl.float32) - mean) * spread, 0.0)
+        z = (z.to(tl.float32) - pivot) * spread - mean * spread
+        if not GAMMA:
+            z = tl.where(inside, z, 0.0)
     if GAMMA:
         z = z * (1.0 + gamma.to(tl.float32))
     if BETA:
@@ -118,43 +122,52 @@ def _moved(
     if STEPS == 2:
         z = _rotated(z, matrix, SIGNS, HALF)
     elif STEPS == 1:
-        rotated = _rotated(z, matrix, SIGNS, HALF) * size
+        rotated = _rotated(z, matrix, SIGNS, HALF)
         if START == 0 and STOP == a:
             z = rotated
         else:
-            z = tl.where((i >= START) & (i < STOP), rotated, z.to(tl.float32))
+            z = tl.where((i >= START) & (i < STOP), rotated * size, z.to(tl.float32))
     return z.to(tl.float32)
 
 
 @triton.jit
-def _magnitude(z, inside, offset, GRID: tl.constexpr):
-    """What the largest of decides on the scale of a token."""
-    return tl.where(inside, z + offset, float("-inf")) if GRID == "unsigned" else tl.abs(z)
+def _magnitude(z, inside, factor, offset, GRID: tl.constexpr):
+    """What the largest of decides on the scale, of z times the factor."""
+    return tl.where(inside, z * factor + offset, float("-inf")) if GRID == "unsigned" else tl.abs(z)
+
+
+@triton.jit
+def _scale(largest, factor, divisor, GRID: tl.constexpr):
+    """Of such a largest."""
+    if GRID != "unsigned":
+        largest *= factor
+    return tl.maximum(largest / divisor, _SMALLEST)
 
 
 @triton.jit
 def _written(
-    z, channel, inside, row, there, token, s, q, scales, kept, offset, maximum, n: tl.constexpr, a: tl.constexpr,
-    GRID: tl.constexpr, GRANULARITY: tl.constexpr, KEEP: tl.constexpr,
+    z, channel, inside, row, there, token, s, q, scales, kept, factor, offset, n: tl.constexpr, a: tl.constexpr,
+    GRID: tl.constexpr, MAXIMUM: tl.constexpr, GRANULARITY: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Store rows of the transformed token, and their numbers at scale s, one for all or with groups [ROWS] one a row."""
+    """Store rows z of the token, times the factor, and their numbers at scale s, one for all or with groups [ROWS] one a row."""
     if KEEP:
-        tl.store(kept + token * n + channel, z.to(kept.dtype.element_ty), mask=inside)
+        tl.store(kept + token * n + channel, (z * factor).to(kept.dtype.element_ty), mask=inside)
     if GRID != "":
         if GRID == "unsigned":
-            z = tl.where(inside, z + offset, 0.0)
+            z = tl.where(inside, z * factor + offset, 0.0)
+            factor = 1.0
         if GRANULARITY == "group":
-            steps = z * (1.0 / s)[:, None]
+            steps = z * (factor / s)[:, None]
         else:
-            steps = z * (1.0 / s)
+            steps = z * (factor / s)
         if GRID == "midrise":
-            number = 2.0 * _nearest(tl.minimum(tl.maximum(steps - 0.5, -maximum), maximum - 1.0)) + 1.0
+            number = 2 * _nearest(tl.clamp(steps - 0.5, -MAXIMUM, MAXIMUM - 1.0)) + 1
         elif GRID == "unsigned":
-            number = _nearest(tl.minimum(tl.maximum(steps, 0.0), maximum))
+            number = _nearest(tl.clamp(steps, 0.0, MAXIMUM))
         elif GRID == "float8_e4m3":
-            number = tl.minimum(tl.maximum(steps, -maximum), maximum)
+            number = tl.clamp(steps, -MAXIMUM, MAXIMUM)
         else:
-            number = _nearest(tl.minimum(tl.maximum(steps, -maximum), maximum))
+            number = _nearest(tl.clamp(steps, -MAXIMUM, MAXIMUM))
         tl.store(q + token * n + channel, number.to(q.dtype.element_ty), mask=inside)
         if GRANULARITY == "group":
             tl.store(scales + token * a + row, s * 0.5 if GRID == "midrise" else s, mask=there)
@@ -162,9 +175,9 @@ def _written(
 
 @triton.jit
 def _sizes(
-    largest, x, times, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size, offset, start: tl.constexpr,
-    stop: tl.constexpr, n: tl.constexpr, a: tl.constexpr, b: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr,
-    NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr,
+    largest, x, times, sample, pivot, mean, spread, gamma, beta, inverse_scale, shift, matrix, size, factor, offset,
+    start: tl.constexpr, stop: tl.constexpr, n: tl.constexpr, a: tl.constexpr, b: tl.constexpr, ROWS: tl.constexpr,
+    B: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr,
     SHIFTED: tl.constexpr, STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr, START: tl.constexpr,
     STOP: tl.constexpr, GRID: tl.constexpr, TIMES: tl.constexpr,
 ):  # fmt: skip
@@ -172,63 +185,63 @@ def _sizes(
     for chunk in range((stop - start + ROWS - 1) // ROWS):
         i, channel, inside = _places(chunk, start, stop, b, ROWS, B)
         z = _read(x, channel, inside, times, TIMES)
-        factor = _modulation(gamma, sample, channel, inside, n, GAMMA)
-        summand = _modulation(beta, sample, channel, inside, n, BETA)
-        z = _moved(z, i, channel, inside, mean, spread, factor, summand, inverse_scale, shift, matrix, size, a, NORM,
+        scaled = _modulation(gamma, sample, channel, inside, n, -1.0, GAMMA)
+        added = _modulation(beta, sample, channel, inside, n, 0.0, BETA)
+        z = _moved(z, i, channel, inside, pivot, mean, spread, scaled, added, inverse_scale, shift, matrix, size, a, NORM,
                    GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP)  # fmt: skip
-        largest = tl.maximum(largest, _magnitude(z, inside, offset, GRID))
+        largest = tl.maximum(largest, _magnitude(z, inside, factor, offset, GRID))
     return largest
 
 
 @triton.jit
 def _rounded(
-    x, times, s, token, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales, kept, size, epsilon,
-    divisor, offset, maximum, start: tl.constexpr, stop: tl.constexpr, n: tl.constexpr, a: tl.constexpr, b: tl.constexpr,
-    ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr,
-    SCALED: tl.constexpr, SHIFTED: tl.constexpr, STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr,
-    START: tl.constexpr, STOP: tl.constexpr, GRID: tl.constexpr, GRANULARITY: tl.constexpr, KEEP: tl.constexpr,
-    WHOLE: tl.constexpr, TIMES: tl.constexpr,
+    x, times, s, token, sample, pivot, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales, kept, size,
+    factor, epsilon, divisor, offset, start: tl.constexpr, stop: tl.constexpr, n: tl.constexpr, a: tl.constexpr,
+    b: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr,
+    ACTIVATION: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr,
+    START: tl.constexpr, STOP: tl.constexpr, GRID: tl.constexpr, MAXIMUM: tl.constexpr, GRANULARITY: tl.constexpr,
+    KEEP: tl.constexpr, WHOLE: tl.constexpr, TIMES: tl.constexpr,
 ):  # fmt: skip
     """Store rows start to stop, whose channels lie at x, and return their scale. WHOLE: they are all of a token."""
     for chunk in range((stop - start + ROWS - 1) // ROWS):
         i, channel, inside = _places(chunk, start, stop, b, ROWS, B)
         z = _read(x, channel, inside, times, TIMES)
         # Asked for before the norm is known, for which all of the token is waited for.
-        factor = _modulation(gamma, sample, channel, inside, n, GAMMA)
-        summand = _modulation(beta, sample, channel, inside, n, BETA)
+        scaled = _modulation(gamma, sample, channel, inside, n, -1.0, GAMMA)
+        added = _modulation(beta, sample, channel, inside, n, 0.0, BETA)
         if NORM and WHOLE:
-            pivot = tl.load(x).to(tl.float32)
             away = tl.where(inside, z.to(tl.float32) - pivot, 0.0)
-            mean, spread = _moments(away, away * away, pivot, epsilon, n)
-        z = _moved(z, i, channel, inside, mean, spread, factor, summand, inverse_scale, shift, matrix, size, a, NORM,
+            mean, spread = _moments(away, away * away, epsilon, n)
+        z = _moved(z, i, channel, inside, pivot, mean, spread, scaled, added, inverse_scale, shift, matrix, size, a, NORM,
                    GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP)  # fmt: skip
         if STEPS == 2:
             k, c = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
             other = tl.load(second + k * a + c, mask=(k < a) & (c < a), other=0.0)
-            z = _rotated(z.T, other, SIGNS, False) * size
+            z = _rotated(z.T, other, SIGNS, False)
             i, j = tl.arange(0, B)[:, None], tl.arange(0, ROWS)[None, :]  # it lies transposed now
             channel, inside = i * a + j, (i < b) & (j < a)
         if WHOLE and GRANULARITY == "token":
-            s = tl.maximum(tl.max(tl.max(_magnitude(z, inside, offset, GRID), 1), 0) / divisor, _SMALLEST)
+            s = _scale(tl.max(tl.max(_magnitude(z, inside, factor, offset, GRID), 1), 0), factor, divisor, GRID)
         row = start + chunk * ROWS + tl.arange(0, ROWS)
         if GRANULARITY == "group":
-            each = tl.maximum(tl.max(_magnitude(z, inside, offset, GRID), 1) / divisor, _SMALLEST)
-            _written(z, channel, inside, row, row < stop, token, each, q, scales, kept, offset, maximum, n, a, GRID,
-                     GRANULARITY, KEEP)  # fmt: skip
+            each = _scale(tl.max(_magnitude(z, inside, factor, offset, GRID), 1), factor, divisor, GRID)
+            _written(z, channel, inside, row, row < stop, token, each, q, scales, kept, factor, offset, n, a, GRID,
+                     MAXIMUM, GRANULARITY, KEEP)  # fmt: skip
         else:
-            _written(z, channel, inside, row, row < stop, token, s, q, scales, kept, offset, maximum, n, a, GRID,
-                     GRANULARITY, KEEP)  # fmt: skip
+            _written(z, channel, inside, row, row < stop, token, s, q, scales, kept, factor, offset, n, a, GRID,
+                     MAXIMUM, GRANULARITY, KEEP)  # fmt: skip
     return s
 
 
 @triton.jit
 def quantize_kernel(
     x, tail, gamma, beta, inverse_scale, shift, first, second, calibrated, limits, q, scales, kept, times,
-    size, epsilon, maximum, tokens_a_sample, x_row, tail_row,
+    size, epsilon, tokens_a_sample, x_row, tail_row,
     n: tl.constexpr, a: tl.constexpr, b: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr,
     GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
     STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr, START: tl.constexpr, STOP: tl.constexpr,
-    GRID: tl.constexpr, GRANULARITY: tl.constexpr, KEEP: tl.constexpr, OWN: tl.constexpr, TIMES: tl.constexpr,
+    GRID: tl.constexpr, MAXIMUM: tl.constexpr, GRANULARITY: tl.constexpr, KEEP: tl.constexpr, OWN: tl.constexpr,
+    TIMES: tl.constexpr,
 ):  # fmt: skip
     """One token, in chunks of ROWS rows of b channels. B: b padded to a power of two. GRID '': only `kept` is written.
 
@@ -249,36 +262,39 @@ def quantize_kernel(
     if STEPS > 0:
         p, r = tl.arange(0, B)[:, None], tl.arange(0, B)[None, :]
         matrix = tl.load(first + p * b + r, mask=(p < b) & (r < b), other=0.0)
-    mean, spread = 0.0, 1.0
-    if NORM and not WHOLE:
+    factor = size if STEPS == 2 or (STEPS == 1 and START == 0 and STOP == a) else 1.0
+    pivot, mean, spread = 0.0, 0.0, 1.0
+    if NORM:
         pivot = tl.load(x).to(tl.float32)
+    if NORM and not WHOLE:
         away, squares = tl.zeros((ROWS, B), tl.float32), tl.zeros((ROWS, B), tl.float32)
         for chunk in range((a + ROWS - 1) // ROWS):
             _, channel, inside = _places(chunk, 0, a, b, ROWS, B)
             z = tl.where(inside, tl.load(x + channel, mask=inside, other=0.0).to(tl.float32) - pivot, 0.0)
             away += z
             squares += z * z
-        mean, spread = _moments(away, squares, pivot, epsilon, n)
+        mean, spread = _moments(away, squares, epsilon, n)
     s = 1.0
     if GRANULARITY == "tensor":
         s = tl.load(calibrated)
     if GRANULARITY == "token" and not WHOLE:
         largest = tl.full((ROWS, B), float("-inf"), tl.float32)
-        largest = _sizes(largest, x, times, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size, offset, 0,
-                         OWN, n, a, b, ROWS, B, NORM, GAMMA, BETA, OF_X, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP,
-                         GRID, TIMES)  # fmt: skip
+        largest = _sizes(largest, x, times, sample, pivot, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
+                         factor, offset, 0, OWN, n, a, b, ROWS, B, NORM, GAMMA, BETA, OF_X, SCALED, SHIFTED, STEPS, SIGNS,
+                         HALF, START, STOP, GRID, TIMES)  # fmt: skip
         if OWN < a:
-            largest = _sizes(largest, tail, times, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
-                             offset, OWN, a, n, a, b, ROWS, B, NORM, GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS,
+            largest = _sizes(largest, tail, times, sample, pivot, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
+                             factor, offset, OWN, a, n, a, b, ROWS, B, NORM, GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS,
                              SIGNS, HALF, START, STOP, GRID, False)  # fmt: skip
-        s = tl.maximum(tl.max(tl.max(largest, 1), 0) / divisor, _SMALLEST)
-    s = _rounded(x, times, s, token, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales, kept,
-                 size, epsilon, divisor, offset, maximum, 0, OWN, n, a, b, ROWS, B, NORM, GAMMA, BETA, OF_X, SCALED, SHIFTED,
-                 STEPS, SIGNS, HALF, START, STOP, GRID, GRANULARITY, KEEP, WHOLE, TIMES)  # fmt: skip
+        s = _scale(tl.max(tl.max(largest, 1), 0), factor, divisor, GRID)
+    s = _rounded(x, times, s, token, sample, pivot, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales,
+                 kept, size, factor, epsilon, divisor, offset, 0, OWN, n, a, b, ROWS, B, NORM, GAMMA, BETA, OF_X, SCALED,
+                 SHIFTED, STEPS, SIGNS, HALF, START, STOP, GRID, MAXIMUM, GRANULARITY, KEEP, WHOLE, TIMES)  # fmt: skip
     if OWN < a:
-        s = _rounded(tail, times, s, token, sample, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales,
-                     kept, size, epsilon, divisor, offset, maximum, OWN, a, n, a, b, ROWS, B, NORM, GAMMA, BETA, ACTIVATION,
-                     SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP, GRID, GRANULARITY, KEEP, WHOLE, False)  # fmt: skip
+        s = _rounded(tail, times, s, token, sample, pivot, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q,
+                     scales, kept, size, factor, epsilon, divisor, offset, OWN, a, n, a, b, ROWS, B, NORM, GAMMA, BETA,
+                     ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP, GRID, MAXIMUM, GRANULARITY, KEEP, WHOLE,
+                     False)  # fmt: skip
     if GRANULARITY != "group" and GRID != "":
         tl.store(scales + token, s * 0.5 if GRID == "midrise" else s)
 
@@ -337,7 +353,7 @@ def arguments(
         plan.limits, q, scales, kept, times,
     )  # fmt: skip
     values: list[Tensor | int | float] = [x if tensor is None else tensor for tensor in given]
-    values += [plan.size, before.epsilon, float(form.maximum if q is not None else 1), tokens_a_sample]
+    values += [plan.size, before.epsilon, tokens_a_sample]
     values += [x.stride(0), 0 if tail is None else tail.stride(0)]
     cut, B = cut or cut_of(plan), max(triton.next_power_of_2(plan.b), 16)
     constants = {
@@ -346,7 +362,8 @@ def arguments(
         "BETA": before.beta is not None, "ACTIVATION": before.activation, "SCALED": plan.inverse_scale is not None,
         "SHIFTED": plan.shift is not None, "STEPS": (plan.first is not None) + (plan.second is not None),
         "SIGNS": plan.first is not None and plan.first.dtype == torch.bfloat16, "HALF": x.dtype in (torch.bfloat16, E4M3),
-        "START": plan.start, "STOP": plan.stop, "GRID": grid, "GRANULARITY": form.granularity, "KEEP": kept is not None,
+        "START": plan.start, "STOP": plan.stop, "GRID": grid, "MAXIMUM": float(form.maximum if grid else 1),
+        "GRANULARITY": form.granularity, "KEEP": kept is not None,
         "OWN": plan.a if tail is None else x.shape[1] // plan.b, "TIMES": times is not None,
         "num_warps": cut.warps, "num_stages": cut.stages,
     }  # fmt: skip
