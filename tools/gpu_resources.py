@@ -116,13 +116,19 @@ def _product(
     return Case(label, matmul.matmul_kernel, values, constants, capability)
 
 
-def _quantizer(name: str, width: int, full: bool, before: Before, form: ActivationFormat) -> Case:
+def _quantizer(
+    capability: int, name: str, width: int, before: Before, form: ActivationFormat, full: bool = False, behind: int = 0
+) -> Case:
+    """behind: so many of the channels are of a tensor of their own, put behind the others."""
     rotation = hadamard_rotation(width) if full else block_hadamard_rotation(width, 64)
     plan = online(InputTransform(rotations=[(0, width, rotation)]), form, None, width)
     assert isinstance(plan, Online)
-    x = torch.empty(64, width, dtype=torch.bfloat16 if before.times is None else E4M3)
+    x = torch.empty(64, width - behind, dtype=torch.bfloat16 if before.times is None else E4M3)
+    tail = torch.empty(64, behind, dtype=torch.bfloat16) if behind else None
     q = torch.empty(64, width, dtype=quantize.number_type(form))
-    values, constants = quantize.arguments(x, 64, before, plan, q, torch.empty(64), None)
+    values, constants = quantize.arguments(
+        x, 64, before, plan, q, torch.empty(64), None, tail=tail, capability=capability
+    )
     return Case(
         f"{name}, {width} channels",
         quantize.quantize_kernel,
@@ -132,15 +138,17 @@ def _quantizer(name: str, width: int, full: bool, before: Before, form: Activati
     )
 
 
-def _heads(name: str, float8: bool, values: bool = False) -> Case:
-    """Of 4096 tokens behind 512. values: without norm, rotary embedding and rotation, which only queries and keys have."""
-    x = torch.empty(1, 4096, 24, 128, dtype=torch.bfloat16)
-    table, weight = (None, None) if values else (torch.empty(4608, 128), torch.empty(128, dtype=torch.bfloat16))
-    y = torch.empty(1, 4608, 24, 128, dtype=E4M3 if float8 else torch.bfloat16)
-    factor = torch.empty(1) if float8 else None
-    rotation = heads.signs_of_heads(128, torch.device("cpu")) if float8 and not values else None
-    given, constants = heads.arguments(x, weight, -1.0 if values else 1e-6, table, table, factor, rotation, y, 512)
-    return Case(name, heads.heads_kernel, given, constants, 89 if float8 else 80)
+def _heads(capability: int, name: str, float8: bool, width: int) -> Case:
+    """Queries and keys of 4096 tokens behind 512, and in FP8 the values."""
+    x = torch.empty(1, 4096, 24, width, dtype=torch.bfloat16)
+    table, weight = torch.empty(4608, width), torch.empty(width, dtype=torch.bfloat16)
+    steps = heads.NORM | heads.WEIGHT | heads.ROTARY | (heads.ROTATED if float8 else 0)
+    parts = [heads.Part([x], steps, [weight], 1e-6)] * 2 + [heads.Part([x], 0)] * float8
+    y = [torch.empty(1, 4608, 24, width, dtype=E4M3 if float8 else torch.bfloat16)] * len(parts)
+    given, constants, _ = heads.arguments(
+        parts, 0, table, table, torch.empty(3) if float8 else None, y, 512, capability
+    )
+    return Case(f"{name}, {width} channels", heads.heads_kernel, given, constants, 89 if float8 else 80)
 
 
 def cases(capability: int) -> Iterator[Case]:
@@ -184,32 +192,28 @@ def cases(capability: int) -> Iterator[Case]:
     modulated = Before(
         norm=True, gamma=torch.empty(1, 3072, dtype=torch.bfloat16), beta=torch.empty(1, 3072, dtype=torch.bfloat16)
     )
-    token = ActivationFormat(8, "token")
-    yield _quantizer("norm, modulation, block Hadamard, int8", 3072, False, modulated, token)
-    yield _quantizer(
-        "norm, modulation, block Hadamard, FP8", 3072, False, modulated, ActivationFormat(8, "token", "float8_e4m3")
-    )
-    yield _quantizer(
-        "norm, modulation, full Hadamard, 4 bits", 3072, True, modulated, ActivationFormat(4, "token", "midrise")
-    )
-    yield _quantizer("GELU, block Hadamard, int8", 12288, False, Before(activation="gelu_tanh"), token)
-    yield _quantizer("GELU, full Hadamard, int8", 4608, True, Before(activation="gelu_tanh"), token)
-    yield _quantizer("block Hadamard, int8", 15360, False, Before(), token)
-    yield _quantizer(
-        "FP8 attention, block Hadamard, FP8",
-        3072,
-        False,
-        Before(times=torch.empty(1)),
-        ActivationFormat(8, "token", "float8_e4m3"),
-    )
-    yield from (_heads("norm and rotary embedding of heads", False), _heads("the same, rotated, to FP8", True))
-    yield _heads("values of heads to FP8", True, True)
+    token, eight = ActivationFormat(8, "token"), ActivationFormat(8, "token", "float8_e4m3")
+    gelu, of_attention = Before(activation="gelu_tanh"), torch.empty(1)
+    yield _quantizer(capability, "norm, modulation, block Hadamard, int8", 3072, modulated, token)
+    yield _quantizer(capability, "norm, modulation, block Hadamard, FP8", 3072, modulated, eight)
+    yield _quantizer(capability, "norm, block Hadamard, int8", 5120, Before(norm=True), token)
+    four = ActivationFormat(4, "token", "midrise")
+    yield _quantizer(capability, "norm, modulation, full Hadamard, 4 bits", 3072, modulated, four, full=True)
+    yield _quantizer(capability, "GELU, block Hadamard, int8", 12288, gelu, token)
+    yield _quantizer(capability, "GELU, full Hadamard, int8", 4608, gelu, token, full=True)
+    yield _quantizer(capability, "block Hadamard, int8", 15360, Before(), token)
+    yield _quantizer(capability, "FP8 attention, block Hadamard, FP8", 3072, Before(times=of_attention), eight)
+    both = Before(activation="gelu_tanh", times=of_attention)
+    yield _quantizer(capability, "FP8 attention, GELU behind it, block Hadamard, FP8", 15360, both, eight, behind=12288)
+    for width in (64, 128):
+        yield _heads(capability, "norm and rotary embedding of heads", False, width)
+        yield _heads(capability, "norm, rotary embedding, rotation of heads, and values, to FP8", True, width)
 
 
 def compile_case(case: Case, capability: int) -> tuple[Any, Resources]:
     """(what Triton compiled, what it takes) on a GPU of that compute capability."""
     names = case.kernel.arg_names
-    options = {name: value for name, value in case.constants.items() if name.startswith("num_")}
+    options = {name: value for name, value in case.constants.items() if name not in names}
     constants = {name: value for name, value in case.constants.items() if name in names}
     values = dict(zip([name for name in names if name not in constants], case.values, strict=True))
     signature, attributes = {}, {}
@@ -253,8 +257,8 @@ def _resources(compiled: Any, capability: int) -> Resources:
 def sources() -> str:
     """Short hash of the kernels' code, so that a table of other kernels is noticed."""
     folder = Path(matmul.__file__).parent
-    names = ["activation", "decode", "decoding", "heads", "matmul", "online", "quantize", "storage", "tma_matmul", "tuning",
-             "vector"]  # fmt: skip
+    names = ["activation", "decode", "decoding", "heads", "matmul", "online", "quantize", "quantizing", "storage", "tma_matmul",
+             "tuning", "vector"]  # fmt: skip
     return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()[:16]
 
 

@@ -101,7 +101,7 @@ def put(
     with graph.graph.inserting_before(node):
         like = pieces_of(graph, arguments[2])[0]
         factors = graph.graph.call_function(ops.attention_factors.default, (like, place))
-        eight = [rounded(graph, x, factors, number, rotate and number < 2) for number, x in enumerate(arguments)]
+        eight = rounded(graph, arguments, factors, (rotate, rotate, False))
         result = graph.graph.call_function(ops.fp8_attention.default, (*eight, place, scale))
         wide = graph.graph.call_method("type_as", (result, like))
         of_values = graph.graph.call_method("select", (factors, 0, 5))

@@ -113,18 +113,30 @@ def _is_full(rotation: Rotation) -> bool:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a token is cut: rows of Z a chunk, warps that share one, stages of its loads."""
+    """How a token is cut: rows of Z a chunk, warps that share one."""
 
     rows: int
     warps: int
-    stages: int = 1
+
+
+_CHUNKS = 4  # of a token, which all stay in registers
+# Of a thread that holds so many chunks, somewhat fewer than it would take, so that one token more fits.
+_REGISTERS = {3: 128, 4: 160}
 
 
 def cut_of(plan: Online) -> Cut:
-    """What was fastest on an H200: up to 4096 channels a chunk and 32 a thread; a full rotation needs its token whole."""
+    """What was fastest on an H100: 4096 channels a chunk and 32 a thread; a full rotation needs its token whole."""
     b = max(triton.next_power_of_2(plan.b), 16)
     rows = max(triton.next_power_of_2(plan.a), 16)
     if plan.second is not None:
         return Cut(rows, max(1, min(4, rows * b // 1024)))  # more warps would spill
-    rows = min(rows, max(4096 // b, 16))
-    return Cut(rows, max(1, min(8, rows * b // 1024)), 1 if rows >= plan.a else 3)
+    rows = min(rows, max(4096 // b, triton.next_power_of_2(triton.cdiv(plan.a, _CHUNKS)), 16))
+    return Cut(rows, max(1, min(8, rows * b // 1024)))
+
+
+def registers_of(chunks: int, capability: int) -> int | None:
+    """What a thread may take at most, for tokens in bfloat16 or FP8 of so many chunks; None for what it wants.
+
+    For H100 and H200 alone (capability 90): products of other GPUs take more registers, which would spill.
+    """
+    return _REGISTERS.get(chunks) if capability == 90 else None

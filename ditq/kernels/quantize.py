@@ -7,9 +7,10 @@
     x' = (z inverse_scale - shift) R            numerics: ditq/nn/input_transform.py
     q  = round(x' / s)                          the grids of ditq/numerics/activation_format.py
 
-A program takes one token, as a matrix Z [a, b] in registers. R is a block step, Z M_1 with one matrix for the b channels of
-each row (of the rows of a range), or two with the stride between them, (Z M_1)^T M_2, a full Hadamard rotation. Matrices of
-signs are exact in bfloat16, to which z is rounded where x is of it: once; a model in bfloat16 rounds it after each operation.
+A program takes one token, as a matrix Z [a, b], in chunks of its rows that all stay in registers (quantizing.py). R is a block
+step, Z M_1 with one matrix for the b channels of each row (of the rows of a range), or two with the stride between them,
+(Z M_1)^T M_2, a full Hadamard rotation. Matrices of signs are exact in bfloat16, to which z is rounded where x is of it: once;
+a model in bfloat16 rounds it after each operation.
 
 `quantize_meaning` is the same in plain torch.
 """
@@ -24,213 +25,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from ditq.kernels.activation import activated, activation_meaning
-from ditq.kernels.online import Cut, Online, cut_of, matrix_of
+from ditq.kernels.activation import activation_meaning
+from ditq.kernels.online import Cut, Online, cut_of, matrix_of, registers_of
+from ditq.kernels.quantizing import chunk, moments, places, read
 from ditq.nn.input_transform import InputTransform
 from ditq.numerics.activation_format import FLOAT, ActivationFormat
 from ditq.numerics.carrier import E4M3
 from ditq.numerics.rotation import BlockStep
-from ditq.numerics.uniform import SMALLEST_SCALE
-
-_SMALLEST = tl.constexpr(SMALLEST_SCALE)
-
-
-@triton.jit
-def _rotated(z, matrix, SIGNS: tl.constexpr, HALF: tl.constexpr):
-    """z [a, b] times matrix [b, b], float32. HALF: z is rounded to bfloat16, if it is not of it."""
-    if SIGNS and HALF:
-        product = tl.dot(z.to(tl.bfloat16), matrix)
-    elif SIGNS:
-        product = tl.dot(z.to(tl.float32), matrix.to(tl.float32), input_precision="tf32")
-    else:
-        product = tl.dot(z.to(tl.float32), matrix, input_precision="tf32x3")
-    return product
-
-
-@triton.jit
-def _nearest(x):
-    """The next whole number, half to even, in the low 22 bits, for |x| < 2^21: beside 1.5 * 2^23 a fraction has no room."""
-    return (x + 12582912.0).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _places(chunk, start, stop, b: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr):
-    """(rows [ROWS, 1] of Z in a chunk of those from start to stop, their channels, which of them there are)."""
-    i, j = start + chunk * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, B)[None, :]
-    return i, i * b + j, (i < stop) & (j < b)
-
-
-@triton.jit
-def _sums(left, left_squares, right, right_squares):
-    return left + right, left_squares + right_squares
-
-
-@triton.jit
-def _moments(away, squares, epsilon, n: tl.constexpr):
-    """(mean, 1 / standard deviation) as a layer norm has them, of sums [ROWS, B] of z - pivot and of its square.
-
-    The pivot is the token's first channel, so that a mean far from 0 does not cost the digits of the variance. It is what
-    the mean is away from it.
-    """
-    away, squares = tl.reduce((away, squares), 1, _sums)
-    away, squares = tl.reduce((away, squares), 0, _sums)
-    away = away / n
-    return away, tl.rsqrt(tl.maximum(squares / n - away * away, 0.0) + epsilon)
-
-
-@triton.jit
-def _read(x, channel, inside, times, TIMES: tl.constexpr):
-    z = tl.load(x + channel, mask=inside, other=0.0)
-    if TIMES:
-        z = (z.to(tl.float32) * tl.load(times)).to(tl.bfloat16)
-    return z
-
-
-@triton.jit
-def _modulation(piece, sample, channel, inside, n: tl.constexpr, BEYOND: tl.constexpr, GIVEN: tl.constexpr):
-    return tl.load(piece + sample * n + channel, mask=inside, other=BEYOND) if GIVEN else 0.0
-
-
-@triton.jit
-def _moved(
-    z, i, channel, inside, pivot, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
-    a: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr,
-    SCALED: tl.constexpr, SHIFTED: tl.constexpr, STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr,
-    START: tl.constexpr, STOP: tl.constexpr,
-):  # fmt: skip
-    """Rows of the token as they came -> as they are after the first step of the rotation, but for a factor of all, or
-    without one after all of it.
-
-    gamma, beta: of these channels; gamma is -1 where there is none, which leaves 0 of what the norm made there.
-    """
-    if not HALF:
-        z = z.to(tl.float32)
-    if NORM:
-        z = (z.to(tl.float32) - pivot) * spread - mean * spread
-        if not GAMMA:
-            z = tl.where(inside, z, 0.0)
-    if GAMMA:
-        z = z * (1.0 + gamma.to(tl.float32))
-    if BETA:
-        z = z + beta.to(tl.float32)
-    if ACTIVATION != "":
-        z = activated(z.to(tl.float32), ACTIVATION)
-    if SCALED:
-        z = z * tl.load(inverse_scale + channel, mask=inside, other=0.0)
-    if SHIFTED:
-        z = z - tl.load(shift + channel, mask=inside, other=0.0)
-    if STEPS == 2:
-        z = _rotated(z, matrix, SIGNS, HALF)
-    elif STEPS == 1:
-        rotated = _rotated(z, matrix, SIGNS, HALF)
-        if START == 0 and STOP == a:
-            z = rotated
-        else:
-            z = tl.where((i >= START) & (i < STOP), rotated * size, z.to(tl.float32))
-    return z.to(tl.float32)
-
-
-@triton.jit
-def _magnitude(z, inside, factor, offset, GRID: tl.constexpr):
-    """What the largest of decides on the scale, of z times the factor."""
-    return tl.where(inside, z * factor + offset, float("-inf")) if GRID == "unsigned" else tl.abs(z)
-
-
-@triton.jit
-def _scale(largest, factor, divisor, GRID: tl.constexpr):
-    """Of such a largest."""
-    if GRID != "unsigned":
-        largest *= factor
-    return tl.maximum(largest / divisor, _SMALLEST)
-
-
-@triton.jit
-def _written(
-    z, channel, inside, row, there, token, s, q, scales, kept, factor, offset, n: tl.constexpr, a: tl.constexpr,
-    GRID: tl.constexpr, MAXIMUM: tl.constexpr, GRANULARITY: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    """Store rows z of the token, times the factor, and their numbers at scale s, one for all or with groups [ROWS] one a row."""
-    if KEEP:
-        tl.store(kept + token * n + channel, (z * factor).to(kept.dtype.element_ty), mask=inside)
-    if GRID != "":
-        if GRID == "unsigned":
-            z = tl.where(inside, z * factor + offset, 0.0)
-            factor = 1.0
-        if GRANULARITY == "group":
-            steps = z * (factor / s)[:, None]
-        else:
-            steps = z * (factor / s)
-        if GRID == "midrise":
-            number = 2 * _nearest(tl.clamp(steps - 0.5, -MAXIMUM, MAXIMUM - 1.0)) + 1
-        elif GRID == "unsigned":
-            number = _nearest(tl.clamp(steps, 0.0, MAXIMUM))
-        elif GRID == "float8_e4m3":
-            number = tl.clamp(steps, -MAXIMUM, MAXIMUM)
-        else:
-            number = _nearest(tl.clamp(steps, -MAXIMUM, MAXIMUM))
-        tl.store(q + token * n + channel, number.to(q.dtype.element_ty), mask=inside)
-        if GRANULARITY == "group":
-            tl.store(scales + token * a + row, s * 0.5 if GRID == "midrise" else s, mask=there)
-
-
-@triton.jit
-def _sizes(
-    largest, x, times, sample, pivot, mean, spread, gamma, beta, inverse_scale, shift, matrix, size, factor, offset,
-    start: tl.constexpr, stop: tl.constexpr, n: tl.constexpr, a: tl.constexpr, b: tl.constexpr, ROWS: tl.constexpr,
-    B: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr,
-    SHIFTED: tl.constexpr, STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr, START: tl.constexpr,
-    STOP: tl.constexpr, GRID: tl.constexpr, TIMES: tl.constexpr,
-):  # fmt: skip
-    """`largest` [ROWS, B] and what decides on the scale in rows start to stop, whose channels lie at x."""
-    for chunk in range((stop - start + ROWS - 1) // ROWS):
-        i, channel, inside = _places(chunk, start, stop, b, ROWS, B)
-        z = _read(x, channel, inside, times, TIMES)
-        scaled = _modulation(gamma, sample, channel, inside, n, -1.0, GAMMA)
-        added = _modulation(beta, sample, channel, inside, n, 0.0, BETA)
-        z = _moved(z, i, channel, inside, pivot, mean, spread, scaled, added, inverse_scale, shift, matrix, size, a, NORM,
-                   GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP)  # fmt: skip
-        largest = tl.maximum(largest, _magnitude(z, inside, factor, offset, GRID))
-    return largest
-
-
-@triton.jit
-def _rounded(
-    x, times, s, token, sample, pivot, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales, kept, size,
-    factor, epsilon, divisor, offset, start: tl.constexpr, stop: tl.constexpr, n: tl.constexpr, a: tl.constexpr,
-    b: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr, BETA: tl.constexpr,
-    ACTIVATION: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, STEPS: tl.constexpr, SIGNS: tl.constexpr, HALF: tl.constexpr,
-    START: tl.constexpr, STOP: tl.constexpr, GRID: tl.constexpr, MAXIMUM: tl.constexpr, GRANULARITY: tl.constexpr,
-    KEEP: tl.constexpr, WHOLE: tl.constexpr, TIMES: tl.constexpr,
-):  # fmt: skip
-    """Store rows start to stop, whose channels lie at x, and return their scale. WHOLE: they are all of a token."""
-    for chunk in range((stop - start + ROWS - 1) // ROWS):
-        i, channel, inside = _places(chunk, start, stop, b, ROWS, B)
-        z = _read(x, channel, inside, times, TIMES)
-        # Asked for before the norm is known, for which all of the token is waited for.
-        scaled = _modulation(gamma, sample, channel, inside, n, -1.0, GAMMA)
-        added = _modulation(beta, sample, channel, inside, n, 0.0, BETA)
-        if NORM and WHOLE:
-            away = tl.where(inside, z.to(tl.float32) - pivot, 0.0)
-            mean, spread = _moments(away, away * away, epsilon, n)
-        z = _moved(z, i, channel, inside, pivot, mean, spread, scaled, added, inverse_scale, shift, matrix, size, a, NORM,
-                   GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP)  # fmt: skip
-        if STEPS == 2:
-            k, c = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
-            other = tl.load(second + k * a + c, mask=(k < a) & (c < a), other=0.0)
-            z = _rotated(z.T, other, SIGNS, False)
-            i, j = tl.arange(0, B)[:, None], tl.arange(0, ROWS)[None, :]  # it lies transposed now
-            channel, inside = i * a + j, (i < b) & (j < a)
-        if WHOLE and GRANULARITY == "token":
-            s = _scale(tl.max(tl.max(_magnitude(z, inside, factor, offset, GRID), 1), 0), factor, divisor, GRID)
-        row = start + chunk * ROWS + tl.arange(0, ROWS)
-        if GRANULARITY == "group":
-            each = _scale(tl.max(_magnitude(z, inside, factor, offset, GRID), 1), factor, divisor, GRID)
-            _written(z, channel, inside, row, row < stop, token, each, q, scales, kept, factor, offset, n, a, GRID,
-                     MAXIMUM, GRANULARITY, KEEP)  # fmt: skip
-        else:
-            _written(z, channel, inside, row, row < stop, token, s, q, scales, kept, factor, offset, n, a, GRID,
-                     MAXIMUM, GRANULARITY, KEEP)  # fmt: skip
-    return s
 
 
 @triton.jit
@@ -247,54 +48,39 @@ def quantize_kernel(
 
     OWN: rows that are x's; those after it are the tail's, which alone are activated then. x_row, tail_row: from token to token.
     TIMES: x is of FP8 numbers, which are multiplied by `times` first.
-    A token of several chunks is read, from the cache, and transformed once more for each thing that must be known of all of
-    it; that costs less than registers for the whole token would, as the few tokens that then fit wait for memory.
     """
     token = tl.program_id(0).to(tl.int64)
     sample = token // tokens_a_sample
     x += token * x_row
     tail += token * tail_row - OWN * b
+    CHUNKS: tl.constexpr = (OWN + ROWS - 1) // ROWS + (a - OWN + ROWS - 1) // ROWS
+    z = read(0, x, tail, a, b, ROWS, B, OWN)
+    following = read(1, x, tail, a, b, ROWS, B, OWN) if CHUNKS > 1 else z
     divisor = tl.load(limits) if GRID != "" else 1.0
     offset = tl.load(limits + 1) if GRID == "unsigned" else 0.0
-    WHOLE: tl.constexpr = a <= ROWS and OWN == a
-    OF_X: tl.constexpr = ACTIVATION if OWN == a else ""
     matrix = 0.0
     if STEPS > 0:
         p, r = tl.arange(0, B)[:, None], tl.arange(0, B)[None, :]
         matrix = tl.load(first + p * b + r, mask=(p < b) & (r < b), other=0.0)
-    factor = size if STEPS == 2 or (STEPS == 1 and START == 0 and STOP == a) else 1.0
+    factor = size if STEPS == 2 or (STEPS == 1 and a == STOP - START) else 1.0
     pivot, mean, spread = 0.0, 0.0, 1.0
     if NORM:
         pivot = tl.load(x).to(tl.float32)
-    if NORM and not WHOLE:
-        away, squares = tl.zeros((ROWS, B), tl.float32), tl.zeros((ROWS, B), tl.float32)
-        for chunk in range((a + ROWS - 1) // ROWS):
-            _, channel, inside = _places(chunk, 0, a, b, ROWS, B)
-            z = tl.where(inside, tl.load(x + channel, mask=inside, other=0.0).to(tl.float32) - pivot, 0.0)
-            away += z
-            squares += z * z
-        mean, spread = _moments(away, squares, epsilon, n)
+        if CHUNKS > 1:
+            away, squares = tl.zeros((ROWS, B), tl.float32), tl.zeros((ROWS, B), tl.float32)
+            for number in tl.static_range(CHUNKS):
+                _, _, inside = places(number, a, b, ROWS, B, OWN)
+                d = tl.where(inside, read(number, x, tail, a, b, ROWS, B, OWN).to(tl.float32) - pivot, 0.0)
+                away += d
+                squares += d * d
+            mean, spread = moments(away, squares, epsilon, n)
     s = 1.0
     if GRANULARITY == "tensor":
         s = tl.load(calibrated)
-    if GRANULARITY == "token" and not WHOLE:
-        largest = tl.full((ROWS, B), float("-inf"), tl.float32)
-        largest = _sizes(largest, x, times, sample, pivot, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
-                         factor, offset, 0, OWN, n, a, b, ROWS, B, NORM, GAMMA, BETA, OF_X, SCALED, SHIFTED, STEPS, SIGNS,
-                         HALF, START, STOP, GRID, TIMES)  # fmt: skip
-        if OWN < a:
-            largest = _sizes(largest, tail, times, sample, pivot, mean, spread, gamma, beta, inverse_scale, shift, matrix, size,
-                             factor, offset, OWN, a, n, a, b, ROWS, B, NORM, GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS,
-                             SIGNS, HALF, START, STOP, GRID, False)  # fmt: skip
-        s = _scale(tl.max(tl.max(largest, 1), 0), factor, divisor, GRID)
-    s = _rounded(x, times, s, token, sample, pivot, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q, scales,
-                 kept, size, factor, epsilon, divisor, offset, 0, OWN, n, a, b, ROWS, B, NORM, GAMMA, BETA, OF_X, SCALED,
-                 SHIFTED, STEPS, SIGNS, HALF, START, STOP, GRID, MAXIMUM, GRANULARITY, KEEP, WHOLE, TIMES)  # fmt: skip
-    if OWN < a:
-        s = _rounded(tail, times, s, token, sample, pivot, mean, spread, gamma, beta, inverse_scale, shift, matrix, second, q,
-                     scales, kept, size, factor, epsilon, divisor, offset, OWN, a, n, a, b, ROWS, B, NORM, GAMMA, BETA,
-                     ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP, GRID, MAXIMUM, GRANULARITY, KEEP, WHOLE,
-                     False)  # fmt: skip
+    s = chunk(0, z, following, 0.0, x, tail, times, s, token, sample, pivot, mean, spread, gamma, beta, inverse_scale, shift,
+              matrix, second, q, scales, kept, size, factor, epsilon, divisor, offset, n, a, b, ROWS, B, NORM, GAMMA, BETA,
+              ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP, GRID, MAXIMUM, GRANULARITY, KEEP, OWN, TIMES,
+              CHUNKS)  # fmt: skip
     if GRANULARITY != "group" and GRID != "":
         tl.store(scales + token, s * 0.5 if GRID == "midrise" else s)
 
@@ -315,7 +101,7 @@ class Before:
     times: Tensor | None = None
 
 
-def as_read(
+def asread(
     x: Tensor, tail: Tensor | None, plan: Online, times: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x [.., k] and the channels behind it [.., n - k] or None, as rows [M, k] and [M, n - k] that the kernel can read; and
@@ -343,11 +129,15 @@ def arguments(
     kept: Tensor | None,
     cut: Cut | None = None,
     tail: Tensor | None = None,
+    capability: int = 0,
 ) -> tuple[list[Tensor | int | float], dict[str, object]]:
-    """(what the kernel takes, what it is compiled for) for tokens x [M, n], or as `as_read` takes them."""
+    """(what the kernel takes, what it is compiled for) for tokens x [M, n], or as `as_read` takes them.
+
+    capability: of the GPU, 90 for 9.0.
+    """
     form = plan.form
     grid = "" if q is None else form.grid
-    x, tail, times = as_read(x, tail, plan, before.times)
+    x, tail, times = asread(x, tail, plan, before.times)
     given = (
         x, tail, before.gamma, before.beta, plan.inverse_scale, plan.shift, plan.first, plan.second, plan.calibrated,
         plan.limits, q, scales, kept, times,
@@ -356,17 +146,20 @@ def arguments(
     values += [plan.size, before.epsilon, tokens_a_sample]
     values += [x.stride(0), 0 if tail is None else tail.stride(0)]
     cut, B = cut or cut_of(plan), max(triton.next_power_of_2(plan.b), 16)
+    half, own = x.dtype in (torch.bfloat16, E4M3), plan.a if tail is None else x.shape[1] // plan.b
+    chunks = triton.cdiv(own, cut.rows) + triton.cdiv(plan.a - own, cut.rows)
     constants = {
         "n": plan.width, "a": plan.a, "b": plan.b, "ROWS": cut.rows, "B": B, "NORM": before.norm,
         "GAMMA": before.gamma is not None,
         "BETA": before.beta is not None, "ACTIVATION": before.activation, "SCALED": plan.inverse_scale is not None,
         "SHIFTED": plan.shift is not None, "STEPS": (plan.first is not None) + (plan.second is not None),
-        "SIGNS": plan.first is not None and plan.first.dtype == torch.bfloat16, "HALF": x.dtype in (torch.bfloat16, E4M3),
+        "SIGNS": plan.first is not None and plan.first.dtype == torch.bfloat16, "HALF": half,
         "START": plan.start, "STOP": plan.stop, "GRID": grid, "MAXIMUM": float(form.maximum if grid else 1),
         "GRANULARITY": form.granularity, "KEEP": kept is not None,
-        "OWN": plan.a if tail is None else x.shape[1] // plan.b, "TIMES": times is not None,
-        "num_warps": cut.warps, "num_stages": cut.stages,
+        "OWN": own, "TIMES": times is not None, "num_warps": cut.warps,
     }  # fmt: skip
+    if half and (registers := registers_of(chunks, capability)) is not None:
+        constants["maxnreg"] = registers
     return values, constants
 
 
@@ -382,7 +175,8 @@ def launch(
     tail: Tensor | None = None,
 ) -> None:
     """Fill q [M, n] and scales [M], or [M, G] for groups of channels, and `kept` [M, n], the transformed input."""
-    values, constants = arguments(x, tokens_a_sample, before, plan, q, scales, kept, cut, tail)
+    major, minor = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
+    values, constants = arguments(x, tokens_a_sample, before, plan, q, scales, kept, cut, tail, 10 * major + minor)
     quantize_kernel[(x.numel() // x.shape[-1],)](*values, **constants)
 
 

@@ -34,7 +34,7 @@ from ditq.kernels.asked import answering
 from ditq.kernels.blocks import Forward, blocks_of, in_blocks
 from ditq.kernels.fp8_attention import FP8Attention, roundings_of
 from ditq.kernels.side_by_side import Place, join_products, places
-from ditq.kernels.traced_heads import fuse_heads
+from ditq.kernels.traced_heads import fuse_heads, keeps_all
 from ditq.kernels.tuning import MANY
 from ditq.numerics.carrier import E4M3
 
@@ -283,7 +283,7 @@ def _operands(node: fx.Node, function: Any) -> list[tuple[Any, Any]]:
 def _plus_one(node: Any) -> Any:
     """gamma of 1 + gamma, or of (1 + gamma)[:, None], or None."""
     if _is(node, operator.getitem):
-        if not _keeps_all(node.args[1]):
+        if not keeps_all(node.args[1]):
             return None
         node = node.args[0]
     if not isinstance(node, fx.Node):
@@ -291,12 +291,6 @@ def _plus_one(node: Any) -> Any:
     return next(
         (gamma for one, gamma in _operands(node, operator.add) if isinstance(one, int | float) and one == 1), None
     )
-
-
-def _keeps_all(index: Any) -> bool:
-    """Whether what is indexed so holds all of the values, in their order: [:, None] and the like."""
-    parts = index if isinstance(index, tuple) else (index,)
-    return all(part is None or part is Ellipsis or part == slice(None) for part in parts)
 
 
 def _a_sample(value: Any, tokens: fx.Node) -> bool:

@@ -9,49 +9,90 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from ditq.kernels.heads import NORM, ROTARY, ROTATED, WEIGHT
+
 
 @dataclass(frozen=True)
 class _Made:
-    """What `ditq::heads` takes, but for the rounding."""
+    """What `ditq::heads` takes of a part, but for the rounding. steps: see heads.py."""
 
     pieces: list[fx.Node]
-    weights: list[fx.Node]
-    epsilon: float
-    cos: fx.Node | None
-    sin: fx.Node | None
+    steps: int = 0
+    weights: tuple[fx.Node, ...] = ()
+    epsilon: float = 0.0
+    cos: fx.Node | None = None
+    sin: fx.Node | None = None
 
 
 def fuse_heads(graph: fx.GraphModule) -> None:
-    """Let one kernel make each query and key of which all is known, wherever torch's attention reads it."""
+    """Let one kernel make the queries and keys of which all is known, wherever torch's attention reads them."""
     for node in graph.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention):
+        found = {}
         for place, name in enumerate(("query", "key")):
             given = node.args[place] if len(node.args) > place else node.kwargs.get(name)
             made = _found(given)
-            if made is None:
-                continue
+            if made is not None:
+                found[given] = made
+        if found:
             with graph.graph.inserting_before(node):
-                arguments = (made.pieces, made.weights, made.epsilon, made.cos, made.sin, None, 0, False)
-                heads = graph.graph.call_function(torch.ops.ditq.heads.default, arguments)
-                turned = graph.graph.call_method("transpose", (heads, 1, 2))
-            node.replace_input_with(given, turned)
+                turned = _put(graph, list(found.values()), None)
+            for given, x in zip(found, turned, strict=True):
+                node.replace_input_with(given, x)
 
 
-def rounded(graph: fx.GraphModule, x: fx.Node, factors: fx.Node, which: int, rotate: bool) -> fx.Node:
-    """x [B, h, T, d] in FP8, rotated or not, times that one of the factors: by the kernel that makes x, where one does."""
-    heads = x.args[0] if _calls(x, "transpose") else None
-    if isinstance(heads, fx.Node) and heads.target is torch.ops.ditq.heads.default:
-        arguments = heads.args[:5]
-    else:
-        arguments = (pieces_of(graph, x), [], -1.0, None, None)
-    made = graph.graph.call_function(torch.ops.ditq.heads.default, (*arguments, factors, which, rotate))
-    return graph.graph.call_method("transpose", (made, 1, 2))
+def rounded(graph: fx.GraphModule, given: Sequence[fx.Node], factors: fx.Node, rotate: Sequence[bool]) -> list[fx.Node]:
+    """These tensors [B, h, T, d] in FP8, rotated or not, each times its factor; by the kernel that makes them, if one does."""
+    parts = [_source(x) or _Made(pieces_of(graph, x)) for x in given]
+    turned = [replace(part, steps=part.steps | ROTATED) if on else part for part, on in zip(parts, rotate, strict=True)]
+    return _put(graph, turned, factors)
+
+
+def _put(graph: fx.GraphModule, parts: Sequence[_Made], factors: fx.Node | None) -> list[fx.Node]:
+    """Nodes [B, h, T, d] of what the kernel makes of the parts, of which those with the same tables share an operator."""
+    tables = {(part.cos, part.sin) for part in parts if part.steps & ROTARY}
+    groups = [list(parts)] if len(tables) < 2 else [[part] for part in parts]
+    found: list[fx.Node] = []
+    for group in groups:
+        cos, sin = next(((part.cos, part.sin) for part in group if part.steps & ROTARY), (None, None))
+        own = None if factors is None else graph.graph.call_method("narrow", (factors, 0, len(found), len(group)))
+        arguments = (
+            [piece for part in group for piece in part.pieces],
+            [len(part.pieces) for part in group],
+            [part.steps for part in group],
+            [weight for part in group for weight in part.weights],
+            [part.epsilon for part in group],
+            cos,
+            sin,
+            own,
+        )
+        made = graph.graph.call_function(torch.ops.ditq.heads.default, arguments)
+        for number in range(len(group)):
+            y = graph.graph.call_function(operator.getitem, (made, number))
+            found.append(graph.graph.call_method("transpose", (y, 1, 2)))
+    return found
+
+
+def _source(x: fx.Node) -> _Made | None:
+    """What `_put` was given for x."""
+    y: Any = x.args[0] if _calls(x, "transpose") else None
+    made: Any = y.args[0] if _is(y, operator.getitem) else None
+    if not _is(made, torch.ops.ditq.heads.default):
+        return None
+    number: Any = y.args[1]
+    pieces, counts, steps, weights, epsilons, cos, sin, _ = made.args
+    start, stop = sum(counts[:number]), sum(counts[: number + 1])
+    weighted = [bool(step & WEIGHT) for step in steps]
+    before = sum(count for count, own in zip(counts[:number], weighted, strict=False) if own)
+    own = tuple(weights[before : before + counts[number]]) if weighted[number] else ()
+    tables = (cos, sin) if steps[number] & ROTARY else (None, None)
+    return _Made(list(pieces[start:stop]), steps[number], own, epsilons[number], *tables)
 
 
 def pieces_of(graph: fx.GraphModule, x: fx.Node) -> list[fx.Node]:
@@ -82,15 +123,16 @@ def _found(given: Any) -> _Made | None:
     if _behind_each_other(x):
         pieces = list(x.args[0])
     norms = [_norm(piece) for piece in pieces]
+    steps = 0 if rotary is None else ROTARY
     if all(norm is None for norm in norms):
-        return None if rotary is None else _Made(pieces, [], -1.0, cos, sin)
+        return None if rotary is None else _Made(pieces, steps, (), 0.0, cos, sin)
     if any(norm is None for norm in norms):
-        return _Made([x], [], -1.0, cos, sin) if rotary is not None else None
+        return _Made([x], steps, (), 0.0, cos, sin) if rotary is not None else None
     sources, weights, epsilons = zip(*(norm for norm in norms if norm is not None), strict=True)
     own = [weight for weight in weights if weight is not None]
     if len(set(epsilons)) > 1 or len(own) not in (0, len(weights)):
         return None
-    return _Made(list(sources), own, epsilons[0], cos, sin)
+    return _Made(list(sources), steps | NORM | (WEIGHT if own else 0), tuple(own), epsilons[0], cos, sin)
 
 
 def _heads_and_tokens_swapped(node: fx.Node) -> bool:
@@ -114,8 +156,21 @@ def _rotary(node: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
         x, cos = (_without_float(factor) for factor in plain.args)
         pairs, sin = (_without_float(factor) for factor in turned.args)
         if isinstance(x, fx.Node) and _turned(pairs) is x and _dtype(node) == _dtype(x):
-            return x, cos, sin
+            return x, _unindexed(cos), _unindexed(sin)
     return None
+
+
+def _unindexed(node: Any) -> Any:
+    """The table that queries and keys both index as they need it."""
+    while _is(node, operator.getitem) and keeps_all(node.args[1]):
+        node = _without_float(node.args[0])
+    return node
+
+
+def keeps_all(index: Any) -> bool:
+    """Whether what is indexed so holds all of the values, in their order: [:, None] and the like."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is Ellipsis or part == slice(None) for part in parts)
 
 
 def _turned(node: Any) -> fx.Node | None:

@@ -49,19 +49,21 @@ def test_it_is_as_near_to_exact_attention_as_its_meaning(size: tuple[int, ...]) 
 
 @pytest.mark.parametrize("float8", [False, True])
 def test_heads_of_flux_are_their_meaning(float8: bool) -> None:
+    """Queries, keys and values of one product, text before image."""
     generator = torch.Generator("cuda").manual_seed(0)
-    pieces = [
-        torch.randn(1, n, 3 * 3072, device="cuda", generator=generator).bfloat16()[..., :3072].unflatten(-1, (24, 128))
-        for n in (512, 4096)
-    ]
-    weights = [torch.rand(128, device="cuda", generator=generator).bfloat16() + 0.5 for _ in pieces]
+    rows = [torch.randn(1, n, 3 * 3072, device="cuda", generator=generator).bfloat16() for n in (512, 4096)]
+    pieces = [row.chunk(3, -1)[part].unflatten(-1, (24, 128)) for part in range(3) for row in rows]
+    weights = [torch.rand(128, device="cuda", generator=generator).bfloat16() + 0.5 for _ in range(4)]
     angles = torch.rand(4608, 64, device="cuda", generator=generator).repeat_interleave(2, 1) * 6
-    factors = torch.tensor([20.0, 60.0], device="cuda") if float8 else None
-    found = torch.ops.ditq.heads(pieces, weights, 1e-6, angles.cos(), angles.sin(), factors, 1, float8)
-    factor = None if factors is None else factors[1:]
-    rotation = heads.signs_of_heads(128, torch.device("cuda")) if float8 else None
-    meant = heads.heads_meaning(pieces, weights, 1e-6, angles.cos(), angles.sin(), factor, rotation)
-    assert relative(found.double(), meant) < (0.03 if float8 else 3e-3)
+    tables = angles.cos(), angles.sin()
+    factors = torch.tensor([20.0, 60.0, 40.0], device="cuda") if float8 else None
+    steps = heads.NORM | heads.WEIGHT | heads.ROTARY | (heads.ROTATED if float8 else 0)
+    found = torch.ops.ditq.heads(pieces, [2, 2, 2], [steps, steps, 0], weights, [1e-6, 1e-6, 0.0], *tables, factors)
+    for number, (y, of_part) in enumerate(zip(found, (steps, steps, 0), strict=True)):
+        own = weights[2 * number : 2 * number + 2]
+        part = heads.Part(pieces[2 * number : 2 * number + 2], of_part, own, 1e-6)
+        meant = heads.heads_meaning(part, *tables, None if factors is None else factors[number])
+        assert relative(y.double(), meant) < (0.03 if float8 else 3e-3)
 
 
 def test_a_denoiser_with_fp8_attention_compiled_and_replayed_computes_its_meaning() -> None:

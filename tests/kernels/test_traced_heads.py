@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from ditq.errors import DitqError
 from ditq.kernels.asked import answering
 from ditq.kernels.fp8_attention import INSTALL, FP8Attention, why_not
+from ditq.kernels.heads import NORM, ROTARY, ROTATED, WEIGHT
 from ditq.kernels.on_gpu import check, to_gpu
 from ditq.kernels.traced import compiled
 from ditq.nn.attention_rounding import AttentionRounding, attach
@@ -25,6 +26,7 @@ from tests.families_small import forward, small_inputs, small_model
 
 CPU = torch.device("cpu")
 STATIC = AttentionFormat(FLOAT8, PARTS, False, (0.02, 0.03, 0.01), rotate=True)
+ALL = NORM | WEIGHT | ROTARY
 HEADS, FP8 = torch.ops.ditq.heads.default, torch.ops.ditq.fp8_attention.default
 
 
@@ -37,6 +39,11 @@ def traced(model: nn.Module) -> tuple[Any, list[fx.GraphModule]]:
         return graph.forward
 
     return compiled(to_gpu(model, CPU), keep), graphs
+
+
+def parts(made: fx.Node) -> list[tuple[int, int]]:
+    """(pieces, steps) of each part that an operator makes."""
+    return list(zip(made.args[1], made.args[2], strict=True))  # type: ignore[arg-type]
 
 
 def nodes(graphs: list[fx.GraphModule], target: Any) -> list[fx.Node]:
@@ -52,7 +59,7 @@ def flux() -> tuple[nn.Module, dict[str, Any]]:
     return model, {k: v.bfloat16() if v.is_floating_point() else v for k, v in given.items()}
 
 
-def test_queries_and_keys_of_flux_are_made_by_one_kernel_each() -> None:
+def test_queries_and_keys_of_flux_are_made_by_one_kernel() -> None:
     model, inputs = flux()
     expected = forward(model, inputs)
     call, graphs = traced(model)
@@ -60,8 +67,8 @@ def test_queries_and_keys_of_flux_are_made_by_one_kernel_each() -> None:
         found = call(**inputs, return_dict=False)[0]
     made = nodes(graphs, HEADS)
     attentions = nodes(graphs, F.scaled_dot_product_attention)
-    assert len(made) == 2 * len(attentions) == 2 * len(graphs)
-    assert {len(node.args[0]) for node in made} == {1, 2}  # type: ignore[arg-type]  # single and double blocks
+    assert len(made) == len(attentions) == len(graphs)
+    assert {tuple(parts(node)) for node in made} == {((1, ALL),) * 2, ((2, ALL),) * 2}  # single and double blocks
     assert not nodes(graphs, torch.rms_norm) and not nodes(graphs, torch.stack)
     assert relative(found.float(), expected.float()) < 0.02  # bfloat16 is rounded to once, and not after each operation
 
@@ -78,12 +85,8 @@ def test_fp8_attention_of_flux_reads_and_gives_fp8_and_computes_its_meaning() ->
         found = call(**inputs, return_dict=False)[0]
     assert len(nodes(graphs, FP8)) == len(graphs) and not nodes(graphs, F.scaled_dot_product_attention)
     made = nodes(graphs, HEADS)
-    assert len(made) == 3 * len(graphs) and all(node.args[5] is not None for node in made)  # none in bfloat16
-    assert {(node.args[6], node.args[7]) for node in made} == {
-        (0, True),
-        (1, True),
-        (2, False),
-    }  # values are not rotated
+    assert len(made) == len(graphs) and all(node.args[7] is not None for node in made)  # none in bfloat16
+    assert all([steps for _, steps in parts(node)] == [ALL | ROTATED, ALL | ROTATED, 0] for node in made)
     joined = [node for node in nodes(graphs, torch.cat) if node.args[1:] == (1,) or node.kwargs.get("dim") == 1]
     assert not [node for node in joined if node.meta["example_value"].dim() == 4]  # read where they lie
     assert relative(found.float(), meant.float()) < 0.02 < relative(meant.float(), exact.float())
@@ -151,8 +154,10 @@ def graph_of(**settings: bool) -> fx.GraphModule:
 def test_what_rounds_for_the_next_linear_reads_fp8(behind: bool, rotary: bool, norm: bool) -> None:
     graph = graph_of(behind=behind, rotary=rotary, norm=norm)
     (quantizer,), made = nodes([graph], torch.ops.ditq.quantized.default), nodes([graph], HEADS)
-    assert len(nodes([graph], FP8)) == 1 and [node.args[7] for node in made] == [True, True, False]
-    assert (made[0].args[2] == 1e-5) == norm and (made[0].args[3] is not None) == rotary
+    assert len(nodes([graph], FP8)) == len(made) == 1
+    query = (NORM | WEIGHT if norm else 0) | (ROTARY if rotary else 0)
+    assert parts(made[0]) == [(1, query | ROTATED), (1, ROTATED), (1, 0)]
+    assert (made[0].args[4][0] == 1e-5) == norm and (made[0].args[5] is not None) == rotary  # type: ignore[index]
     x, tail, times = quantizer.args[0], quantizer.args[22], quantizer.args[23]
     while isinstance(x, fx.Node) and x.target is not FP8:
         assert x.op == "call_method" and x.target in ("transpose", "flatten")

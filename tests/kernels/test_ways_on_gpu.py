@@ -58,7 +58,7 @@ def test_every_way_of_a_product(bits: int, kind: torch.dtype, activation: str) -
     assert right > 1
 
 
-@pytest.mark.parametrize("cut", [Cut(16, 1), Cut(16, 2, 3), Cut(32, 2), Cut(64, 4), Cut(64, 4, 3)], ids=str)
+@pytest.mark.parametrize("cut", [Cut(16, 1), Cut(16, 2), Cut(32, 2), Cut(64, 4), Cut(128, 8)], ids=str)
 @pytest.mark.parametrize("before", [Before(), Before(activation="gelu_tanh"), Before(norm=True)], ids=str)
 def test_tokens_are_cut_in_any_way(cut: Cut, before: Before) -> None:
     """TF32 keeps 11 bits of what is rotated, so a number is off by one where it lies next to a tie, and rarely is."""
