@@ -41,13 +41,17 @@ def test_the_table_is_of_the_kernels_as_they_are_and_covers_every_generation() -
     assert set(written()) == expected
 
 
-# Bytes, by kernels for which that was measured to be faster than more warps with fewer registers each.
-SPILLED = {"norm, rotary embedding, rotation of heads, and values, to FP8, 128 channels": 32}
+# Bytes, of kernels for which that was measured on an H100 to be faster than fewer threads at once that need none.
+SPILLED = {
+    "norm, rotary embedding, rotation of heads, and values, to FP8, 128 channels": 32,
+    "GELU, block Hadamard, int8, 12288 channels": 96,
+    "FP8 attention, GELU behind it, block Hadamard, FP8, 15360 channels": 96,
+}
 
 
 def test_no_kernel_spills_and_each_fits_the_shared_memory() -> None:
     for (name, capability), found in written().items():
-        assert found.spilled <= SPILLED.get(name, 0), f"{name} on {capability}"
+        assert found.spilled <= SPILLED.get(name, 0) * (capability == 90), f"{name} on {capability}"
         assert found.registers <= REGISTERS, f"{name} on {capability}"
         assert found.shared <= SHARED[capability], f"{name} on {capability}"
 
