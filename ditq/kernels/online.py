@@ -121,7 +121,7 @@ class Cut:
 
 _CHUNKS = 4  # of a token, which all stay in registers
 # Of a thread that holds so many chunks, somewhat fewer than it would take, so that one token more fits.
-_REGISTERS = {3: 128, 4: 160}
+_REGISTERS = {3: 128, 4: 168}
 
 
 def cut_of(plan: Online) -> Cut:

@@ -55,7 +55,6 @@ def quantize_kernel(
     tail += token * tail_row - OWN * b
     CHUNKS: tl.constexpr = (OWN + ROWS - 1) // ROWS + (a - OWN + ROWS - 1) // ROWS
     z = read(0, x, tail, a, b, ROWS, B, OWN)
-    following = read(1, x, tail, a, b, ROWS, B, OWN) if CHUNKS > 1 else z
     divisor = tl.load(limits) if GRID != "" else 1.0
     offset = tl.load(limits + 1) if GRID == "unsigned" else 0.0
     matrix = 0.0
@@ -77,7 +76,7 @@ def quantize_kernel(
     s = 1.0
     if GRANULARITY == "tensor":
         s = tl.load(calibrated)
-    s = chunk(0, z, following, 0.0, x, tail, times, s, token, sample, pivot, mean, spread, gamma, beta, inverse_scale, shift,
+    s = chunk(0, z, 0.0, x, tail, times, s, token, sample, pivot, mean, spread, gamma, beta, inverse_scale, shift,
               matrix, second, q, scales, kept, size, factor, epsilon, divisor, offset, n, a, b, ROWS, B, NORM, GAMMA, BETA,
               ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP, GRID, MAXIMUM, GRANULARITY, KEEP, OWN, TIMES,
               CHUNKS)  # fmt: skip

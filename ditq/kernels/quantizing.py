@@ -178,21 +178,20 @@ def _written(
 
 @triton.jit
 def chunk(
-    NUMBER: tl.constexpr, z, following, largest, x, tail, times, s, token, sample, pivot, mean, spread, gamma, beta,
+    NUMBER: tl.constexpr, z, largest, x, tail, times, s, token, sample, pivot, mean, spread, gamma, beta,
     inverse_scale, shift, matrix, second, q, scales, kept, size, factor, epsilon, divisor, offset, n: tl.constexpr,
     a: tl.constexpr, b: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr, GAMMA: tl.constexpr,
     BETA: tl.constexpr, ACTIVATION: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, STEPS: tl.constexpr,
     SIGNS: tl.constexpr, HALF: tl.constexpr, START: tl.constexpr, STOP: tl.constexpr, GRID: tl.constexpr, MAXIMUM: tl.constexpr,
     GRANULARITY: tl.constexpr, KEEP: tl.constexpr, OWN: tl.constexpr, TIMES: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Store the chunks from NUMBER on, of which z and `following` are read, and return their scale.
+    """Store the chunks from NUMBER on, of which z is the first as it came, and return their scale.
 
     largest: [ROWS, B], of the chunks before. Each chunk stays in registers until those behind it are known as well.
     """
-    if NUMBER + 2 < CHUNKS:
-        third = read(NUMBER + 2, x, tail, a, b, ROWS, B, OWN)
-    else:
-        third = following
+    following = z
+    if NUMBER + 1 < CHUNKS:  # read while this one is computed
+        following = read(NUMBER + 1, x, tail, a, b, ROWS, B, OWN)
     i, channel, inside = places(NUMBER, a, b, ROWS, B, OWN)
     OF_X: tl.constexpr = NUMBER * ROWS < OWN
     OF_TAIL_ALONE: tl.constexpr = a > OWN  # the activation
@@ -214,7 +213,7 @@ def chunk(
         if NUMBER + 1 == CHUNKS:
             s = _scale(tl.max(magnitude), factor, divisor, GRID)
         else:
-            s = chunk(NUMBER + 1, following, third, magnitude, x, tail, times, s, token, sample, pivot, mean, spread, gamma,
+            s = chunk(NUMBER + 1, following, magnitude, x, tail, times, s, token, sample, pivot, mean, spread, gamma,
                       beta, inverse_scale, shift, matrix, second, q, scales, kept, size, factor, epsilon, divisor, offset, n, a,
                       b, ROWS, B, NORM, GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP, GRID,
                       MAXIMUM, GRANULARITY, KEEP, OWN, TIMES, CHUNKS)  # fmt: skip
@@ -223,7 +222,7 @@ def chunk(
     _written(turned, channel, inside, row, there, token, s, q, scales, kept, factor, offset, n, a, GRID, MAXIMUM, GRANULARITY,
              KEEP)  # fmt: skip
     if GRANULARITY != "token" and NUMBER + 1 < CHUNKS:
-        chunk(NUMBER + 1, following, third, 0.0, x, tail, times, s, token, sample, pivot, mean, spread, gamma, beta,
+        chunk(NUMBER + 1, following, 0.0, x, tail, times, s, token, sample, pivot, mean, spread, gamma, beta,
               inverse_scale, shift, matrix, second, q, scales, kept, size, factor, epsilon, divisor, offset, n, a, b, ROWS, B,
               NORM, GAMMA, BETA, ACTIVATION, SCALED, SHIFTED, STEPS, SIGNS, HALF, START, STOP, GRID, MAXIMUM, GRANULARITY,
               KEEP, OWN, TIMES, CHUNKS)  # fmt: skip

@@ -135,7 +135,9 @@ def _blocks(
     """How many blocks of keys are masked for each block of queries [B, h, Q], and which [B, h, Q, ..]; the same of those that
     are seen whole, or None and None.
 
-    seen [B, h, T, k]; each: blocks of a tile; behind: those of text and means; whole: whether seen tiles are.
+    seen [B, h, T, k]; each: blocks of a tile; behind: those of text and means; whole: whether seen tiles are. Both tables have
+    as many columns: FlexAttention's kernel of some versions of torch, as of 2.11, finds the rows of the second by the strides
+    of the first.
     """
     inner = torch.arange(each, device=seen.device, dtype=torch.int32)
     image = (seen.to(torch.int32)[..., None] * each + inner).flatten(3).repeat_interleave(each, 2).contiguous()
@@ -145,5 +147,6 @@ def _blocks(
     if not whole:
         both = torch.cat([image, common], 3)
         return count + behind, both, None, None
-    masked = common.contiguous() if behind else torch.zeros_like(image[..., :1])
-    return torch.full_like(count, behind), masked, count, image
+    columns = max(image.shape[3], behind)
+    masked, full = (F.pad(table, (0, columns - table.shape[3])) for table in (common, image))
+    return torch.full_like(count, behind), masked.contiguous(), count, full.contiguous()

@@ -67,6 +67,19 @@ def test_compiled_only_the_blocks_that_are_seen_are_read(grid: Grid, monkeypatch
     assert relative(found, grid.parted(sparse_attention(*tensors, grid, 0.3, *chosen))[0]) < 1e-6
 
 
+@pytest.mark.parametrize(("tile", "keep", "behind"), [(8, 3, 1), (16, 3, 1), (8, 2, 5), (8, 3, 0)])
+def test_tables_of_masked_and_of_whole_blocks_lie_alike(tile: int, keep: int, behind: int) -> None:
+    """torch's kernel for GPUs takes the strides of the one for the other, in some of its versions."""
+    each = tile**2 // (block_of(tile) or 1)
+    seen = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)).argsort(-1)[..., :keep]
+    count, masked, count_whole, whole = tiled_attention._blocks(seen, each, 6, behind, True)
+    assert whole is not None and count_whole is not None
+    assert masked.shape == whole.shape and masked.is_contiguous() and whole.is_contiguous()
+    assert set(count.unique().tolist()) == {behind} and set(count_whole.unique().tolist()) == {keep * each}
+    assert (whole[1, 2, 4 * each, : keep * each] // each).unique().tolist() == sorted(seen[1, 2, 4].tolist())
+    assert masked[1, 2, 4 * each, :behind].tolist() == list(range(6 * each, 6 * each + behind))
+
+
 @pytest.mark.parametrize("tile", [4, 8, 16])
 def test_a_part_of_a_large_picture_runs_so(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From so many tokens on, and where tiles are made of blocks."""
