@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
@@ -54,6 +58,24 @@ for command in (
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the console script."""
+    with _ended_as_by_ctrl_c():
+        _run(arguments)
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """What a batch system sends before it ends a job, SIGTERM, leaves as little behind, or as much, as Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(arguments: list[str] | None) -> None:
     try:
         code = cli.main(arguments, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

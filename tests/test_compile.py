@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 import ditq
+from ditq.calibration import record
 from ditq.checkpoint import Checkpoint
 from ditq.compiler import CompileOptions, _note_fixed
 from ditq.errors import DitqError, Interrupted
@@ -129,6 +131,25 @@ def test_an_interruption_before_anything_is_finished_leaves_nothing(
     _patch(monkeypatch, "ditq.calibration.record.sample_one", 1, KeyboardInterrupt())
     assert_refused(capsys, "interrupted; nothing was left", "compile", pipeline, "-o", tmp_path / "a" / "engine")
     assert files_below(tmp_path) == []
+
+
+def test_the_end_of_a_jobs_time_is_an_interruption(
+    pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_export: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGTERM: after a prompt what is recorded is kept, and this process treats the signal as it did before."""
+    before, calls = signal.getsignal(signal.SIGTERM), []
+    sample_one = record.sample_one
+
+    def ended(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return sample_one(*arguments, **keywords)
+
+    monkeypatch.setattr(record, "sample_one", ended)
+    command = ["calibrate", pipeline, "-o", tmp_path / "stats", "--steps", 1, "--limit", 3]
+    assert_refused(capsys, "interrupted; run again with --resume", *command)
+    assert files_below(tmp_path)[0] == "stats.partial" and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_interruption_is_still_a_keyboard_interrupt_to_a_program(

@@ -163,16 +163,17 @@ def test_calls_kept_in_memory_are_those_on_disk(statistics: Statistics, monkeypa
 def test_an_interrupted_training_resumes_to_the_same_bits(
     checkpoint: Checkpoint, statistics: Statistics, tmp_path: Path
 ) -> None:
-    """Ctrl-C in the middle of each of the two phases: the step is finished and saved, a further run goes on behind it."""
+    """Ctrl-C in the first of the two phases, and SIGTERM in the second: the step is finished and saved, and a further run goes
+    on behind it."""
 
-    def run(cache: Path, stop_at: tuple[str, int] | None) -> DiTGraph:
+    def run(cache: Path, stop_at: tuple[str, int] | None, by: signal.Signals = signal.SIGINT) -> DiTGraph:
         graph = _graph(checkpoint)
         context = Context(statistics, 0, FolderSiteCache(cache, {}))
         context.original = copy.deepcopy(graph.model)
 
         def shown(description: str, done: int, total: int) -> None:
             if (description, done) == stop_at:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(by)
 
         passes = (Halve(), Distill(steps=6, layerwise=5, batch=4, accumulate=2, rate=0.002, save_every=4))
         with torch.no_grad():
@@ -181,9 +182,9 @@ def test_an_interrupted_training_resumes_to_the_same_bits(
         return graph
 
     whole = run(tmp_path / "whole", None).model.state_dict()
-    for stop_at in (("distill.1.parts", 3), ("distill.1", 2)):
+    for stop_at, by in ((("distill.1.parts", 3), signal.SIGINT), (("distill.1", 2), signal.SIGTERM)):
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "cut", stop_at)
+            run(tmp_path / "cut", stop_at, by)
     resumed = run(tmp_path / "cut", None).model.state_dict()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     assert not torch.equal(whole[f"{PLACE}.router.weight"], torch.zeros_like(whole[f"{PLACE}.router.weight"]))
