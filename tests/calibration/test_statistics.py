@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ditq.calibration import collect, second_moments
-from ditq.calibration.accumulate import InputAccumulator, RowSample, crest_factors
+from ditq.calibration import collect
 from ditq.calibration.collect import collect_statistics
 from ditq.calibration.input_statistics import InputStatistics
 from ditq.calibration.record import Trajectories, record_trajectories
@@ -25,8 +23,9 @@ from ditq.calibration.triangles import packed, unpacked
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
-from ditq.numerics.rotation import block_hadamard_rotation, hadamard_rotation
+from ditq.numerics.rotation import hadamard_rotation
 from ditq.passes.judging import hold_out
+from tests.calibration.random_input import random_input
 from tests.calibration.small_pipelines import ARGUMENTS, CONDITIONS, mini, pipeline_of, saved_checkpoint
 
 EPS = 2.0**-24  # unit roundoff of float32
@@ -335,78 +334,6 @@ def test_unknown_groups_and_bad_settings_are_named(graph: DiTGraph, trajectories
         collect_statistics(graph, trajectories, groups=["nothing"])
     with pytest.raises(DitqError, match="bins is 0; give at least 1"):
         collect_statistics(graph, trajectories, bins=0)
-
-
-def test_the_sample_is_uniform_and_does_not_depend_on_how_rows_come() -> None:
-    count, size, draws = 30, 6, 600
-    rows = torch.arange(count, dtype=torch.float32)[:, None]
-    taken = torch.zeros(count)
-    for seed in range(draws):
-        together, apart = RowSample(1, size, seed), RowSample(1, size, seed)
-        together.add(rows)
-        for part in rows.split(7):
-            apart.add(part)
-        assert torch.equal(together.rows, apart.rows)
-        assert together.rows.shape == (size, 1)
-        assert (together.rows.diff(dim=0) > 0).all()
-        taken[together.rows.flatten().long()] += 1
-    # each row is taken Binomial(draws, size / count) times; 5 standard deviations, 30 rows
-    expected, spread = draws * size / count, math.sqrt(draws * (size / count) * (1 - size / count))
-    assert (taken - expected).abs().max() < 5 * spread
-
-
-def test_crest_factors_reach_from_flat_to_spike() -> None:
-    rows = torch.tensor([[2.0, -2, 2, -2], [0, 0, 3, 0], [0, 0, 0, 0], [1e-30, 0, 0, 0], [1e30, 0, 0, 0]])
-    torch.testing.assert_close(crest_factors(rows), torch.tensor([1.0, 2, 1, 2, 2]))
-
-
-def random_input(bins: int = 2, width: int = 24, count: int = 40) -> tuple[InputStatistics, list[torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    found = InputAccumulator("x", width, bins, count, 0)
-    parts = [torch.randn(count, width, generator=generator) * (1 + number) + 0.5 for number in range(bins)]
-    for number, part in enumerate(parts):
-        assert found.add(part, number)
-    return InputStatistics(**found.tensors()), parts
-
-
-def test_transformed_statistics_are_those_of_the_transformed_rows() -> None:
-    found, parts = random_input()
-    scale, shift = torch.linspace(0.5, 2, 24), torch.linspace(-1, 1, 24)
-    rotations = [(0, 8, hadamard_rotation(8)), (12, 24, block_hadamard_rotation(12, 4))]
-    changed = found.transformed(scale, shift, rotations)
-    for number, part in enumerate(parts):
-        x = part.double() * scale.double() - shift.double()
-        for start, stop, rotation in rotations:
-            x[:, start:stop] = x[:, start:stop] @ rotation.matrix()
-        # float32 sums of 40 rows went in, float32 comes out; no value is much above 10
-        bound = 40 * EPS * 40 * 10**2
-        torch.testing.assert_close(changed.second_moment[number].double(), x.T @ x, rtol=0, atol=bound)
-        torch.testing.assert_close(changed.total[number].double(), x.sum(0), rtol=0, atol=40 * EPS * 40 * 10)
-        # every row was sampled, so these are exact up to rounding
-        torch.testing.assert_close(changed.absmax[number].double(), x.abs().amax(0), rtol=8 * EPS, atol=8 * EPS)
-        crest = (x.abs().amax(1) / x.square().mean(1).sqrt()).mean()
-        assert float(changed.crest[number]) == pytest.approx(float(crest), rel=24 * EPS)
-        torch.testing.assert_close(changed.sample[changed.sample_bin == number].double(), x, rtol=EPS, atol=EPS)
-
-
-def test_a_changed_inputs_second_moments_are_symmetric_and_made_only_when_they_are_read(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(second_moments, "AT_ONCE", 24 * 5)  # bands of five rows, the last of four
-    found, _ = random_input()
-    changed = found.transformed(torch.linspace(0.5, 2, 24), torch.linspace(-1, 1, 24), [(0, 24, hadamard_rotation(24))])
-    before = changed.rms()
-    assert "second_moment" not in vars(changed)
-    assert torch.equal(changed.second_moment, changed.second_moment.mT)
-    assert before == pytest.approx(float(changed.channel_rms.double().square().mean().sqrt()), rel=1e-6)
-
-
-def test_scaling_alone_keeps_the_exact_absmax() -> None:
-    found, _ = random_input()
-    few = replace(found, sample=found.sample[:1], sample_bin=found.sample_bin[:1])
-    scale = torch.linspace(0.5, 2, 24)
-    assert torch.equal(few.transformed(scale).absmax, found.absmax * scale)
-    assert torch.equal(found.transformed().hessian(), found.hessian())
 
 
 def test_what_was_saved_is_opened_again_bit_by_bit(saved: Path, statistics: Statistics) -> None:

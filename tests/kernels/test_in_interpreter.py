@@ -12,8 +12,8 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 FILES = (
-    ("matmul", "quantize", "bench"),
-    ("fast_linear", "experts", "denoiser", "side_by_side", "vector", "heads"),
+    ("matmul", "quantize", "bench", "heads"),
+    ("fast_linear", "experts", "denoiser", "side_by_side", "vector"),
 )  # each a process
 
 
