@@ -181,6 +181,8 @@ def _make_pass(step: Any, where: str) -> Pass:
         made.check()
     except DitqError as error:
         raise DitqError(f"{where}: {error}") from error
+    if idle := made.without_effect():
+        raise DitqError(f"{where}: pass {name!r}: {idle}")
     return made
 
 

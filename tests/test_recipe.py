@@ -57,6 +57,14 @@ WRONG: dict[str, tuple[str, str]] = {
     "infinite": (_passes("quantize: {damping: .inf}"), "damping is inf"),
     "out of range": (_passes("smooth: {alpha: 1.5}"), "alpha is 1.5, must be between 0 and 1"),
     "negative damping": (_passes("quantize: {damping: -1.0}"), "damping is -1.0, must be above 0"),
+    "idle by a word": (
+        _passes("rotate: {mode: hadamard, tolerance: 0.1}"),
+        "tolerance is 0.1, which has an effect with mode: search or learned only, not hadamard; leave it out",
+    ),
+    "idle by a number": (
+        _passes("linear_attention: {tile: 4}"),
+        "pass 'linear_attention': tile is 4, which has an effect with window above 0 only, not 0; leave it out",
+    ),
     "negative tolerance": (_passes("rotate: {tolerance: -0.5}"), "tolerance is -0.5, must be 0 or more"),
     "negative group": (_passes("quantize: {group_size: -8}"), "group_size is -8"),
     "unknown kind": (_passes("rotate: {kinds: [hadamart]}"), r"unknown kinds \['hadamart'\]"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -31,11 +31,14 @@ def setting(
     choices: tuple[Any, ...] | None = None,
     words: tuple[str, ...] = (),
     otherwise: Any = None,
+    only: tuple[str, tuple[Any, ...] | None] | None = None,
 ) -> Any:
     """A dataclass field of a pass: its default, what it means, the values it may take if only some, and words that may stand
     in place of a value of the default's type, or of the type of `otherwise` where the default is a word itself.
+
+    only: it has an effect with these values of another setting alone, or with None where that is above 0.
     """
-    metadata = {"help": help, "choices": choices, "words": words, "otherwise": otherwise}
+    metadata = {"help": help, "choices": choices, "words": words, "otherwise": otherwise, "only": only}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -301,6 +304,20 @@ class Pass(ABC):
 
     def check(self) -> None:  # noqa: B027  most passes have nothing to check
         """Raise DitqError for settings that do not fit each other; called before anything runs."""
+
+    def without_effect(self) -> str | None:
+        """What is set to another value than its default, and what of the other settings keeps that from mattering."""
+        for item in fields(self):
+            default = item.default if item.default_factory is MISSING else item.default_factory()
+            value, only = getattr(self, item.name), item.metadata.get("only")
+            if only is None or value == default:
+                continue
+            name, values = only
+            given = getattr(self, name)
+            wanted = f"{name} above 0" if values is None else f"{name}: {' or '.join(map(str, values))}"
+            if not (given > 0 if values is None else given in values):
+                return f"{item.name} is {value}, which has an effect with {wanted} only, not {given}; leave it out"
+        return None
 
     def settings(self) -> dict[str, Any]:
         return {item.name: getattr(self, item.name) for item in fields(self)}

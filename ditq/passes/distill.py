@@ -74,7 +74,7 @@ class Distill(Pass):
     batch: int = setting(16, "samples a step and process, guidance branches among them")
     accumulate: int = setting(1, "batches whose gradients make a step")
     rate: float = setting(0.0001, "learning rate at its highest")
-    layerwise_rate: float = setting(0.0005, "the same in the steps of `layerwise`")
+    layerwise_rate: float = setting(0.0005, "the same in the steps of `layerwise`", only=("layerwise", None))
     warmup: int = setting(20, "steps in which the rate grows to it")
     decay: str = setting("cosine", "the rate after that", ("cosine", "constant"))
     weight_decay: float = setting(0.0, "AdamW's, of matrices")

@@ -42,8 +42,15 @@ class LinearAttentionPass(FittedConversion):
     features: str = setting("softmax", "relu, elu (elu + 1), or softmax of a learned map and of its negative", FEATURES)
     form: str = setting("joined", "how the linear part meets what keeps its softmax", FORMS)
     window: int = setting(0, "image keys under softmax: tiles along a side, or the circle's radius; 0: none")
-    shape: str = setting("tiles", "what a window is: square blocks of tiles, or a circle around each token", SHAPES)
-    tile: int = setting(8, "tokens along a side of a tile; for a circle only the block in which it is computed")
+    shape: str = setting(
+        "tiles",
+        "what a window is: square blocks of tiles, or a circle around each token",
+        SHAPES,
+        only=("window", None),
+    )
+    tile: int = setting(
+        8, "tokens along a side of a tile; for a circle only the block in which it is computed", only=("window", None)
+    )
     locality: bool = setting(False, "add a 3 x 3 convolution of the values, one kernel a channel, zero at first")
     temperature: bool = setting(True, "sharpen scores at larger pictures than those calibrated on, by sqrt(log N)")
     limit: float | str = limit_setting()

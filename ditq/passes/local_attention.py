@@ -59,7 +59,11 @@ class LocalAttentionPass(FittedConversion):
         "one window for all heads of an attention, or for each its own, at the least error for as many multiply-adds",
         HEADS,
     )
-    error: float = setting(0.01, "largest relative squared error of an attention's output that `search` allows")
+    error: float = setting(
+        0.01,
+        "largest relative squared error of an attention's output that `search` allows",
+        only=("window", ("search",)),
+    )
     pool: int = setting(0, "every pool x pool tokens are one key and value more, for all; 0: none")
     temperature: bool = setting(True, "sharpen scores at larger pictures than those calibrated on, by sqrt(log N)")
 

@@ -92,7 +92,11 @@ class MixtureOfExpertsPass(Pass):
         "experts everywhere, or pruned ones where experts are no better: of as many active channels, or as fast",
         ("experts", "better", "latency"),
     )
-    margin: float = setting(0.1, "`better` and `latency`: by what share less the answers must lose with a mixture")
+    margin: float = setting(
+        0.1,
+        "`better` and `latency`: by what share less the answers must lose with a mixture",
+        only=("choose", ("better", "latency")),
+    )
     samples: int = setting(256, "recorded denoiser calls that tokens are taken from")
     weighting: str = setting(
         "answer", "what a token counts: its effect on the model's answer, or all alike", WEIGHTINGS

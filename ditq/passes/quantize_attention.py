@@ -56,7 +56,9 @@ class QuantizeAttention(Pass):
     smooth_keys: bool = setting(True, "take the mean over the tokens out of the keys before they are rounded; exact")
     rotate: bool = setting(True, "multiply queries and keys by one Hadamard matrix before they are rounded; exact")
     scales: str = setting("dynamic", "dynamic: of each call; static: of recorded calls, for float8_e4m3", SCALES)
-    margin: float = setting(4.0, "how many times the largest recorded number a static scale reaches")
+    margin: float = setting(
+        4.0, "how many times the largest recorded number a static scale reaches", only=("scales", ("static",))
+    )
     select: list[str] = setting(["*"], "which attentions, as patterns of their modules' names")
 
     @property

@@ -56,7 +56,9 @@ class Rotate(Pass):
     not_after: ClassVar[tuple[str, ...]] = ("quantize", "rotate")
     mode: str = setting("search", "how the matrix is chosen", ("search", "learned", "literal", "quantile", *KINDS))
     kinds: list[str] = setting(
-        ["identity", "block_hadamard", "hadamard"], "what `search` and `learned` may choose from"
+        ["identity", "block_hadamard", "hadamard"],
+        "what `search` and `learned` may choose from",
+        only=("mode", ("search", "learned")),
     )
     block: int = setting(
         64, "channels that a block Hadamard mixes; else the largest power of two that divides the width"
@@ -69,9 +71,15 @@ class Rotate(Pass):
     codebook: str = setting("twin_log_shared", "the codebook that they judge by")
     rounding: str = setting("nearest", "the rounding that they judge by", ("nearest", "gptq"))
     steps: int = setting(50, "steps of learning")
-    threshold: float = setting(1.0, "RMS at which `literal` changes to the outlier-aware rotation")
-    quantile: float = setting(0.05, "share of inputs that `quantile` gives the outlier-aware rotation")
-    tolerance: float = setting(0.05, "by how much of its error a dearer kind must be better in `search`")
+    threshold: float = setting(
+        1.0, "RMS at which `literal` changes to the outlier-aware rotation", only=("mode", ("literal",))
+    )
+    quantile: float = setting(
+        0.05, "share of inputs that `quantile` gives the outlier-aware rotation", only=("mode", ("quantile",))
+    )
+    tolerance: float = setting(
+        0.05, "by how much of its error a dearer kind must be better in `search`", only=("mode", ("search", "learned"))
+    )
     select: list[str] = setting(["role:token"], "which linears; all linears of an input are rotated together")
 
     def check(self) -> None:

@@ -23,6 +23,9 @@ PLAIN = 0.5  # the alpha that a search starts from
 CERTAIN_GAIN = 0.01  # by how much of its error another pair must be better than the plain one
 
 
+_SEARCHED = ("alpha", ("search",))
+
+
 @register
 @dataclass(frozen=True)
 class Smooth(Pass):
@@ -55,12 +58,12 @@ class Smooth(Pass):
     centre: bool = setting(True, "subtract each channel's calibrated mean, folded into shift and bias")
     values: bool = setting(True, "scale and centre what attention gives too, folded into the value linears")
     salience: str = setting("absmax", "what a channel's size is", SALIENCES)
-    grid: int = setting(10, "steps of alpha from 0 to 1 in `alpha: search`")
-    rotation: str = setting("block_hadamard", "the rotation that the search puts behind it", DATA_FREE)
-    block: int = setting(64, "channels that a block Hadamard mixes there")
-    format: str = setting("w4a8", "the format that the search judges by")
-    codebook: str = setting("twin_log_shared", "the codebook that it judges by")
-    rounding: str = setting("nearest", "the rounding that it judges by", ("nearest", "gptq"))
+    grid: int = setting(10, "steps of alpha from 0 to 1 in `alpha: search`", only=_SEARCHED)
+    rotation: str = setting("block_hadamard", "the rotation that the search puts behind it", DATA_FREE, only=_SEARCHED)
+    block: int = setting(64, "channels that a block Hadamard mixes there", only=_SEARCHED)
+    format: str = setting("w4a8", "the format that the search judges by", only=_SEARCHED)
+    codebook: str = setting("twin_log_shared", "the codebook that it judges by", only=_SEARCHED)
+    rounding: str = setting("nearest", "the rounding that it judges by", ("nearest", "gptq"), only=_SEARCHED)
     select: list[str] = setting(["role:token"], "which linears; a group is smoothed if any of its linears matches")
 
     def check(self) -> None:
