@@ -142,12 +142,14 @@ def test_scales_shifts_and_rotations_pass_through_experts_exactly(checkpoint, st
     assert float(difference) < 1e-4  # the same experts for every token, and float32
 
 
-@pytest.mark.parametrize("settings", [{"mode": "search", "format": "w4a4", "kinds": ["block_hadamard", "identity"]},
-                                      {"mode": "quantile", "quantile": 1.0}])  # fmt: skip
+SEARCHED = {"mode": "search", "format": "w4a4", "kinds": ["block_hadamard", "identity"], "tolerance": 0.0}
+
+
+@pytest.mark.parametrize("settings", [SEARCHED, {"mode": "quantile", "quantile": 1.0}])
 def test_all_experts_of_a_feed_forward_get_one_rotation(checkpoint, statistics, settings):
     """Chosen by all of them, so that one kernel rounds what goes into their output linears."""
     graph = graph_of(checkpoint)
-    moe, rotate = run(graph, statistics, {"moe": EXPERTS}, {"rotate": {**settings, "tolerance": 0.0}})
+    moe, rotate = run(graph, statistics, {"moe": EXPERTS}, {"rotate": settings})
     kinds = {row["input"]: row["kind"] for row in rotate.rows}
     for place, part in graph.model.named_modules():
         if isinstance(part, MixtureOfExperts):
