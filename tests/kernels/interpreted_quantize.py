@@ -153,6 +153,15 @@ def test_norm_modulation_rotation_and_rounding_in_one(gamma: bool, beta: bool) -
     check(tokens(7, 192) * 5 + 3, None, ActivationFormat(), before=before)
 
 
+@pytest.mark.parametrize("gamma", [True, False])
+def test_channels_that_pad_a_token_far_from_zero_do_not_count(gamma: bool) -> None:
+    """Three rows of 64 channels stand in sixteen: what a norm would make of the others is far larger than any channel."""
+    before = Before(norm=True, gamma=tokens(1, 192, seed=1) if gamma else None)
+    x = tokens(3, 192) + 40
+    for transform in (rotated(192, block_hadamard_rotation(192, 64, seed=1)), None):
+        check(x, transform, before=before)
+
+
 FORMATS = [
     ActivationFormat(8, "token", clip=0.8),
     ActivationFormat(4, "token", "midrise"),
