@@ -138,6 +138,17 @@ def batch_size(arguments: Mapping[str, Any]) -> int:
     return next(value.shape[0] for value in arguments.values() if isinstance(value, Tensor))
 
 
+def moved(value: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
+    """Arguments of a forward call on a device and, where `dtype` is given, tensors of floating types in that dtype."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype if value.is_floating_point() else None)
+    if isinstance(value, dict):
+        return {key: moved(item, device, dtype) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(moved(item, device, dtype) for item in value)
+    return value
+
+
 def bytes_of(value: Any) -> int:
     """Of all tensors among a call's arguments."""
     if isinstance(value, Mapping):

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from ditq.calibration.collect import collect_statistics, moved
+from ditq.calibration.batches import moved
+from ditq.calibration.collect import collect_statistics
+from ditq.calibration.further import record_further
 from ditq.calibration.probing import measure_step_weights
 from ditq.calibration.prompts import BUILTIN_SETS, builtin_prompts, read_conditions, spread
 from ditq.calibration.record import INDEX as TRAJECTORIES_INDEX
@@ -36,6 +38,7 @@ from ditq.progress import ProgressSetting
 from ditq.quiet import quiet_libraries
 
 DEFAULT_CONDITIONS = 16
+MODULATION_CONDITIONS = 64
 
 Conditions = str | Path | Sequence[str | int]
 
@@ -55,6 +58,7 @@ def calibrate(
     device: str = AUTO,
     moments: str = "auto",
     memory_limit: int | None = None,
+    modulation_conditions: int = MODULATION_CONDITIONS,
     step_weights: bool = False,
     force: bool = False,
     resume: bool = False,
@@ -78,6 +82,8 @@ def calibrate(
         moments: second moments by timestep bin or over all, see `collect_statistics`.
         memory_limit: bytes that the statistics may take at a time, None for half of what is free; where they need more, the
             model runs more often.
+        modulation_conditions: conditions, with those that are drawn, whose modulation is read (further.py): further ones of the
+            same list, file or set, evenly over it. 0: those that are drawn alone.
         step_weights: also measure what an error at each step is worth in the end (step_weights.py).
         force: replace an existing folder (made by this function; nothing else is ever removed).
         resume: continue an interrupted calibration with the same settings; a finished one is simply opened.
@@ -90,6 +96,7 @@ def calibrate(
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     for name, value in (("bins", bins), ("rows_per_bin", rows_per_bin), ("limit", limit)):
         check_whole(name, value, 1)
+    check_whole("modulation_conditions", modulation_conditions, 0)
     check_seed(seed)
     out = path_of("out", out)
     place = device_of(device)
@@ -97,6 +104,7 @@ def calibrate(
     settings = SamplingSettings.for_checkpoint(checkpoint, steps, seed, arguments)
     check_arguments(pipeline_class(checkpoint), settings.arguments)
     chosen = choose_conditions(checkpoint, conditions, limit)
+    others = further_conditions(checkpoint, conditions, chosen, modulation_conditions)
     with _working_folder(out, force=force, resume=resume) as folder:
         pipeline = checkpoint.load_pipeline(dtype=dtype)
         place_pipeline(pipeline, place)
@@ -110,6 +118,7 @@ def calibrate(
             pipeline=pipeline,
             dtype=dtype,
         )
+        record_further(checkpoint.family, pipeline, others, settings, trajectories, progress)
         graph = DiTGraph(checkpoint.skeleton(), moved(_example_inputs(checkpoint, trajectories), "cpu", torch.float32))
         graph.model = pipeline.transformer  # looked at without weights, since these may come block by block
         if step_weights and StepWeights.read(folder) is None:
@@ -134,11 +143,8 @@ def calibrate(
 def default_conditions(checkpoint: Checkpoint, limit: int = DEFAULT_CONDITIONS) -> Sequence[str | int]:
     """What to calibrate with when nothing is given: the built-in checkpoints' captions; VBench prompts or class labels,
     evenly spread, for others."""
-    if condition_kind(pipeline_class(checkpoint)) == "class":
-        return spread(range(class_count(checkpoint.config)), limit)
-    if checkpoint.name in BUILT_IN:
-        return builtin_prompts("mini")[:limit]
-    return spread(builtin_prompts("vbench"), limit)
+    known = _known_conditions(checkpoint, None)
+    return known[:limit] if checkpoint.name in BUILT_IN else spread(known, limit)
 
 
 def choose_conditions(
@@ -147,12 +153,30 @@ def choose_conditions(
     """The conditions as a list, at most `limit` of them: the given list, a file's, a built-in set's, or the default."""
     if conditions is None:
         return default_conditions(checkpoint, limit or DEFAULT_CONDITIONS)
-    if isinstance(conditions, str | Path):
-        kind = condition_kind(pipeline_class(checkpoint))
-        if kind == "prompt" and conditions in BUILTIN_SETS and not Path(conditions).exists():
-            return builtin_prompts(str(conditions))[:limit]
-        return read_conditions(conditions, kind)[:limit]
-    return list(conditions)[:limit]
+    return _known_conditions(checkpoint, conditions)[:limit]
+
+
+def further_conditions(
+    checkpoint: Checkpoint, conditions: Conditions | None, drawn: Sequence[str | int], count: int
+) -> list[str | int]:
+    """Conditions of the same source that are not drawn, evenly over it, so that there are `count` together with those."""
+    seen = set(drawn)
+    others = [one for one in dict.fromkeys(_known_conditions(checkpoint, conditions)) if one not in seen]
+    return spread(others, max(0, count - len(drawn)))
+
+
+def _known_conditions(checkpoint: Checkpoint, conditions: Conditions | None) -> Sequence[str | int]:
+    """All that the source holds: the given list, file or built-in set; by default captions, prompts or classes."""
+    if conditions is not None and not isinstance(conditions, str | Path):
+        return list(conditions)
+    kind = condition_kind(pipeline_class(checkpoint))
+    if conditions is None:
+        if kind == "class":
+            return range(class_count(checkpoint.config))
+        return builtin_prompts("mini" if checkpoint.name in BUILT_IN else "vbench")
+    if kind == "prompt" and conditions in BUILTIN_SETS and not Path(conditions).exists():
+        return builtin_prompts(str(conditions))
+    return read_conditions(conditions, kind)
 
 
 def pipeline_class(checkpoint: Checkpoint) -> type:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ditq.calibration.accumulate import InputAccumulator
-from ditq.calibration.batches import units_of
+from ditq.calibration.batches import moved, units_of
+from ditq.calibration.further import FurtherConditions
 from ditq.calibration.input_statistics import InputStatistics
 from ditq.calibration.record import RecordedCall, Trajectories
 from ditq.calibration.statistics import INDEX, Statistics, read_groups, write_groups, write_index
@@ -76,6 +77,10 @@ def collect_statistics(
         metadata["moments"] = "all"
     if len(chosen) < trajectories.count():
         metadata["calls"] = len(chosen)
+    further = FurtherConditions.of(trajectories)
+    told = set() if further is None else further.groups(graph, wanted, device)
+    if further is not None and told:
+        metadata.update(modulation_conditions=further.count, modulation_conditions_sha256=further.digest)
     runs = list(_divide(wanted, matrices, bins, rows_per_bin, memory_limit or free_memory(device) // 2))
     sites = {group.name: group.sites for group in wanted}
     gathered: dict[str, InputStatistics] = {}
@@ -89,7 +94,10 @@ def collect_statistics(
                 inputs = {
                     g.name: InputAccumulator(g.name, g.width, bins, rows_per_bin, seed, by_bin, device) for g in run
                 }
-                found = _replay(graph, trajectories, chosen, inputs, bar, device)
+                if further is not None:
+                    further.read(graph, {name: inputs[name] for name in told & inputs.keys()}, bins, device)
+                _replay(graph, trajectories, chosen, {n: inputs[n] for n in inputs if n not in told}, bar, device)
+                found = _finished(inputs)
                 if path is None:
                     gathered.update(found)
                 else:
@@ -212,8 +220,10 @@ def _replay(
     inputs: dict[str, InputAccumulator],
     bar: ProgressBar,
     device: torch.device,
-) -> dict[str, InputStatistics]:
+) -> None:
     """One run over the chosen calls for some of the input groups."""
+    if not inputs:
+        return
     with ExitStack() as hooks:
         watchers = [_Watcher(graph, name, found, trajectories) for name, found in inputs.items()]
         for watcher in watchers:
@@ -225,6 +235,10 @@ def _replay(
                 watcher.call = call
             graph.model(**moved(call.arguments, device))
             bar.advance()
+
+
+def _finished(inputs: Mapping[str, InputAccumulator]) -> dict[str, InputStatistics]:
+    """Raises DitqError for an input that no call reached."""
     for name, found in inputs.items():
         if not found.count.any():
             raise DitqError(f"{name}: no recorded call reaches this layer; leave it out of the groups")
@@ -255,14 +269,3 @@ class _Watcher:
                 f"{self.name}: its input is not finite at step {self.call.step} of condition {self.call.condition}; "
                 "the checkpoint or its number format overflows"
             )
-
-
-def moved(value: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
-    """Arguments of a forward call on a device and, where `dtype` is given, tensors of floating types in that dtype."""
-    if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
-    if isinstance(value, dict):
-        return {key: moved(item, device, dtype) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(moved(item, device, dtype) for item in value)
-    return value

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ditq.calibration.batches import CallBatch, sampled_batches
-from ditq.calibration.collect import moved
+from ditq.calibration.batches import CallBatch, moved, sampled_batches
 from ditq.calibration.record import record_trajectories
 from ditq.calibration.sampling import SamplingSettings
 from ditq.calibration.statistics import Statistics

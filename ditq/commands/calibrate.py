@@ -24,13 +24,20 @@ from ditq.commands import DEVICE_HELP, SEED, arguments_of
 @click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option("--moments", default="auto", show_default=True, type=click.Choice(("auto", "bins", "all")),
               help="Second moments by timestep bin, or over all; auto: by bin where they fit in 2 GiB.")  # fmt: skip
+@click.option(
+    "--modulation-conditions",
+    default=64,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Prompts or labels whose modulation is read, most of them without drawing; 0: those that are drawn.",
+)
 @click.option("--device", default="auto", show_default=True, help=DEVICE_HELP)
 @click.option("--step-weights", is_flag=True, help="Also measure what an error at each step is worth.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted calibration stopped.")
 @click.option("--force", is_flag=True, help="Replace the output folder if it exists.")
 def calibrate(checkpoint: str, out: Path, prompts: Path | None, limit: int | None, steps: int | None, bins: int,
-              settings: tuple[str, ...], seed: int, moments: str, device: str, step_weights: bool, resume: bool,
-              force: bool) -> None:  # fmt: skip
+              settings: tuple[str, ...], seed: int, moments: str, modulation_conditions: int, device: str, step_weights: bool,
+              resume: bool, force: bool) -> None:  # fmt: skip
     """Run CHECKPOINT's real pipeline on prompts and keep the statistics of every linear's input.
 
     \b
@@ -41,8 +48,8 @@ def calibrate(checkpoint: str, out: Path, prompts: Path | None, limit: int | Non
 
     opened = Checkpoint.open(checkpoint)
     found = run(opened, out, conditions=prompts, steps=steps, bins=bins, seed=seed, limit=limit,
-                arguments=arguments_of(settings), moments=moments, device=device, step_weights=step_weights, resume=resume,
-                force=force)  # fmt: skip
+                arguments=arguments_of(settings), moments=moments, modulation_conditions=modulation_conditions, device=device,
+                step_weights=step_weights, resume=resume, force=force)  # fmt: skip
     count, steps_run = found.metadata["condition_count"], found.metadata["steps"]
     click.echo(f"{len(found.groups)} inputs over {count} conditions of {steps_run} steps, in {found.bins} bins")
     click.echo(f"statistics in {out}; next: ditq compile {checkpoint} -o engine --stats {out}")

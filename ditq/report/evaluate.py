@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ditq.calibration.batches import moved
 from ditq.calibration.calibrate import Conditions, choose_conditions, default_conditions, pipeline_class
-from ditq.calibration.collect import moved
 from ditq.calibration.prompts import builtin_prompts, spread
 from ditq.calibration.sampling import (
     DenoiserCall,

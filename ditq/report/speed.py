@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq.calibration.collect import moved
+from ditq.calibration.batches import moved
 from ditq.calibration.sampling import DenoiserCall, SamplingSettings, sample
 from ditq.checkpoint import Checkpoint
 from ditq.devices import FILLED
