@@ -12,14 +12,13 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ditq.calibration.accumulate import InputAccumulator
 from ditq.calibration.batches import batch_size, joined, moved
 from ditq.calibration.record import RecordedCall, Trajectories, conditions_digest
 from ditq.calibration.sampling import DenoiserCall, SamplingSettings, sample_one
@@ -37,9 +36,18 @@ BATCH = 64  # samples run together
 SAME = 0.02  # relative difference up to which an input is the same beside other tokens; half precision rounds to 0.004
 
 
+class TakesRows(Protocol):
+    """What adds up rows [R, C] of an input, each call in one bin; False where a value is not finite."""
+
+    def add(self, rows: Tensor, number: int) -> bool: ...
+
+
 @dataclass(frozen=True, eq=False)
 class FurtherConditions:
-    """vectors: argument of the denoiser -> what it is [K, R, ...] for K conditions, of which each step needs R samples."""
+    """Of K conditions, those that were drawn first.
+
+    vectors: argument of the denoiser -> what it is [K, R, ...], for the R samples that each step needs.
+    """
 
     trajectories: Trajectories
     vectors: Mapping[str, Tensor]
@@ -70,6 +78,11 @@ class FurtherConditions:
         """K, with the conditions that were drawn."""
         return len(next(iter(self.vectors.values())))
 
+    def without(self, conditions: Collection[int]) -> FurtherConditions:
+        """The same without some of those that were drawn, by number."""
+        kept = [number for number in range(self.count) if number not in conditions]
+        return replace(self, vectors={name: value[kept] for name, value in self.vectors.items()})
+
     def groups(self, graph: DiTGraph, among: Collection[InputGroup], device: torch.device) -> set[str]:
         """The names of those inputs that a call's vectors decide, whatever the tokens are: told by running one recorded call
         and once more its vectors beside made-up tokens."""
@@ -86,7 +99,7 @@ class FurtherConditions:
         return {name for name in whole.keys() & alone.keys() if _alike(alone[name][:size], whole[name])}
 
     @torch.no_grad()
-    def read(self, graph: DiTGraph, inputs: Mapping[str, InputAccumulator], bins: int, device: torch.device) -> None:
+    def read(self, graph: DiTGraph, inputs: Mapping[str, TakesRows], bins: int, device: torch.device) -> None:
         """Hand the accumulators what their inputs are, each condition at `STEPS` of the steps, all conditions at some.
 
         Raises:

@@ -176,6 +176,7 @@ READ_OF_CALIBRATION = {
     "calibration.step_weights",
     "calibration.record",
     "calibration.batches",
+    "calibration.further",
     "calibration.sampler",
 }
 ARROWS = {

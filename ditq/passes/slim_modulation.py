@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ditq.calibration.batches import sampled_batches, teaching_conditions
+from ditq.calibration.batches import held_out_conditions, sampled_batches, teaching_conditions
+from ditq.calibration.further import FurtherConditions
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn.structural.low_rank_linear import LowRankLinear
@@ -116,7 +119,8 @@ class SlimModulation(Pass):
 
 @torch.no_grad()
 def _moments(graph: DiTGraph, context: Context, sites: list[str], samples: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of each linear's input the mean [I] and the covariance [I, I], over recorded calls of conditions that do not judge.
+    """Of each linear's input the mean [I] and the covariance [I, I], over conditions that do not judge: of further conditions
+    that were not drawn where their vectors tell it, else over recorded calls.
 
     How far unseen prompts reach beyond the directions of those that were seen is what is lost most, and only conditions left
     out can tell. Without recorded calls, those of the statistics.
@@ -124,29 +128,56 @@ def _moments(graph: DiTGraph, context: Context, sites: list[str], samples: int) 
     if not context.has_trajectories:
         found = {site: context.statistics(graph.sites[site].group) for site in sites}
         return {site: _centred(known.mean().double(), known.hessian().double()) for site, known in found.items()}
-    trajectories = context.trajectories()
-    sums = {site: torch.zeros(graph.sites[site].in_features, dtype=torch.float64) for site in sites}
-    squares = {site: total.outer(total) for site, total in sums.items()}
-    counts = dict.fromkeys(sites, 0)
+    groups = {graph.sites[site].group: graph.groups[graph.sites[site].group] for site in sites}
+    sums = {name: _Sums(group.width) for name, group in groups.items()}
+    trajectories, device = context.trajectories(), next(graph.model.parameters()).device
+    told: set[str] = set()
+    if (further := FurtherConditions.of(trajectories)) is not None:
+        told = further.groups(graph, groups.values(), device)
+        others = further.without(held_out_conditions(trajectories))
+        others.read(graph, {name: sums[name] for name in told}, 1, device)
+    _read_calls(graph, context, {name: found for name, found in sums.items() if name not in told}, samples)
+    return {site: sums[graph.sites[site].group].moments() for site in sites}
 
-    def seen(site: str) -> Any:
-        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            rows = arguments[0].reshape(-1, arguments[0].shape[-1]).double()
-            sums[site] += rows.sum(0)
-            squares[site] += rows.T @ rows
-            counts[site] += len(rows)
+
+class _Sums:
+    """Of rows [R, I], in float64."""
+
+    def __init__(self, width: int) -> None:
+        self._count = 0
+        self._total = torch.zeros(width, dtype=torch.float64)
+        self._square = torch.zeros(width, width, dtype=torch.float64)
+
+    def add(self, rows: Tensor, _: int = 0) -> bool:
+        rows = rows.double().cpu()
+        self._count += len(rows)
+        self._total += rows.sum(0)
+        self._square += rows.T @ rows
+        return True
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        return _centred(self._total / self._count, self._square / self._count)
+
+
+def _read_calls(graph: DiTGraph, context: Context, sums: Mapping[str, _Sums], samples: int) -> None:
+    """Add up what inputs are in recorded calls."""
+    if not sums:
+        return
+
+    def seen(found: _Sums) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            found.add(given[0].reshape(-1, given[0].shape[-1]))
 
         return hook
 
-    handles = [graph.linear(site).register_forward_pre_hook(seen(site)) for site in sites]
-    try:
-        batches = sampled_batches(trajectories, samples, 16, context.seed, teaching_conditions(trajectories))
+    trajectories = context.trajectories()
+    batches = sampled_batches(trajectories, samples, 16, context.seed, teaching_conditions(trajectories))
+    with ExitStack() as hooks:
+        for name, found in sums.items():
+            site = graph.linear(graph.groups[name].sites[0])
+            hooks.callback(site.register_forward_pre_hook(seen(found)).remove)
         for batch in context.track("modulation", batches):
             call(graph.model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {site: _centred(sums[site] / counts[site], squares[site] / counts[site]) for site in sites}
 
 
 def _centred(mean: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from ditq.calibration.calibrate import calibrate
+from ditq.calibration.statistics import Statistics
 from ditq.calibration.step_weights import StepWeights
+from ditq.checkpoint import Checkpoint
 from ditq.cost_model import costs_after, costs_before
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
+from ditq.inspection import example_inputs
 from ditq.nn.rebuild import describe, rebuild
 from ditq.nn.structural.low_rank_linear import LowRankLinear
 from ditq.numerics.principal_outputs import principal_outputs, rank_for
@@ -19,6 +25,7 @@ from ditq.passes import Context
 from ditq.passes.quantize import Quantize
 from ditq.passes.slim_modulation import SlimModulation
 from ditq.recipe import Recipe
+from tests.calibration.small_pipelines import ARGUMENTS
 from tests.families_small import FAMILIES, forward, small_graph, small_inputs, small_model, statistics_of
 
 
@@ -112,3 +119,29 @@ def test_its_cost_is_told_before_anything_is_done() -> None:
 def test_what_makes_no_sense_is_refused(settings: dict[str, object], said: str) -> None:
     with pytest.raises(DitqError, match=said):
         Recipe.from_dict({"passes": [{"slim_modulation": settings}]}, "test").preview(small_graph("dit"))
+
+
+def test_directions_are_those_of_further_conditions_too(tmp_path: Path) -> None:
+    """Of four prompts two are drawn; what is lost on all four is less where the other two were read as well."""
+    prompts = ["red apple, fluent 3d", "dog, noto", "castle, twemoji", "whale, fluent 3d"]
+    arguments = {**ARGUMENTS["flux"], "num_inference_steps": 2}
+
+    def made(name: str, **settings: Any) -> Statistics:
+        return calibrate(
+            "mini", tmp_path / name, prompts, bins=1, rows_per_bin=4, arguments=arguments, progress=False, **settings
+        )
+
+    truth, lost = made("all"), {}
+    for name, count in (("few", 0), ("further", 4)):
+        checkpoint = Checkpoint.open("mini")
+        graph = DiTGraph(checkpoint.load_model(), example_inputs(checkpoint))
+        site = "single_transformer_blocks.0.norm.linear"
+        seen = truth.groups[graph.sites[site].group]
+        covariance = seen.hessian().double() - torch.outer(seen.mean().double(), seen.mean().double())
+        weight = graph.linear(site).weight.double()
+        statistics = made(name, limit=2, modulation_conditions=count)
+        SlimModulation(rank=4, multiple=4, select=[site]).run(graph, Context(statistics))
+        part = graph.model.get_submodule(site)
+        left = weight - part.up.weight.double() @ part.down.weight.double()
+        lost[name] = float(torch.trace(left @ covariance @ left.T) / torch.trace(weight @ covariance @ weight.T))
+    assert lost["further"] < 0.5 * lost["few"]
