@@ -180,9 +180,9 @@ def _vectors_of_drawn(
     names = [name for name in vector_arguments(family) if isinstance(calls[0][0].arguments.get(name), Tensor)]
     if not names or trajectories.timestep_arguments is None:
         return None
-    if len(calls) == 1 and len(calls[0]) > 1:
-        return None  # which of the calls has to do with the condition is not to be seen
     found = [{name: torch.cat([call.arguments[name] for call in step]) for name in names} for step in calls]
+    if all(torch.equal(step[name], found[0][name]) for step in found for name in names):
+        return None  # they are no matter of the condition, as guidance is none, or a single one does not tell
     first = batch_size(calls[0][0].arguments)
     others = {name: value[first:] for name, value in found[0].items()}
     same = all(torch.equal(step[name][first:], others[name]) for step in found for name in names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,18 @@ def test_one_drawn_condition_does_not_tell_what_guidance_gets(tmp_path: Path) ->
     found = make(mini(), tmp_path / "stats", "flux", limit=1)
     assert not (tmp_path / "stats" / TRAJECTORIES / FILE).exists()
     assert "modulation_conditions" not in found.metadata
+
+
+def test_vectors_that_are_the_same_for_all_conditions_are_not_looked_for(finished: Path, tmp_path: Path) -> None:
+    """As guidance alone is in FLUX.2: nothing is asked of the pipeline."""
+    (tmp_path / TRAJECTORIES).mkdir()
+    for file in (finished / TRAJECTORIES).iterdir():
+        if file.name != FILE:
+            (tmp_path / TRAJECTORIES / file.name).write_bytes(file.read_bytes())
+    trajectories = Trajectories.open(tmp_path / TRAJECTORIES)
+    family = replace(families()["flux"], axes={"guidance": ("batch",), "hidden_states": ("batch", None, None)})
+    record_further(family, None, ["castle, twemoji"], SamplingSettings(), trajectories)
+    assert not (tmp_path / TRAJECTORIES / FILE).exists()
 
 
 def test_a_modulation_that_sees_tokens_is_read_where_it_was_drawn(finished: Path) -> None:
