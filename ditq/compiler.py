@@ -220,8 +220,10 @@ def _asked(recipe: Recipe, options: CompileOptions) -> tuple[Recipe, Budget | No
         budget = recipe.budget
     if budget is not None:
         quantize_step(recipe)
-        if changed := next((step.name for step in recipe.passes if step.structural), None):
-            raise DitqError(f"{recipe.name}: a budget chooses formats for the model as it came, not behind {changed!r}")
+        if trained := next((step.name for step in recipe.passes if step.trains), None):
+            raise DitqError(
+                f"{recipe.name}: a budget would train twice; run {trained!r} without it, or leave that pass out"
+            )
     return recipe, budget
 
 

@@ -65,10 +65,14 @@ class AlongTrajectories:
     adds_up: ClassVar[bool] = True
 
     @classmethod
-    def of(cls, model: nn.Module, trajectories: Trajectories) -> AlongTrajectories | None:
+    def of(
+        cls, model: nn.Module, trajectories: Trajectories, recorded: nn.Module | None = None
+    ) -> AlongTrajectories | None:
         """On at most `CONDITIONS` conditions; None where the sampler makes no linear steps of what was recorded.
 
-        model: the one that the trajectories were recorded with, or one that computes the same.
+        Args:
+            model: whose linears are to be quantized.
+            recorded: the model that the trajectories were recorded with, where `model` computes something else.
         """
         chosen = list(spread(range(len(trajectories.conditions)), CONDITIONS))
         parts = [chosen[start : start + TOGETHER] for start in range(0, len(chosen), TOGETHER)]
@@ -76,11 +80,11 @@ class AlongTrajectories:
         found = tuple(path for path in paths if path is not None)
         if len(found) < len(paths):
             return None
-        sampler = find_sampler(model, trajectories)
+        sampler = find_sampler(model if recorded is None else recorded, trajectories)
         if sampler is None:
             return None
         cost = cls(found, sampler)
-        if trajectories.dtype.itemsize >= torch.float32.itemsize:
+        if recorded is None and trajectories.dtype.itemsize >= torch.float32.itemsize:
             return cost
         # What was recorded in bfloat16 ends 1 % away from what a model in float32 draws: as far as w8 would.
         return replace(cost, ends=tuple(cost._drawn(model, path) for path in found[:JUDGED]))

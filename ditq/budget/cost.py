@@ -42,9 +42,18 @@ class Cost(Protocol):
         ...
 
 
-def find_cost(model: nn.Module, trajectories: Trajectories, statistics: Statistics, seed: int = 0) -> Cost:
+def find_cost(
+    model: nn.Module,
+    trajectories: Trajectories,
+    statistics: Statistics,
+    seed: int = 0,
+    recorded: nn.Module | None = None,
+) -> Cost:
     """Along trajectories where the sampler is linear in the denoiser's answers, as deterministic ones are, else of calls.
 
-    model: in full precision, after the passes before `quantize`.
+    Args:
+        model: in full precision, after the passes before `quantize`.
+        recorded: the model that the trajectories were recorded with, where structural passes have made another of it.
     """
-    return AlongTrajectories.of(model, trajectories) or SingleCalls.of(model, trajectories, statistics, seed)
+    found = AlongTrajectories.of(model, trajectories, recorded)
+    return found or SingleCalls.of(model, trajectories, statistics, seed)

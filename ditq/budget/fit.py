@@ -26,8 +26,10 @@ from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
+from ditq.latency import seconds_of
 from ditq.memory import copied
 from ditq.numerics.knapsack import best_known, smallest
+from ditq.pass_steps import run_steps
 from ditq.passes import Context, PassReport
 from ditq.passes.base import CPU
 from ditq.passes.quantize import Quantize
@@ -97,7 +99,7 @@ def fit_budget(
     device: torch.device = CPU,
 ) -> BudgetFit:
     """Choose formats within the budget. The graph is of the checkpoint's model as it came, and used up: passes before
-    `quantize` have changed it afterwards.
+    `quantize`, structural ones too, have changed it afterwards.
 
     Args:
         work: where finished codes are kept, so that an interrupted search goes on.
@@ -110,12 +112,12 @@ def fit_budget(
     step = recipe.passes[place]
     assert isinstance(step, Quantize)
     original = copied(graph.model) if budget.kind == "psnr" else None
-    context = Context(statistics, seed, device=device).showing(progress)
+    folder = None if work is None else work / "budget"
+    context = Context(statistics, seed, work=folder, device=device, latency=seconds_of).showing(progress)
     caches = _caches(checkpoint, recipe, budget, statistics, seed, work)
     with torch.no_grad():
-        for earlier in recipe.passes[:place]:
-            earlier.run(graph, context)
-        cost = find_cost(graph.model, trajectories, statistics, seed)
+        run_steps(graph, recipe.passes, context, progress, until=place, check=False)
+        cost = find_cost(graph.model, trajectories, statistics, seed, context.original)
         held = set() if cost.adds_up else step.ruled(graph)
         choices = make_choices(graph, step, context, budget.candidates, caches.get, held)
     _check_possible(budget, choices)

@@ -119,6 +119,34 @@ def test_bits_a_weight_are_kept(
     assert 4.5 < summary["quantize"]["bits a weight"] <= 5
 
 
+STRUCTURAL: dict[str, dict[str, Any]] = {
+    "slim_modulation": {"rank": 8, "multiple": 8},
+    "moe": {"experts": 4},
+    "prune": {},
+    "linear_attention": {},
+    "token_order": {},
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURAL)
+def test_formats_are_chosen_for_what_structural_passes_have_made(
+    pipeline: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("ditq.compiler.write_engine", lambda *_, **__: UNWRITTEN)
+    made = quick().to_json()
+    made["passes"].insert(0, {name: STRUCTURAL[name]})
+    settings = made["passes"][-1]["quantize"]
+    settings |= {"group_size": 0, "rules": [{**rule, "group_size": 0} for rule in settings["rules"]]}
+    options = CompileOptions(statistics=stats, budget=Budget.parse("bits=5", "w4,w8"), progress=False)
+    result = ditq.compile(pipeline, tmp_path / "engine", Recipe.from_dict(made, "made"), options)
+    reports = {report.name: report for report in result.reports}
+    assert 4 < reports["budget"].summary["bits a weight"] <= 5
+    assert reports["quantize"].summary["bits a weight"] == pytest.approx(reports["budget"].summary["bits a weight"])
+    assert {row["site"] for row in reports["budget"].rows} == {row["site"] for row in reports["quantize"].rows}
+    assert len({row["chosen"] for row in reports["budget"].rows}) == 2
+    assert reports["budget"].summary["errors are of"] == "the last latents"
+
+
 def test_inspect_says_that_bits_are_still_to_be_chosen(pipeline: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = run(capsys, "inspect", pipeline, "--recipe", "w4a8-mixed")
     assert "recipe w4a8-mixed has the budget bits=4.3: `ditq compile` chooses the bits of each linear" in shown.out
