@@ -51,7 +51,9 @@ class SlimModulation(Pass):
     keep: float = setting(0.9999, "share of the output's variance over the calibration that is kept")
     rank: int = setting(0, "the rank of all, instead of `keep`; 0 goes by `keep`")
     multiple: int = setting(64, "ranks are multiples of this, so that groups of columns fit")
-    samples: int = setting(1024, "samples of recorded calls that tell the directions, where no further conditions were read")
+    samples: int = setting(
+        1024, "samples of recorded calls that tell the directions, where no further conditions were read"
+    )
     select: list[str] = setting(["role:modulation"], "which linears")
     limit: float | str = limit_setting()
 

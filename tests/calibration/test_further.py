@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ditq.calibration.batches import moved
@@ -93,6 +96,15 @@ def test_each_condition_is_read_at_some_steps_and_each_step_for_some_conditions(
     (name, *_) = modulation(DiTGraph(checkpoint.load_model(), example_inputs(checkpoint)))
     # four conditions in two guidance branches, each at six of the twelve steps
     assert found.groups[name].count.tolist() == [16, 16, 16]
+    further = FurtherConditions.of(Trajectories.open(tmp_path / "stats" / TRAJECTORIES))
+    assert further is not None
+    read: dict[int, set[int]] = {}
+    for step, rows in further._calls():
+        for label in rows["class_labels"].tolist():
+            read.setdefault(label, set()).add(step)
+    assert {label: sorted(steps) for label, steps in read.items() if label < 1000} == {
+        label: list(range(place % 2, 12, 2)) for place, label in enumerate(CONDITIONS["dit"])
+    }
 
 
 def test_without_vectors_besides_the_time_nothing_is_read(tmp_path: Path) -> None:
@@ -159,6 +171,19 @@ def test_half_precision_is_read_as_the_model_wants_it(finished: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trajectories, "calls", in_half)
         assert further.groups(graph, graph.groups.values(), CPU) == exact
+
+
+def test_vectors_of_half_precision_come_wide_where_calls_do(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "stats")
+    place = tmp_path / "stats" / TRAJECTORIES
+    with safe_open(place / FILE, framework="pt") as file:
+        tensors, told = {name: file.get_tensor(name).bfloat16() for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(tensors, place / FILE, metadata=told)
+    trajectories = Trajectories.open(place)
+    as_drawn, wide = FurtherConditions.of(trajectories), FurtherConditions.of(trajectories.in_float32())
+    assert as_drawn is not None and wide is not None
+    assert {value.dtype for value in as_drawn.vectors.values()} == {torch.bfloat16}
+    assert {value.dtype for value in wide.vectors.values()} == {torch.float32}
 
 
 def test_an_interrupted_reading_resumes_to_the_very_same_bytes(finished: Path, tmp_path: Path) -> None:
