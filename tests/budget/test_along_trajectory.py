@@ -144,3 +144,6 @@ def test_recorded_trajectories_give_costs_in_the_last_latents_or_of_single_calls
     for parameter in model.parameters():  # another model, whose answers did not make these latents
         parameter.data = parameter.data.flip(0)
     assert isinstance(find_cost(model, trajectories, statistics), SingleCalls)
+    changed = find_cost(model, trajectories, statistics, recorded=checkpoint.load_model())
+    assert isinstance(changed, AlongTrajectories)  # whose sampler is the original's, and whose end is its own
+    assert changed.drawn(model) < 1e-12 and changed.drawn(checkpoint.load_model()) > 1e-3
