@@ -68,10 +68,17 @@ class FurtherConditions:
         if told.get("recording") != _recording(trajectories):
             raise DitqError(f"{path}: belongs to another recording; calibrate again")
         vectors = {name: file.read(name) for name in file.tensors}
+        known = next(trajectories.calls()).arguments
+        if (
+            not vectors
+            or not vectors.keys() <= known.keys()
+            or len({value.shape[:2] for value in vectors.values()}) > 1
+        ):
+            raise DitqError(f"{path}: damaged; calibrate again")
         if trajectories.widened:
             half = (torch.bfloat16, torch.float16)
             vectors = {name: value.float() if value.dtype in half else value for name, value in vectors.items()}
-        return cls(trajectories, vectors, told["conditions_sha256"])
+        return cls(trajectories, vectors, str(told.get("conditions_sha256")))
 
     @property
     def count(self) -> int:

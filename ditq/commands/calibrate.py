@@ -51,5 +51,7 @@ def calibrate(checkpoint: str, out: Path, prompts: Path | None, limit: int | Non
                 arguments=arguments_of(settings), moments=moments, modulation_conditions=modulation_conditions, device=device,
                 step_weights=step_weights, resume=resume, force=force)  # fmt: skip
     count, steps_run = found.metadata["condition_count"], found.metadata["steps"]
-    click.echo(f"{len(found.groups)} inputs over {count} conditions of {steps_run} steps, in {found.bins} bins")
+    more = found.metadata.get("modulation_conditions")
+    beside = f", modulation over {more}" if more is not None else ""
+    click.echo(f"{len(found.groups)} inputs over {count} conditions of {steps_run} steps, in {found.bins} bins{beside}")
     click.echo(f"statistics in {out}; next: ditq compile {checkpoint} -o engine --stats {out}")

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ditq.calibration import further as further_module
 from ditq.calibration.batches import moved
 from ditq.calibration.calibrate import calibrate, further_conditions
 from ditq.calibration.collect import collect_statistics
@@ -205,6 +206,14 @@ def test_a_damaged_or_foreign_file_is_refused(finished: Path, tmp_path: Path) ->
     (place / FILE).write_bytes((finished / TRAJECTORIES / FILE).read_bytes())
     with pytest.raises(DitqError, match=rf"{FILE}: belongs to another recording; calibrate again"):
         FurtherConditions.of(Trajectories.open(place))
+    with safe_open(finished / TRAJECTORIES / FILE, framework="pt") as file:
+        told = file.metadata()
+    for tensors in ({}, {"other": torch.zeros(2, 2)}):
+        save_file(tensors, tmp_path / FILE, metadata=told)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(further_module, "FILE", str(tmp_path / FILE))
+            with pytest.raises(DitqError, match=rf"{FILE}: damaged; calibrate again"):
+                FurtherConditions.of(Trajectories.open(finished / TRAJECTORIES))
     (place / FILE).write_bytes(own[:-8])
     with pytest.raises(DitqError, match=rf"{FILE}: damaged or not a safetensors file"):
         FurtherConditions.of(Trajectories.open(place))
