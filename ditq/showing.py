@@ -19,6 +19,7 @@ from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError
 from ditq.export.agreement import model_agreement
 from ditq.export.engine import MANIFEST, TEXT_GRAPH, Engine
+from ditq.export.float64 import float64_agreement
 from ditq.export.fusion_report import FusionReport
 from ditq.export.loader import load_engine, only_picture
 from ditq.export.providers.available import is_doubled
@@ -232,10 +233,15 @@ def show_targets() -> Table:
     return ["target", "works here", "", "what it is"], rows
 
 
-def diagnose(engine: str | None) -> tuple[list[str], bool]:
+def diagnose(engine: str | None, float64: bool = False) -> tuple[list[str], bool]:
     """What is installed and what works; of an engine, which planned integer products really are and whether it computes
-    what it means. And: all well?
+    what it means, if so asked in float64 as well. And: all well?
+
+    Raises:
+        DitqError: no engine in that folder; or float64 without an engine, or for one that has no graph.
     """
+    if float64 and engine is None:
+        raise DitqError("--float64 compares an engine with torch; give its folder")
     lines = [f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"]
     for package in PACKAGES:
         try:
@@ -253,9 +259,11 @@ def diagnose(engine: str | None) -> tuple[list[str], bool]:
     if engine is None:
         return lines, True
     opened = Engine.open(engine)
-    if not opened.graphs:
+    if not opened.graphs and not float64:
         said, well = _without_graph(opened)
         return [*lines, f"{engine}: {said}"], well
+    if not opened.graphs:
+        raise DitqError(f"{engine}: --float64 compares a graph with torch; target {opened.manifest['target']} has none")
     proven = _proofs(opened)
     for where, proof in proven.items():
         lines.append(f"{engine}{f' for {where}' if where else ''}: {proof.counted}")
@@ -269,7 +277,12 @@ def diagnose(engine: str | None) -> tuple[list[str], bool]:
     agreement = model_agreement(opened, inputs, model=model)
     runs = "" if own.available()[0] else f" (its graph run by ONNX Runtime, since {own.name} does not run here)"
     lines.append(f"{engine}: {agreement}{runs}")
-    return lines, all(proof.complete for proof in proven.values()) and agreement.holds
+    well = all(proof.complete for proof in proven.values()) and agreement.holds
+    if float64:
+        meant = float64_agreement(opened, inputs)
+        lines.append(f"{engine}: {meant}")
+        well &= meant.holds
+    return lines, well
 
 
 def _providers() -> list[str]:

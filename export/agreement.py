@@ -109,9 +109,7 @@ def model_agreement(
     arguments = {name: value for name, value in inputs.items() if name != "return_dict"}
     own = target(engine.manifest["target"])
     tolerance = tolerance or (HALF_TIE_TOLERANCE if own.half else TIE_TOLERANCE)
-    run = (own if own.available()[0] else target("onnxruntime-cpu")).runner(engine, RunOptions(threads=1))
-    # of the engine as it is: to give out values might change how the runtime fuses
-    output = run(engine_inputs(engine, arguments)).cpu()
+    output = running_output(engine, arguments)
     places = _integers(engine, _graphs(engine, arguments))
     read = ((place.graph, value) for queue in places.values() for place in queue for value in place.values)
     names = list(dict.fromkeys(read))
@@ -131,6 +129,14 @@ def model_agreement(
         dict(comparison.invalid),
         HALF_OUTPUT_TOLERANCE if own.half else OUTPUT_TOLERANCE,
     )
+
+
+def running_output(engine: Engine, arguments: Mapping[str, Any]) -> Tensor:
+    """What the engine as it is computes, on its own target or else in ONNX Runtime: to give out values might change how the
+    runtime fuses."""
+    own = target(engine.manifest["target"])
+    run = (own if own.available()[0] else target("onnxruntime-cpu")).runner(engine, RunOptions(threads=1))
+    return run(engine_inputs(engine, arguments)).cpu()
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:

@@ -18,7 +18,7 @@ from ditq.graph import DiTGraph
 from ditq.parts import LinearModulation, NormModulation, TableModulation
 from ditq.pass_pipeline import run_passes
 from ditq.recipe import Recipe
-from tests.export.quantized import engine_of, quantize_blocks, relative, shallow_model
+from tests.export.quantized import engine_of, means_torch, quantize_blocks, relative, shallow_model
 from tests.families_small import OTHERS, forward, small_graph, small_inputs, statistics_of
 
 FOLDS = {"passes": [{"smooth": {"alpha": 0.5, "centre": True}}, {"rotate": {"mode": "block_hadamard", "block": 32}}]}
@@ -104,6 +104,7 @@ def test_an_engine_for_videos_runs_low_bit_at_other_lengths_and_sizes(tmp_path: 
     inputs = small_inputs(shallow_model("wan"))
     inputs["hidden_states"] = torch.randn(2, 4, 2, 4, 12, generator=torch.Generator().manual_seed(0))
     assert model_agreement(engine, inputs).holds
+    means_torch(engine, inputs)
 
 
 def test_an_engine_of_chroma_takes_any_number_of_samples(tmp_path: Path) -> None:
@@ -113,6 +114,7 @@ def test_an_engine_of_chroma_takes_any_number_of_samples(tmp_path: Path) -> None
     for batch in (1, 3):
         inputs = small_inputs(model, batch)
         assert relative(transformer(**inputs).sample, forward(model, inputs)) < 1e-5
+    means_torch(transformer.engine, inputs)
     assert "forward" not in model.get_submodule("time_text_embed").__dict__  # the class's own again
 
 

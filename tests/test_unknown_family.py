@@ -26,6 +26,7 @@ from ditq.export.fusion import prove_fusion
 from ditq.inspection import example_inputs
 from ditq.report.engine_report import report_on, run_engine_once, run_original_once
 from tests.command_line import assert_refused, run
+from tests.export.quantized import means_torch
 from tests.small_checkpoint import write_pipeline
 
 SAMPLING = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 2.0, "max_sequence_length": 16}
@@ -68,6 +69,7 @@ def test_it_is_compiled_whole_by_the_calls_of_its_pipeline(tmp_path: Path, capsy
     assert engine.manifest["family"] == recorded_family.NAME and EXAMPLE in engine.files
     assert made_for is not None and made_for["hidden_states"].shape == (2, 8, 8, 8)
     assert prove_fusion(engine).complete and model_agreement(engine, made_for).holds
+    means_torch(engine, dict(made_for))
     tensors = {name: value for name, value in made_for.items() if isinstance(value, torch.Tensor)}
     three = {name: value[:1].expand(3, *value.shape[1:]) for name, value in tensors.items()}
     assert transformer(**three, return_dict=False)[0].shape == (3, 8, 8, 8)

@@ -29,6 +29,7 @@ from ditq.calibration.statistics import Statistics
 from ditq.checkpoint import Checkpoint
 from ditq.compiler import CompileOptions, compile
 from ditq.export.agreement import model_agreement
+from ditq.export.float64 import float64_agreement
 from ditq.export.fusion import prove_fusion
 from ditq.export.loader import load_engine
 from ditq.graph import DiTGraph
@@ -147,6 +148,9 @@ def measure_recipe(bench: Bench, name: str, statistics: Path, folder: Path) -> l
     agreement = model_agreement(result.engine, inputs)
     if not agreement.holds:
         raise click.ClickException(f"{name}: {agreement}")
+    meant = float64_agreement(result.engine, inputs)
+    if not meant.holds:
+        raise click.ClickException(f"{name}: {meant}")
     mean, worst = bench.quality(transformer)
     shutil.rmtree(engine)
     return [
@@ -160,6 +164,7 @@ def measure_recipe(bench: Bench, name: str, statistics: Path, folder: Path) -> l
         f"{len(proof.fused)}/{proof.planned}",
         f"{agreement.plain_error:.0e}",
         f"{agreement.error:.0e}",
+        f"{meant.meaning:.0e}",
         f"{seconds:.0f}",
     ]
 
@@ -205,7 +210,7 @@ def main(checkpoint: str, limit: int, seed: int, stats: Path | None, only: str |
             rows.append(measure_recipe(bench, name, folder, Path(scratch)))
             print(rows[-1], file=sys.stderr, flush=True)
         table(["recipe", "bits a weight", "PSNR, dB", "worst", "weights, MB", "to float32", "to bf16", "fused",
-               "torch - ONNX", "up to ties", "compile, s"], rows)  # fmt: skip
+               "torch - ONNX", "up to ties", "in float64", "compile, s"], rows)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ FORMATS = (INTEGER, FLOAT8)
 PARTS, MULTIPLIED = "qkvpo", "qkvp"
 LARGEST = {INTEGER: 127.0, FLOAT8: 448.0}  # n of queries, keys, values
 LARGEST_OF_P = {INTEGER: 255.0, FLOAT8: 448.0}
+STEP_OF_P = {number: float(torch.tensor(1 / largest)) for number, largest in LARGEST_OF_P.items()}  # as float32 has it
 OVER = {"q": -1, "k": -1, "v": -2}  # the dimension that shares a scale: channels, channels, tokens
 _MANTISSA, _SMALLEST_EXPONENT = 3, -6  # of float8_e4m3
 
@@ -102,13 +103,13 @@ class AttentionFormat:
 
 @cache
 def rotation_of_heads(width: int) -> Tensor:
-    """R [d, d] in float64 for heads of that many channels: random Hadamard blocks of the largest power of two in d, up to 128.
+    """R [d, d] in float32 for heads of that many channels: random Hadamard blocks of the largest power of two in d, up to 128.
 
     The identity for an odd number of channels, which has none.
     """
     if width % 2:
-        return torch.eye(width, dtype=torch.float64)
-    return block_hadamard_rotation(width).apply(torch.eye(width, dtype=torch.float64))
+        return torch.eye(width)
+    return block_hadamard_rotation(width).apply(torch.eye(width, dtype=torch.float64)).float()
 
 
 def turned(x: Tensor) -> Tensor:
@@ -192,7 +193,7 @@ def rounded_attention(
         lowest = torch.finfo(scores.dtype).min
         scores = torch.where(mask, scores, lowest) if mask.dtype == torch.bool else scores + mask
     p = (scores - scores.amax(-1, keepdim=True)).exp()
-    step = 1 / LARGEST_OF_P[form.number]
+    step = STEP_OF_P[form.number]
     y = take("p", p / step) @ n["v"] * step
     y = y * steps["v"] if "v" in steps else y
     return as_output(y / p.sum(-1, keepdim=True))

@@ -22,7 +22,7 @@ from ditq.export.lowering.attention import with_mask
 from ditq.export.lowering.writer import MICROSOFT, Writer
 from ditq.export.onnx_graph import DOMAIN, ROUNDED_ATTENTION
 from ditq.export.targets import PlannedMatMul
-from ditq.numerics.attention_rounding import FLOAT8, LARGEST, LARGEST_OF_P, OVER, AttentionFormat, rotation_of_heads
+from ditq.numerics.attention_rounding import FLOAT8, LARGEST, OVER, STEP_OF_P, AttentionFormat, rotation_of_heads
 from ditq.numerics.uniform import SMALLEST_SCALE
 
 ONE = np.float32(1)
@@ -76,7 +76,7 @@ class _Lowering:
         if self.form.turns:
             width = key.shape[-1] if key.shape is not None else None
             assert isinstance(width, int)
-            matrix = writer.constant(rotation_of_heads(width).float().numpy(), name="rotation")
+            matrix = writer.constant(rotation_of_heads(width).numpy(), name="rotation")
             query, key = (writer.op("MatMul", x, matrix, name="rotated") for x in (query, key))
         if self.form.smooth_keys and "k" in self.form.parts:
             tokens = writer.constant([-2], np.int64, name="axis")
@@ -176,7 +176,7 @@ class _Lowering:
         largest = writer.op("ReduceMax", scores, last, name="largest_score", keepdims=1)
         p = writer.op("Exp", writer.op("Sub", scores, largest, name="below_largest"), name="p")
         total = writer.op("ReduceSum", p, last, name="p.sum", keepdims=1)
-        step = np.float32(1 / LARGEST_OF_P[self.form.number])
+        step = np.float32(STEP_OF_P[self.form.number])
         s = writer.constant(step, name="p.s")
         if self.form.number == FLOAT8:
             n = self._nearest(writer.op("Div", p, s, name="in_steps"), "p")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditq.export import Engine, write_engine
+from ditq.export import Engine, float64_agreement, write_engine
 from ditq.families import family_of
 from ditq.graph import DiTGraph
 from ditq.nn import ActivationFormat, InputTransform, QuantLinear
@@ -42,6 +42,12 @@ def quantized(
     scales = {"tensor": torch.tensor(0.031), "timestep": torch.linspace(0.02, 0.4, len(activation.edges) + 1)}
     scale = scales.get(activation.granularity)
     return QuantLinear(site, code, linear.bias, activation, scale, transform, codebook, branch)
+
+
+def means_torch(engine: Engine, inputs: dict[str, Any]) -> None:
+    """The engine's graphs are the torch meaning with all its roundings, where no last bit decides one: in float64."""
+    found = float64_agreement(engine, inputs)
+    assert found.holds, str(found)
 
 
 def shallow_model(family: str, **settings: int) -> nn.Module:

@@ -17,7 +17,7 @@ import ditq
 from ditq.calibration.record import Trajectories
 from ditq.compiler import CompileOptions
 from ditq.errors import DitqError
-from ditq.export import Engine, model_agreement, prove_fusion, site_agreement
+from ditq.export import Engine, float64_agreement, model_agreement, prove_fusion, site_agreement
 from ditq.export.agreement import TIE_TOLERANCE
 from ditq.export.engine import GRAPH
 from ditq.export.engine_files import hash_file
@@ -26,7 +26,7 @@ from ditq.nn import ActivationFormat, InputTransform
 from ditq.nn.quant_linear import Branch
 from ditq.recipe import Recipe, load_recipe
 from tests.command_line import run
-from tests.export.quantized import engine_of, quantized, rotations, shallow_model
+from tests.export.quantized import engine_of, means_torch, quantized, rotations, shallow_model
 from tests.families_small import small_inputs, small_model
 
 # by the part of the name that tells a linear of FLUX: activations, rank and branch
@@ -78,6 +78,7 @@ def test_every_format_of_activations_agrees_up_to_ties(engine: Engine, inputs: d
     found = model_agreement(engine, inputs)
     # Given the same integers only float32 rounding is left: some units in the last place a layer, over four blocks.
     assert found.holds and found.error < 1e-5, str(found)
+    means_torch(engine, inputs)
     image, text = inputs["hidden_states"].shape[1], inputs["encoder_hidden_states"].shape[1]
     double = image * (3 * 64 + 64 + 64 + 256) + text * (3 * 64 + 64 + 64 + 256)  # q, k, v, out, two of the feed-forward
     single = (image + text) * (3 * 64 + 64 + 320)  # q, k, v, proj_mlp, proj_out
@@ -101,6 +102,7 @@ def test_an_engine_without_rounded_inputs_agrees_too(inputs: dict[str, Any], tmp
 def test_a_scale_a_group_agrees_up_to_ties(grouped: Engine, inputs: dict[str, Any]) -> None:
     # float32 sums of up to 320 products in another order
     assert max(site_agreement(grouped, inputs).values()) < 5e-6
+    means_torch(grouped, inputs)
     found = model_agreement(grouped, inputs)
     assert found.holds and found.error < 1e-5, str(found)
 
@@ -144,6 +146,9 @@ def test_the_built_in_model_agrees_up_to_ties_on_real_inputs(tmp_path: Path) -> 
     for call in (calls[0], calls[-1]):
         found = model_agreement(compiled, call.arguments)
         assert found.holds and found.error < 1e-5 and found.excess < TIE_TOLERANCE, str(found)
+        meant = float64_agreement(compiled, call.arguments)
+        # roundings that fall otherwise in float32 take the engine as far from there as they take torch
+        assert meant.holds and meant.engine < 3 * meant.torch, str(meant)
 
 
 # --- an engine that computes something else

@@ -16,7 +16,7 @@ from ditq.export import model_agreement, write_engine
 from ditq.export.fusion import prove_fusion
 from ditq.export.onnx_graph import to_onnx
 from ditq.export.session import open_session, session_options
-from tests.export.quantized import quantize_blocks
+from tests.export.quantized import means_torch, quantize_blocks
 
 
 def test_an_engine_of_qwen_image_runs_low_bit_and_agrees(tmp_path: Path) -> None:
@@ -44,6 +44,7 @@ def test_an_engine_of_qwen_image_runs_low_bit_and_agrees(tmp_path: Path) -> None
     )  # fmt: skip
     assert engine.manifest["dropped_axes"] == ["text_tokens"]  # whose length its forward turns into a number
     assert prove_fusion(engine).complete and model_agreement(engine, inputs).holds
+    means_torch(engine, inputs)
 
 
 class Turned(nn.Module):

@@ -13,7 +13,7 @@ from ditq.errors import DitqError
 from ditq.export import load_engine, model_agreement, prove_fusion, site_agreement
 from ditq.export.onnx_graph import export_what_varies
 from ditq.nn import QuantLinear
-from tests.export.quantized import engine_of, quantize_blocks, relative, shallow_model
+from tests.export.quantized import engine_of, means_torch, quantize_blocks, relative, shallow_model
 from tests.families_small import FAMILIES, forward, small_inputs
 
 
@@ -45,6 +45,7 @@ def test_an_engine_computes_what_the_quantized_model_means(family: str, tmp_path
         between = inputs["timestep"] + 0.25  # which schedulers of continuous time ask for
         agreement = model_agreement(engine, {**inputs, "timestep": between})
         assert agreement.holds and agreement.error < 1e-5, str(agreement)
+        means_torch(engine, {**inputs, "timestep": between})
         expected = forward(model, inputs)
         # Flipped roundings: the model does as much to itself when its input moves by a rounding error.
         own = max(relative(forward(model, nudged(inputs)), expected), 1e-4)

@@ -44,7 +44,7 @@ from ditq.passes.quantize import Quantize
 from ditq.passes.reconstruct import Reconstruct
 from ditq.recipe import load_recipe, shipped_recipes
 from tests.command_line import run
-from tests.export.quantized import engine_of, quantize_blocks, relative, shallow_model
+from tests.export.quantized import engine_of, means_torch, quantize_blocks, relative, shallow_model
 from tests.export.quantized import quantized as coded
 from tests.families_small import forward, small_inputs, statistics_of
 
@@ -84,6 +84,7 @@ def test_a_plan_of_every_family_multiplies_what_was_planned_in_few_bits(family: 
     assert max(site_agreement(engine, inputs).values()) < 1e-3
     agreement = model_agreement(engine, inputs)
     assert agreement.holds, str(agreement)
+    means_torch(engine, inputs)
 
 
 def wide_dit() -> nn.Module:
@@ -182,6 +183,7 @@ def test_products_of_fp8_numbers_are_planned_proven_and_agree(tmp_path: Path) ->
     assert {kernel for plan in made for kernel in plan.proof.fused.values()} == {"gemm FP8 x FP8"}
     agreement = model_agreement(engine, small_inputs(model))
     assert agreement.holds and agreement.integers > 0, str(agreement)
+    means_torch(engine, small_inputs(model))
     with pytest.raises(DitqError, match="multiplies FP8 numbers, which sm80 has no product of; set carrier: int8"):
         make_plans(engine, ["sm80"])
 
@@ -210,6 +212,7 @@ def test_products_of_fp4_numbers_are_planned_proven_and_agree(family: str, tmp_p
     assert max(site_agreement(engine, inputs).values()) < 1e-3
     agreement = model_agreement(engine, inputs)
     assert agreement.holds and agreement.integers > 0, str(agreement)
+    means_torch(engine, inputs)
 
 
 def test_products_that_are_not_low_bit_or_that_nobody_planned_are_named(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from ditq.export.providers.run import calls, failure, open_on_gpu, opened
 from ditq.export.session import open_session, session_options
 from ditq.export.targets import target
 from ditq.showing import diagnose
-from tests.export.quantized import engine_of, quantize_blocks, relative, shallow_model
+from tests.export.quantized import engine_of, means_torch, quantize_blocks, relative, shallow_model
 from tests.families_small import forward, small_inputs
 
 KINDS = {
@@ -69,6 +69,7 @@ def test_bound_sessions_compute_what_the_engine_means_and_the_text_once(engine: 
     assert texts == [1]
     agreement = model_agreement(engine, inputs, model=model)
     assert agreement.holds and agreement.integers > 0, str(agreement)
+    means_torch(engine, inputs)  # its halves made float64
 
 
 def test_the_planned_products_are_found_again_in_what_the_runtime_made_of_the_graph(engine: Engine) -> None:

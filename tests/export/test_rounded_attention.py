@@ -23,7 +23,7 @@ from ditq.families import CHANGING
 from ditq.nn import AttentionRounding
 from ditq.nn.attention_rounding import attach
 from ditq.numerics.attention_rounding import AttentionFormat, rounded_attention
-from tests.export.quantized import engine_of, quantize_blocks, relative, shallow_model
+from tests.export.quantized import engine_of, means_torch, quantize_blocks, relative, shallow_model
 from tests.families_small import forward, small_graph, small_inputs
 from tests.numerics.test_attention_rounding import PARTS, STATIC
 
@@ -119,6 +119,7 @@ def check(engine: Engine, model: nn.Module, integer_products: int) -> None:
         found = model_agreement(engine, inputs)
         # Given the same numbers only float32's own rounding is left, as in test_engine.py.
         assert found.holds and found.error < 1e-5, str(found)
+        means_torch(engine, inputs)
         # Weights lie elsewhere in memory, for which a library may add in another order.
         assert relative(exact(**inputs).sample, forward(model, inputs)) < 1e-6
 

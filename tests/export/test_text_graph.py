@@ -21,7 +21,7 @@ from ditq.nn.call_timestep import tell_at_each_call
 from ditq.numerics.codebooks import CODEBOOKS
 from ditq.numerics.weight_code import encode
 from tests.command_line import run
-from tests.export.quantized import engine_of, quantize_blocks, relative, shallow_model
+from tests.export.quantized import engine_of, means_torch, quantize_blocks, relative, shallow_model
 from tests.families_small import forward, small_graph, small_inputs, small_model
 
 BLOCK = "transformer_blocks.0"
@@ -67,6 +67,7 @@ def test_both_graphs_are_proven_and_agree_with_torch(engines: dict[str, EngineTr
     assert set(errors) == set(engine.sites) and max(errors.values()) < 1e-3  # as in test_engine.py
     agreement = model_agreement(engine, small_inputs(model))
     assert agreement.holds and agreement.integers > 0, str(agreement)
+    means_torch(engine, small_inputs(model))
 
 
 def test_only_what_the_step_changes_is_left_in_the_main_graph(engines: dict[str, EngineTransformer]) -> None:

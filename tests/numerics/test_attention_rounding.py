@@ -92,7 +92,9 @@ def test_every_choice_of_parts_is_the_formula(parts: str, number: str) -> None:
         form = AttentionFormat(number, parts, smooth, static)
         found = rounded_attention(query, key, value, bias, 6**-0.5, form)
         # float64 on both sides; float8 is reached through float32, where half a unit in the last place may turn a tie
-        torch.testing.assert_close(found, by_loops(query, key, value, bias, form), rtol=1e-9, atol=1e-9)
+        # the step of probabilities is that of float32
+        near = 1e-6 if "p" in parts else 1e-9
+        torch.testing.assert_close(found, by_loops(query, key, value, bias, form), rtol=near, atol=near)
 
 
 @pytest.mark.parametrize("number", FORMATS)
@@ -124,7 +126,7 @@ def test_rotation_changes_nothing_but_the_rounding_and_helps_where_few_channels_
     turned_scores = F.scaled_dot_product_attention(turned(query), turned(key), value)
     torch.testing.assert_close(turned_scores, exact, rtol=1e-12, atol=1e-12)
     assert float(rotation_of_heads(48).abs().max()) == pytest.approx(16**-0.5)  # blocks of 16
-    assert torch.equal(rotation_of_heads(5), torch.eye(5, dtype=torch.float64))
+    assert torch.equal(rotation_of_heads(5), torch.eye(5))
     large = torch.where(torch.arange(48) % 16 == 3, 8.0, 1.0)
     query, key = query * large, (key - key.mean(-2, keepdim=True)) * large / 40  # scores of a softmax that is not sharp
     exact = F.scaled_dot_product_attention(query, key, value)

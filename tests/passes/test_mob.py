@@ -40,7 +40,7 @@ from ditq.passes.local_attention import LocalAttentionPass
 from ditq.passes.mob import _spec
 from ditq.passes.moe import MixtureOfExpertsPass
 from ditq.recipe import Recipe
-from tests.export.quantized import engine_of, quantize_blocks
+from tests.export.quantized import engine_of, means_torch, quantize_blocks
 from tests.families_small import FAMILIES, forward, small_graph, small_inputs, statistics_of
 from tests.small_checkpoint import write_pipeline
 
@@ -225,6 +225,7 @@ def test_the_engine_runs_the_graph_of_the_timestep(engine, timestep, file):
     inputs["timestep"] = torch.full_like(inputs["timestep"], timestep)
     assert engine.graphs == ("model.onnx", "model.1.onnx") and engine.graph_at(inputs["timestep"]) == file
     assert model_agreement(engine, inputs).holds
+    means_torch(engine, inputs)
     assert max(site_agreement(engine, inputs).values()) < 1e-3
     meant = forward(rebuild(engine), inputs)
     assert float((load_engine(engine.folder)(**inputs).sample - meant).norm() / meant.norm()) < 0.05

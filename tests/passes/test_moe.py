@@ -27,6 +27,7 @@ from ditq.passes.gate import ERROR
 from ditq.passes.moe import CROWDED
 from ditq.recipe import Recipe
 from ditq.report.layers import per_layer_sqnr
+from tests.export.quantized import means_torch
 from tests.families_small import forward, small_graph
 from tests.small_checkpoint import write_pipeline
 
@@ -356,6 +357,7 @@ def test_an_engine_of_experts_runs_low_bit_and_agrees(checkpoint, statistics, tm
     assert float((torch_form - onnx_form).norm() / torch_form.norm()) < 3e-2
     agreement = model_agreement(result.engine, inputs)
     assert agreement.holds, str(agreement)
+    means_torch(result.engine, inputs)
     assert max(site_agreement(result.engine, inputs).values()) < 1e-5
     graph = onnx.load(str(tmp_path / "engine" / "model.onnx"), load_external_data=False).graph
     read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}

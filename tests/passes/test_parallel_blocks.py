@@ -26,7 +26,7 @@ from ditq.pass_pipeline import run_passes
 from ditq.passes.gate import ERROR
 from ditq.passes.parallel_blocks import Pair, ParallelBlocks
 from ditq.recipe import Recipe
-from tests.export.quantized import engine_of, quantize_blocks, relative
+from tests.export.quantized import engine_of, means_torch, quantize_blocks, relative
 from tests.families_small import FAMILIES, forward, small_graph, small_inputs, small_model, statistics_of
 from tests.small_checkpoint import write_pipeline
 
@@ -130,6 +130,7 @@ def test_an_engine_computes_it_in_integers(tmp_path: Path) -> None:
     engine = engine_of(quantize_blocks(graph.model), tmp_path / "engine")
     inputs = small_inputs(graph.model)
     assert model_agreement(engine, inputs).holds and prove_fusion(engine).complete
+    means_torch(engine, inputs)
     assert max(site_agreement(engine, inputs).values()) < 1e-3
     meant = forward(graph.model, inputs)
     assert float((load_engine(engine.folder, "torch")(**inputs).sample - meant).norm() / meant.norm()) < 1e-6
