@@ -228,6 +228,17 @@ def test_the_least_capacity_at_which_few_answers_find_no_slot():
     assert _capacity(torch.eye(4).repeat(1, 2)[None], 1) == 1.0
 
 
+@pytest.mark.parametrize("step", [{"prune": {"keep": 0.5, "samples": 24, "rows": 512}}, {"moe": EXPERTS}])
+def test_a_feed_forward_behind_a_gate_that_is_shut_is_fitted_to_its_own_output(checkpoint, statistics, step):
+    """No token of it moves the model's answer, so that all count alike."""
+    graph = graph_of(checkpoint)
+    for parameter in graph.model.get_submodule("transformer_blocks.0.norm1.linear").parameters():
+        parameter.data.zero_()
+    (report,) = run(graph, statistics, step)
+    assert 0 < report.rows[0]["error"] < 1
+    assert all(torch.isfinite(parameter).all() for parameter in graph.model.parameters())
+
+
 @pytest.mark.parametrize(
     ("experts", "share"), [(2.0, 0.5), (0.9, 0.0), (3.1, 1.0)], ids=["between", "faster", "slower"]
 )
