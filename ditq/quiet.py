@@ -1,11 +1,14 @@
-"""Keep diffusers and transformers from printing their own bars and notes into ditq's output while it loads things."""
+"""Keep libraries from printing their own bars and notes into ditq's output."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 @contextmanager
@@ -40,3 +43,28 @@ def quiet_fake_tensors() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+@contextmanager
+def quiet_compiled_code() -> Iterator[None]:
+    """Within it what compiled code prints to standard output goes nowhere, whatever Python calls standard output.
+
+    Output of other threads meanwhile is lost as well.
+    """
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is none
+        yield
+        return
+    with suppress(AttributeError, ValueError):  # no stream, or one that is closed
+        sys.stdout.flush()
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    try:
+        yield
+    finally:
+        with suppress(AttributeError, OSError, TypeError):  # where the C library is not the process's own
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(sink)
+        os.close(kept)

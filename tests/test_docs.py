@@ -180,12 +180,12 @@ READ_OF_CALIBRATION = {
     "calibration.sampler",
 }
 ARROWS = {
-    "ditq/numerics": {"numerics"},
+    "ditq/numerics": {"numerics", "quiet"},
     "ditq/nn": {"nn", "numerics"},
     "ditq/kernels": {"kernels", "nn", "numerics", "errors"},
     "ditq/families": {"families", "numerics.token_layout"},
     "ditq/passes": {"passes", "graph", "parts", "nn", "numerics"} | READ_OF_CALIBRATION | HELPERS,
-    "export": {"export", "kernels", "nn", "numerics"} | HELPERS,
+    "export": {"export", "kernels", "nn", "numerics", "memory"} | HELPERS,
 }
 
 

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, kron
 
+from ditq.quiet import quiet_compiled_code
+
 GAP = 1e-6  # relative distance from the optimum at which a solution counts as proven
 SECONDS = 60.0
 
@@ -72,13 +74,16 @@ def _milp(
     count, width = errors.shape
     one_each = csr_array(kron(csr_array(np.eye(count)), np.ones((1, width))))
     total = csr_array((sizes / limit).reshape(1, -1))
-    result = milp(
-        np.minimum(errors / unit, 1e6).ravel(),  # what is a million times worse than a known choice is not taken anyway
-        integrality=np.ones(errors.size),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(total, -np.inf, 1)],
-        options={"mip_rel_gap": gap, "time_limit": SECONDS},
-    )
+    with quiet_compiled_code():  # HiGHS prints a line where it solves a part anew, though told to be silent
+        result = milp(
+            np.minimum(
+                errors / unit, 1e6
+            ).ravel(),  # what is a million times worse than a known choice is not taken anyway
+            integrality=np.ones(errors.size),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(total, -np.inf, 1)],
+            options={"mip_rel_gap": gap, "time_limit": SECONDS},
+        )
     unproven = "" if result.status == 0 else str(result.message)
     return None if result.x is None else result.x.reshape(errors.shape).argmax(axis=1), unproven
 
