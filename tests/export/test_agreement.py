@@ -147,8 +147,8 @@ def test_the_built_in_model_agrees_up_to_ties_on_real_inputs(tmp_path: Path) -> 
         found = model_agreement(compiled, call.arguments)
         assert found.holds and found.error < 1e-5 and found.excess < TIE_TOLERANCE, str(found)
         meant = float64_agreement(compiled, call.arguments)
-        # roundings that fall otherwise in float32 take the engine as far from there as they take torch
-        assert meant.holds and meant.engine < 3 * meant.torch, str(meant)
+        # roundings that fall otherwise in float32 take the engine away from there, and torch too; how far is chance
+        assert meant.holds and max(meant.engine, meant.torch) < 0.2, str(meant)
 
 
 # --- an engine that computes something else
