@@ -22,7 +22,7 @@ from ditq.calibration.probing import measure_step_weights
 from ditq.calibration.prompts import BUILTIN_SETS, builtin_prompts, read_conditions, spread
 from ditq.calibration.record import INDEX as TRAJECTORIES_INDEX
 from ditq.calibration.record import Trajectories, record_trajectories
-from ditq.calibration.sampling import SamplingSettings, check_arguments, class_count, condition_kind
+from ditq.calibration.sampling import SamplingSettings, check_arguments, check_conditions, class_count, condition_kind
 from ditq.calibration.statistics import INDEX as STATISTICS_INDEX
 from ditq.calibration.statistics import TRAJECTORIES, Statistics
 from ditq.calibration.step_weights import StepWeights
@@ -107,6 +107,7 @@ def calibrate(
     others = further_conditions(checkpoint, conditions, chosen, modulation_conditions)
     with _working_folder(out, force=force, resume=resume) as folder:
         pipeline = checkpoint.load_pipeline(dtype=dtype)
+        check_conditions(pipeline, [*chosen, *others])
         place_pipeline(pipeline, place)
         trajectories = record_trajectories(
             checkpoint,
@@ -160,8 +161,11 @@ def further_conditions(
     checkpoint: Checkpoint, conditions: Conditions | None, drawn: Sequence[str | int], count: int
 ) -> list[str | int]:
     """Conditions of the same source that are not drawn, evenly over it, so that there are `count` together with those."""
+    known = _known_conditions(checkpoint, conditions)
+    if (wrong := next((one for one in known if not isinstance(one, str | int)), None)) is not None:
+        raise DitqError(f"condition {known.index(wrong)} is {wrong!r}, neither a prompt nor a class label")
     seen = set(drawn)
-    others = [one for one in dict.fromkeys(_known_conditions(checkpoint, conditions)) if one not in seen]
+    others = [one for one in dict.fromkeys(known) if one not in seen]
     return spread(others, max(0, count - len(drawn)))
 
 

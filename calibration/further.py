@@ -63,7 +63,10 @@ class FurtherConditions:
         path = trajectories.folder / FILE
         if not path.exists():
             return None
-        file = TensorFile.open(path)
+        try:
+            file = TensorFile.open(path)
+        except DitqError as error:
+            raise DitqError(f"{path}: damaged; make it anew with ditq calibrate --resume") from error
         told = _metadata(file)
         if told.get("recording") != _recording(trajectories):
             raise DitqError(f"{path}: belongs to another recording; calibrate again")
@@ -153,8 +156,9 @@ def record_further(
     path = trajectories.folder / FILE
     digest = conditions_digest([*trajectories.conditions, *conditions])
     told = {"conditions_sha256": digest, "recording": _recording(trajectories)}
-    if path.exists() and _metadata(TensorFile.open(path)) == told:
-        return
+    with suppress(DitqError):  # a damaged one is made anew
+        if path.exists() and _metadata(TensorFile.open(path)) == told:
+            return
     path.unlink(missing_ok=True)
     drawn = _vectors_of_drawn(family, trajectories) if conditions and family is not None else None
     if drawn is None:

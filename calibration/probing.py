@@ -48,12 +48,13 @@ def measure_step_weights(
     probed = sorted(set(spread(range(steps), PROBED_STEPS)) | {0, steps - 1})
     copies = 1 + len(probed)
     given, caused = torch.zeros(len(probed), dtype=torch.float64), torch.zeros(len(probed), dtype=torch.float64)
-    chosen = list(spread(range(len(conditions)), PROBED_CONDITIONS))
+    chosen, called = list(spread(range(len(conditions)), PROBED_CONDITIONS)), set[int]()
     with progress_bar("measuring what each step is worth", len(chosen), progress) as bar:
         for index in chosen:
             noise = _Noise(probed, copies, settings.seed + index)
 
             def seen(step: int, call: int, output: Tensor, noise: _Noise = noise) -> Tensor:
+                called.add(step)
                 for row in noise.rows_of(step):
                     difference = output[row::copies].double() - output[0::copies].double()
                     given[row - 1] += difference.square().sum().cpu()
@@ -63,6 +64,11 @@ def measure_step_weights(
                 last = draw_copies(pipeline, conditions[index], settings, index, copies, seen, noise.at)
             caused += (last[1:] - last[:1]).double().flatten(1).square().sum(1)
             bar.advance()
+    if missed := [step for step in probed if step not in called]:
+        raise DitqError(
+            f"the pipeline does not call its transformer at step {missed[0]}, which another denoiser draws, so that what it is "
+            "worth cannot be told; leave --step-weights out"
+        )
     if not (given > 0).all() or not (caused > 0).all():
         raise DitqError("a small error of the denoiser changes nothing at some step; leave --step-weights out")
     return StepWeights(_filled(caused / given, probed, steps), _filled(caused, probed, steps))

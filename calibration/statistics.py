@@ -60,6 +60,16 @@ class Statistics:
         """The number of timestep bins."""
         return self.metadata["bins"]
 
+    def sampling_beside(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments that pictures were drawn with, such as their size, other than these; but not in how many steps,
+        which may have been few to save time."""
+        drawn = self.metadata.get("sampling_arguments", {})
+        return {
+            name: value
+            for name, value in drawn.items()
+            if name != "num_inference_steps" and (name not in own or own[name] != value)
+        }
+
     def bin_weights(self, kind: str = "effect") -> Tensor:
         """[B]: the step weights of that kind (step_weights.py) by timestep bin, as `InputStatistics.hessian` takes them.
 

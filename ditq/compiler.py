@@ -15,6 +15,7 @@ from typing import Any
 from ditq import processes
 from ditq.budget import Budget
 from ditq.budget.attention import within
+from ditq.budget.choices import check_candidates
 from ditq.budget.fit import BudgetFit, fit_budget, quantize_step
 from ditq.budget.request import ATTENTION
 from ditq.calibration.calibrate import TRAJECTORIES, calibrate, choose_conditions, pipeline_class
@@ -138,7 +139,7 @@ def compile(
         clock.lap("calibrate")
         inputs, family, fitted = example_inputs(checkpoint), checkpoint.family, None
         assert family is not None
-        _check_recipe(recipe, checkpoint, inputs, wanted, gpus if options.gpus else ())
+        _check_recipe(recipe, checkpoint, inputs, wanted, gpus if options.gpus else (), budget)
         clock.lap("structure")
         needed = budget is not None or any(step.requires_statistics for step in recipe.passes)
         statistics = statistics or _statistics(checkpoint, work, options, needed)
@@ -174,6 +175,7 @@ def compile(
             sizes=family.sizes(checkpoint.config),
             keep_example=checkpoint.recorded is not None,
             picture=_calibrated_picture(graph, statistics),
+            sampling=statistics.sampling_beside(checkpoint.sampling) if statistics is not None else None,
             target_name=options.target,
             reports=[report.to_json() for report in reports],
             changing=checkpoint.changing if text_sites else None,
@@ -265,15 +267,23 @@ def _kinds_of_gpu(wanted: Target, options: CompileOptions) -> list[str]:
 
 
 def _check_recipe(
-    recipe: Recipe, checkpoint: Checkpoint, inputs: Mapping[str, Any], wanted: Target, gpus: Sequence[str]
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    inputs: Mapping[str, Any],
+    wanted: Target,
+    gpus: Sequence[str],
+    budget: Budget | None,
 ) -> None:
-    """Whether the recipe fits the model, and target and GPUs can multiply what it makes, before an hour is spent on that."""
+    """Whether the recipe and the candidates fit the model, and target and GPUs can multiply what it makes, before an hour is
+    spent on that."""
     # What passes would leave is seen without weights, so that while it is calibrated the model is in memory once.
     graph = DiTGraph(checkpoint.skeleton(), inputs)
     recipe.preview(graph)
     _check_state(recipe, wanted)
     for step, found in recipe.stages(graph):
         if isinstance(step, Quantize):
+            if budget is not None:
+                check_candidates(found, step, step.plan(found).keys() - step.ruled(found), budget.candidates)
             for site, settings in step.plan(found).items():
                 wanted.check_product(site, settings.carrier, settings.bits)
                 if settings.bits < 16:

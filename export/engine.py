@@ -102,6 +102,12 @@ class Engine:
         return dict(self.manifest.get("attributes") or {})  # absent in engines from before they were kept
 
     @property
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call, such as the picture's size, that it was calibrated with: those that are not the
+        checkpoint's own."""
+        return dict(self.manifest["source"].get("sampling", {}))  # absent in engines from before it was kept
+
+    @property
     def text(self) -> dict[str, Any] | None:
         """`inputs` and `outputs` of the graph that is run once for a text, by name; None in an engine of one graph."""
         found = self.manifest.get("text")  # absent in engines from before there was such a graph
@@ -278,6 +284,7 @@ def _nested(manifest: Mapping[str, Any]) -> list[tuple[str, list[Any], set[str]]
     planned = {f.name for f in dataclasses.fields(PlannedMatMul) if f.default is dataclasses.MISSING}
     return [
         ("source", [manifest["source"]], {"name", "fingerprint"}),
+        ("source", [manifest["source"].get("sampling", {})], set()),
         ("structure", [manifest["structure"]], {"quantized", "transformed", "factors", "biased"}),
         (
             "structure",

@@ -45,6 +45,7 @@ def write_engine(
     axes: Mapping[str, tuple[str | None, ...]],
     sizes: Mapping[str, tuple[int, int, int]] | None = None,
     picture: tuple[int, int] | None = None,
+    sampling: Mapping[str, Any] | None = None,
     quality: Mapping[str, Any] | None = None,
     reports: Sequence[Any] = (),
     target_name: str = "onnxruntime-cpu",
@@ -60,6 +61,7 @@ def write_engine(
         inputs: example keyword arguments of the model's forward; axes: names of what may vary (`onnx_graph.to_onnx`).
         sizes: of each axis the smallest, the usual and the largest that plans are built for.
         picture: rows and columns of image tokens that it was calibrated on, where plans are for one picture.
+        sampling: arguments of the pipeline's call that it was calibrated with, other than the checkpoint's own.
         quality: what was measured of it, or None; reports: one JSON value a pass.
         changing: arguments that change from step to step. What depends on none of them becomes a graph of its own, of
             which the loader keeps the results. None: one graph for everything.
@@ -105,7 +107,8 @@ def write_engine(
             "family": family,
             "class_name": class_name,
             "config": _portable(config),
-            "source": {"name": name_of(name), "fingerprint": fingerprint},
+            "source": {"name": name_of(name), "fingerprint": fingerprint}
+            | ({"sampling": dict(sampling)} if sampling else {}),
             "target": target_name,
             "recipe": dict(recipe),
             "inputs": described,

@@ -121,13 +121,14 @@ class AlongTrajectories:
 
     def drawn(self, model: nn.Module) -> float:
         """Relative squared error of the last latents when `model` draws from the same noise: the geometric mean over at
-        least `JUDGES` trajectories.
+        least `JUDGES` trajectories; 0 where none of them differs.
         """
         errors = []
         for number, path in enumerate(self.paths[:JUDGED]):
             wanted = path.latents(len(path.calls) - 1) if self.ends is None else self.ends[number]
             errors.append(_energies(self._drawn(model, path) - wanted) / _energies(wanted))
-        return float(torch.cat(errors).clamp_min(1e-300).log().mean().exp())
+        found = torch.cat(errors)
+        return float(found.clamp_min(1e-300).log().mean().exp()) if found.any() else 0.0
 
     @torch.no_grad()
     def _drawn(self, model: nn.Module, path: RecordedPath) -> Tensor:

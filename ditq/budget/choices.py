@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -137,6 +137,15 @@ def candidate_settings(settings: SiteSettings, name: str, site: LinearSite) -> S
     return found
 
 
+def check_candidates(graph: DiTGraph, step: Quantize, sites: Collection[str], names: Sequence[str]) -> None:
+    """Raise DitqError unless each of these linears can be quantized as each candidate says."""
+    for site, given in step.plan(graph).items():
+        for name in names if site in sites else ():
+            where, wanted = f"budget: candidate {name}", candidate_settings(given, name, graph.sites[site])
+            check_site_settings(wanted, where)
+            step.check_site(graph, site, wanted, where)
+
+
 def make_choices(
     graph: DiTGraph,
     step: Quantize,
@@ -157,11 +166,7 @@ def make_choices(
     kept = frozenset(held) & plan.keys()
     if not plan.keys() - kept:
         raise DitqError("budget: rules give the format of all that the recipe quantizes, so there is nothing to choose")
-    for name in names:
-        for site in plan.keys() - kept:
-            where, wanted = f"budget: candidate {name}", candidate_settings(plan[site], name, graph.sites[site])
-            check_site_settings(wanted, where)
-            step.check_site(graph, site, wanted, where)
+    check_candidates(graph, step, plan.keys() - kept, names)
     work = [(site, name) for name in names for site in plan]
     layers: dict[tuple[str, str], nn.Module] = {}
     for site, name in context.track("candidates", work):

@@ -257,7 +257,7 @@ def _report(
         for row, site in enumerate(choices.sites)
         if site not in choices.held
     ]
-    told = chosen.row(choices.names)
+    told = chosen.row(choices)
     summary = {
         "weights, MB": chosen.bytes / 1e6,
         "bits a weight": chosen.bits,
@@ -271,4 +271,4 @@ def _report(
     if unproven:
         summary["not proven to be the best"] = unproven
     settings = {"budget": str(budget), "candidates": list(budget.candidates)}
-    return BudgetReport("budget", settings, rows, summary, [item.row(choices.names) for item in points])
+    return BudgetReport("budget", settings, rows, summary, [item.row(choices) for item in points])

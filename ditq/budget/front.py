@@ -31,9 +31,10 @@ class Point:
     psnr: float | None = None
     chosen: bool = False
 
-    def row(self, names: Sequence[str]) -> dict[str, Any]:
+    def row(self, choices: Choices) -> dict[str, Any]:
         """A row of the report's table."""
-        counts = {name: int((self.choice == index).sum()) for index, name in enumerate(names)}
+        labels = list(choices.labels(self.choice).values())
+        counts = {name: labels.count(name) for name in choices.names} | {"as the recipe has it": len(choices.held)}
         return {
             "weights, bytes": self.bytes,
             "bits a weight": self.bits,

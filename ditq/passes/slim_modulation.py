@@ -23,6 +23,7 @@ from ditq.passes.folding import plain_linear
 from ditq.passes.gate import gated, limit_setting
 
 UNSEEN = 1e-8  # variance of every channel besides what calibration saw, as a share of the mean: decides where that says nothing
+CONSTANT = 1e-12  # variance of an input as a share of its mean square up to which nothing is known of how it varies
 
 
 @register
@@ -37,7 +38,8 @@ class SlimModulation(Pass):
     large share of the parameters where each block has its own (27 % of FLUX's), of which few directions are ever used.
 
     The rank of each linear is the least that keeps `keep` of the variance, or `rank`, rounded up to a multiple of
-    `multiple`; a linear that would not become smaller stays. Both linears are quantized like others of the role `modulation`.
+    `multiple`; a linear that would not become smaller stays, and so does one whose input never varied. Both linears are
+    quantized like others of the role `modulation`.
 
     Source: that modulation can be shared or thinned is Dense2MoE's observation (arXiv 2510.09094).
 
@@ -70,6 +72,16 @@ class SlimModulation(Pass):
         what = f"rank {self.rank}" if self.rank else f"rank for {self.keep:g}"
         return dict.fromkeys(chosen, what)
 
+    def sketch(self, graph: DiTGraph) -> None:
+        """What `keep` asks for is known only after calibration: then the largest ranks that make a linear smaller."""
+        for name in self.preview(graph):
+            site = graph.sites[name]
+            largest = (site.parameters - 1) // (site.in_features + site.out_features) // self.multiple * self.multiple
+            rank = self._rounded(self.rank) or largest
+            if rank and self._smaller(site, rank):
+                LowRankLinear.install(graph.model, name, {"rank": rank})
+        graph.refresh()
+
     def costs(self, graph: DiTGraph) -> dict[str, Work]:
         """Of a given rank; what `keep` asks for is known only after calibration."""
         sites = [graph.sites[name] for name in graph.select(self.select)] if self.rank else []
@@ -95,12 +107,13 @@ class SlimModulation(Pass):
         for name in context.track(self.name, list(self.preview(graph))):
             site, linear = graph.sites[name], plain_linear(graph, name)
             mean, covariance = moments[name]
-            covariance.diagonal().add_(UNSEEN * covariance.diagonal().mean())
+            spread = covariance.diagonal().mean()
+            covariance.diagonal().add_(UNSEEN * spread)
             directions, energies = principal_outputs(linear.weight, covariance)
             rank = self._rounded(self.rank or rank_for(energies, self.keep))
             row = {"site": name, "shape": f"{site.out_features}x{site.in_features}", "rank": rank}
             before += site.parameters
-            if not self._smaller(site, rank):
+            if not self._smaller(site, rank) or spread <= CONSTANT * mean.square().mean():
                 report.rows.append({**row, "rank": None, "variance lost": 0.0})
                 after += site.parameters
                 continue
@@ -113,7 +126,9 @@ class SlimModulation(Pass):
             part.set(torch.nn.functional.pad(down, (0, 0, 0, missing)), torch.nn.functional.pad(up, (0, missing)), bias)
             graph.replace(name, part)
             after += rank * (site.in_features + site.out_features)
-            report.rows.append({**row, "variance lost": float(energies[rank:].sum() / energies.sum())})
+            report.rows.append(
+                {**row, "variance lost": float(energies[rank:].sum() / energies.sum().clamp_min(1e-300))}
+            )
         graph.refresh()
         report.summary = {"linears": len(report.rows), "weights before": before, "weights after": after}
         return gated(report, graph, context, self.limit)
@@ -134,7 +149,13 @@ def _moments(graph: DiTGraph, context: Context, sites: list[str], samples: int) 
     sums = {name: _Sums(group.width) for name, group in groups.items()}
     trajectories, device = context.trajectories(), next(graph.model.parameters()).device
     told: set[str] = set()
-    if (further := FurtherConditions.of(trajectories)) is not None:
+    further = FurtherConditions.of(trajectories)
+    if further is None and context.calibration.get("modulation_conditions"):
+        raise DitqError(
+            "pass 'slim_modulation': the further conditions that were read are gone from the trajectories; make them anew with "
+            "ditq calibrate --resume"
+        )
+    if further is not None:
         told = further.groups(graph, groups.values(), device)
         others = further.without(held_out_conditions(trajectories))
         others.read(graph, {name: sums[name] for name in told}, 1, device)

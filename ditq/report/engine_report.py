@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from ditq.report.speed import benchmark as speed_of
 
 
 def original_of(engine: Engine, against: Checkpoint | str | None, option: str = "--against") -> Checkpoint:
-    """The checkpoint that an engine is compared with, or drawn around. option: of the command, that gives it.
+    """The checkpoint that an engine is compared with, or drawn around, with the sampling of the engine's calibration.
+
+    option: of the command, that gives it.
 
     Raises:
         DitqError: none was given and the engine was not compiled from a built-in one, or it is another model.
@@ -44,7 +47,7 @@ def original_of(engine: Engine, against: Checkpoint | str | None, option: str = 
         raise DitqError(
             f"{engine.folder}: was compiled from {name}, which is not {checkpoint.name} (other weights or config)"
         )
-    return checkpoint
+    return replace(checkpoint, sampling={**checkpoint.sampling, **engine.sampling})
 
 
 def report_on(

@@ -260,7 +260,7 @@ def _front_figure(points: Sequence[Mapping[str, Any]]) -> Figure:
     found = [point for point in points if point["measured error, dB"] is not None]
     panels[0].plot([_size_of(point)[1] for point in found], [point["measured error, dB"] for point in found],
                    "D", color=ORANGE, markersize=5, label="measured")  # fmt: skip
-    panels[0].set_ylabel("error of the denoiser, dB")
+    panels[0].set_ylabel("error, dB")
     if drawn:
         panels[1].plot([_size_of(point)[1] for point in drawn], [point["PSNR, dB"] for point in drawn], "o-",
                        color=GREEN, markersize=4, label="PSNR of pictures")  # fmt: skip

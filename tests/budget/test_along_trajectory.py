@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,7 @@ def test_costs_are_those_of_drawing_with_the_one_linear_changed(step: Step) -> N
     with torch.no_grad():
         choices = make_choices(graph, quantize, Context(), names)
     cost = AlongTrajectories((path,), Sampler((step,) * (STEPS - 1), 0.0))
+    assert replace(cost, ends=(cost._drawn(model, path),)).drawn(model) == 0  # and not a logarithm's smallest number
     found = cost.candidates(graph, choices, probes=64)
     assert all(layer._carrier is None for row in choices.layers for layer in row if isinstance(layer, QuantLinear))
     assert (found[:, 1] == 0).all() and cost.assignment(graph, choices, np.ones(len(found), dtype=np.int64)) < 1e-12

@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from ditq.budget.choices import Choices, make_choices
 from ditq.budget.fit import _rules
+from ditq.budget.front import Point
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn import QuantLinear
@@ -97,3 +99,15 @@ def test_candidates_are_checked_as_settings_are_before_any_work(graph: DiTGraph,
     floats = replace(step, format="w4a8", carrier="float8_e4m3", codebook="twin_log_shared")
     with pytest.raises(DitqError, match=r"^budget: candidate w4r8: a branch of int8 rows cannot read"):
         choices_of(graph, floats, "w4", "w4r8")
+
+
+def test_a_row_of_the_front_counts_linears_without_a_choice_apart() -> None:
+    one, other, ruled = (nn.Linear(2, 2) for _ in range(3))
+    sizes = np.ones((3, 2), dtype=np.int64)
+    choices = Choices(
+        ("a", "b", "c"), ("w2", "w4"), ((one, other), (one, other), (ruled, ruled)), sizes[:, 0], sizes, sizes, 0,
+        frozenset({"c"}),
+    )  # fmt: skip
+    row = Point(np.array([0, 1, 0]), 3, 1.0, 0.0, 0.0).row(choices)
+    assert row["linears"] == "1 w2, 1 w4, 1 as the recipe has it"
+    assert row["predicted error, dB"] is None and row["measured error, dB"] is None  # no error has no logarithm

@@ -192,6 +192,8 @@ def test_what_cannot_be_budgeted_is_refused_before_any_work(
     rotate.write_text("passes: [smooth]\n")
     assert_refused(capsys, "no pass 'quantize'; a budget needs", "compile", pipeline, *out, "--recipe", rotate,
                    "--budget", "bits=4")  # fmt: skip
+    assert_refused(capsys, "candidate w4g40: .*: groups of 40 do not divide its", "compile", pipeline, *out, "--budget",
+                   "bits=4", "--candidates", "w2,w4g40")  # fmt: skip
     alone = write_transformer(tmp_path / "alone", torch.float32)
     assert_refused(capsys, "transformer alone cannot draw", "compile", alone, *out, "--budget", "psnr>=20")
 

@@ -215,8 +215,26 @@ def test_a_damaged_or_foreign_file_is_refused(finished: Path, tmp_path: Path) ->
             with pytest.raises(DitqError, match=rf"{FILE}: damaged; calibrate again"):
                 FurtherConditions.of(Trajectories.open(finished / TRAJECTORIES))
     (place / FILE).write_bytes(own[:-8])
-    with pytest.raises(DitqError, match=rf"{FILE}: damaged or not a safetensors file"):
+    with pytest.raises(DitqError, match=rf"{FILE}: damaged; make it anew with ditq calibrate --resume"):
         FurtherConditions.of(Trajectories.open(place))
+    make(mini(), tmp_path / "other", "flux", limit=DRAWN, seed=1, resume=True)
+    assert (place / FILE).read_bytes() == own
+
+
+@pytest.mark.parametrize(
+    ("conditions", "said"),
+    [
+        (["a", "b", "", "c"], "is empty"),
+        (["a", "b", 5], "prompt 2 is int 5"),
+        ([["a"], ["b"]], r"condition 0 is \['a'\], neither a prompt nor a class label"),
+    ],
+)
+def test_conditions_that_are_not_drawn_are_looked_at_before_any_is(conditions: Any, said: str, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(further_module, "sample_one", lambda *_, **__: pytest.fail("made a call"))
+        patch.setattr("ditq.calibration.calibrate.record_trajectories", lambda *_, **__: pytest.fail("drew"))
+        with pytest.raises(DitqError, match=said):
+            calibrate(mini(), tmp_path / "stats", conditions, limit=2, progress=False)
 
 
 def test_further_conditions_come_evenly_from_the_same_source(tmp_path: Path) -> None:

@@ -144,3 +144,24 @@ def test_a_probe_of_nothing_is_refused() -> None:
     pipeline = _LinearPipeline()
     with pytest.raises(DitqError, match="changes nothing at some step"):
         measure_step_weights(pipeline, {}, ["a"], SamplingSettings({"num_inference_steps": 5}), 5, False)
+
+
+def test_steps_of_another_denoiser_are_named() -> None:
+    """As of Wan 2.2, whose second transformer draws the last steps."""
+
+    class Halved(_LinearPipeline):
+        def __call__(
+            self, prompt: Any, generator: Any, num_inference_steps: int, output_type: str = "pil"
+        ) -> SimpleNamespace:
+            x = torch.stack([torch.randn(4, WIDTH, generator=one) for one in generator])
+            self.scheduler.set_timesteps(num_inference_steps)
+            for number, timestep in enumerate(self.scheduler.timesteps):
+                both = torch.cat([x, x])
+                y = self.transformer(both)[0] if number < 3 else 0.1 * both
+                x = self.scheduler.step(y.chunk(2)[1], timestep, x)[0]
+            return SimpleNamespace(images=x)
+
+    pipeline = Halved()
+    linears = {"linear": pipeline.transformer.linear}
+    with pytest.raises(DitqError, match="does not call its transformer at step 3, which another denoiser draws"):
+        measure_step_weights(pipeline, linears, ["a"], SamplingSettings({"num_inference_steps": 5}), 5, False)

@@ -62,5 +62,8 @@ def test_its_calls_are_recorded_and_its_engine_draws(wan: Checkpoint, tmp_path: 
     pipeline = wan.load_pipeline(loaded)
     video = pipeline(prompt="a dog", output_type="np", **ARGUMENTS).frames
     assert len(calls) == 4 and video.shape[1] == 5  # two steps, two guidance branches
-    drawn = draw(tmp_path / "engine", "a dog", checkpoint=wan, arguments=ARGUMENTS, steps=1)
-    assert drawn is not None
+    # as for the calibration, where nothing else is said, but for the number of steps
+    assert loaded.engine.sampling == {name: value for name, value in ARGUMENTS.items() if name != "num_inference_steps"}
+    drawn = draw(tmp_path / "engine", "a dog", checkpoint=wan, steps=1)
+    assert drawn.size == (32, 32)
+    assert draw(tmp_path / "engine", "a dog", checkpoint=wan, arguments={"width": 48}, steps=1).size == (48, 32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ditq.nn.rebuild import describe, rebuild
 from ditq.nn.structural.low_rank_linear import LowRankLinear
 from ditq.numerics.principal_outputs import principal_outputs, rank_for
 from ditq.passes import Context
+from ditq.passes import slim_modulation as module
 from ditq.passes.quantize import Quantize
 from ditq.passes.slim_modulation import SlimModulation
 from ditq.recipe import Recipe
@@ -100,6 +102,40 @@ def test_a_linear_that_would_not_become_smaller_stays() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in graph.model.state_dict().items())
 
 
+@pytest.mark.parametrize("settings", [{"rank": 16, "multiple": 16}, {"keep": 0.99, "multiple": 16}])
+def test_a_linear_of_zeros_loses_nothing(settings: dict[str, Any]) -> None:
+    """As adaLN-Zero begins."""
+    graph = small_graph("dit")
+    site = graph.select(["role:modulation"])[0]
+    graph.linear(site).weight.data.zero_()
+    report = SlimModulation(**settings).run(graph, Context(statistics_of(graph)))
+    row = next(row for row in report.rows if row["site"] == site)
+    assert row["rank"] == 16 and row["variance lost"] == 0
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+def test_a_linear_whose_input_never_varied_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of one step and one time: how it varies elsewhere is not known."""
+    graph = small_graph("dit")
+    width = graph.sites[graph.select(["role:modulation"])[0]].in_features
+    constant = torch.ones(width, dtype=torch.float64), torch.full((width, width), 1e-17, dtype=torch.float64)
+    monkeypatch.setattr(module, "_moments", lambda _, __, sites, ___: dict.fromkeys(sites, constant))
+    report = SlimModulation(rank=16, multiple=16).run(graph, Context(statistics_of(graph)))
+    assert all(row["rank"] is None for row in report.rows)
+
+
+def test_rules_behind_it_are_checked_on_what_it_leaves() -> None:
+    graph = small_graph("dit")
+    site = graph.select(["role:modulation"])[0]
+    for settings in ({"rank": 16, "multiple": 16}, {"keep": 0.999, "multiple": 16}):
+        rule = {"select": f"{site}.up", "format": "w8a16"}
+        recipe = Recipe.from_dict({"passes": [{"slim_modulation": settings}, {"quantize": {"rules": [rule]}}]}, "test")
+        recipe.preview(graph)
+        stages = list(recipe.stages(DiTGraph(copy.deepcopy(graph.model), graph.example_inputs)))
+        step, found = stages[-1]
+        assert isinstance(step, Quantize) and step.plan(found)[f"{site}.up"].format == "w8a16"
+
+
 def test_its_cost_is_told_before_anything_is_done() -> None:
     """Of 2 x 6 D^2 weights, 2 x r 7 D are left."""
     graph, d, rank = small_graph("dit"), 64, 16
@@ -121,6 +157,11 @@ def test_what_makes_no_sense_is_refused(settings: dict[str, object], said: str) 
         Recipe.from_dict({"passes": [{"slim_modulation": settings}]}, "test").preview(small_graph("dit"))
 
 
+def graph_again() -> DiTGraph:
+    checkpoint = Checkpoint.open("mini")
+    return DiTGraph(checkpoint.load_model(), example_inputs(checkpoint))
+
+
 def test_directions_are_those_of_further_conditions_too(tmp_path: Path) -> None:
     """Of four prompts two are drawn; what is lost on all four is less where the other two were read as well."""
     prompts = ["red apple, fluent 3d", "dog, noto", "castle, twemoji", "whale, fluent 3d"]
@@ -133,8 +174,7 @@ def test_directions_are_those_of_further_conditions_too(tmp_path: Path) -> None:
 
     truth, lost = made("all"), {}
     for name, count in (("few", 0), ("further", 4)):
-        checkpoint = Checkpoint.open("mini")
-        graph = DiTGraph(checkpoint.load_model(), example_inputs(checkpoint))
+        graph = graph_again()
         site = "single_transformer_blocks.0.norm.linear"
         seen = truth.groups[graph.sites[site].group]
         covariance = seen.hessian().double() - torch.outer(seen.mean().double(), seen.mean().double())
@@ -144,4 +184,7 @@ def test_directions_are_those_of_further_conditions_too(tmp_path: Path) -> None:
         part = graph.model.get_submodule(site)
         left = weight - part.up.weight.double() @ part.down.weight.double()
         lost[name] = float(torch.trace(left @ covariance @ left.T) / torch.trace(weight @ covariance @ weight.T))
+    (tmp_path / "further" / "trajectories" / "further.safetensors").unlink()
+    with pytest.raises(DitqError, match="are gone from the trajectories; make them anew with ditq calibrate --resume"):
+        SlimModulation(rank=4, multiple=4, select=[site]).run(graph_again(), Context(statistics))
     assert lost["further"] < 0.5 * lost["few"]
