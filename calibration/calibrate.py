@@ -178,7 +178,11 @@ def _known_conditions(checkpoint: Checkpoint, conditions: Conditions | None) -> 
         if kind == "class":
             return range(class_count(checkpoint.config))
         return builtin_prompts("mini" if checkpoint.name in BUILT_IN else "vbench")
-    if kind == "prompt" and conditions in BUILTIN_SETS and not Path(conditions).exists():
+    if str(conditions) in BUILTIN_SETS and not Path(conditions).exists():
+        if kind == "class":
+            raise DitqError(
+                f"{conditions} is a set of prompts, but {checkpoint.name} is asked by class labels; give a file of them"
+            )
         return builtin_prompts(str(conditions))
     return read_conditions(conditions, kind)
 

@@ -94,7 +94,8 @@ def condition_kind(pipeline: Any) -> ConditionKind:
 
 def check_arguments(pipeline: Any, arguments: Mapping[str, Any]) -> None:
     """Raise DitqError for an argument that the pipeline's call does not take, or that `sample` sets itself."""
-    names = [name for name in _call_parameters(pipeline) if name not in RESERVED_ARGUMENTS]
+    taken = _call_parameters(pipeline)
+    names = [name for name in taken if name not in RESERVED_ARGUMENTS]
     for name, value in arguments.items():
         if name in RESERVED_ARGUMENTS:
             raise DitqError(f"sampling argument '{name}' is set by ditq itself; leave it out")
@@ -104,6 +105,8 @@ def check_arguments(pipeline: Any, arguments: Mapping[str, Any]) -> None:
             raise DitqError(f"{_class_name(pipeline)} has no sampling argument '{name}'; {hint}")
         if name in WHOLE_NUMBERS and value is not None and not (_is_whole(value) and value >= 1):
             raise DitqError(f"sampling argument '{name}' is {value!r}; give a whole number of at least 1")
+        if type(taken[name].default) in (int, float) and isinstance(value, str):
+            raise DitqError(f"sampling argument '{name}' is {value!r}; give a number")
 
 
 def check_conditions(pipeline: Any, conditions: Sequence[str | int]) -> None:

@@ -327,6 +327,8 @@ def test_an_engine_draws_beside_its_original(
     both = Image.open(tmp_path / "both.png")
     assert both.width >= 2 * 32 and both.height >= 32
     assert files_below(tmp_path) == ["both.png"]
+    assert_refused(capsys, "no such checkpoint", "sample", uninterrupted, PROMPTS[0], "-o", tmp_path / "beside.png",
+                   "--checkpoint", pipeline, "--against", tmp_path / "missing")  # fmt: skip
     assert_refused(capsys, "is empty|10,001", "sample", uninterrupted, "x" * 10_001, "--checkpoint", pipeline, "-o",
                    tmp_path / "long.png")  # fmt: skip
     assert_refused(capsys, "prompt 0 is empty", "sample", uninterrupted, "", "--checkpoint", pipeline, "-o",

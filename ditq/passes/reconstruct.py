@@ -164,7 +164,9 @@ class Reconstruct(Pass):
             before, after = found[FIGURES].tolist()
             row = {"error before": before, "error after": min(before, after), "kept": after < before}
             report.rows.append({"block": unit or "the model", "linears": len(layers), "first": first.site, **row})
-        kept: list[float] = [row["error after"] / row["error before"] for row in report.rows]
+        # a block that loses nothing, as one behind a gate that is shut, keeps what it has
+        shares = ((row["error after"], row["error before"]) for row in report.rows)
+        kept: list[float] = [after / before if before else 1.0 for after, before in shares]
         if kept:
             if self.guided and units == [""]:
                 report.summary["branches joined as"] = told(prepared.sampler)

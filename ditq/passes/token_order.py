@@ -56,6 +56,13 @@ class TokenOrderPass(Pass):
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         part = self._part(graph)
         if part.layout.order is not None and (picture := part.layout.order.picture) is not None:
+            other = self._drawn(graph, context) - {picture}
+            if other:
+                sizes = " x ".join(map(str, other.pop())), " x ".join(map(str, picture))
+                raise DitqError(
+                    f"pass 'token_order': pictures of {sizes[0]} tokens were recorded, and a Hilbert curve is for those of "
+                    f"{sizes[1]}; calibrate at that size, or set order: windows"
+                )
             graph.fix_picture(picture)
         self._put(graph.model, part)
         if context.original is not None:  # blocks of both are compared, so their tokens lie alike
@@ -68,6 +75,15 @@ class TokenOrderPass(Pass):
         for attention in token_attentions(model).values():
             attention.layout = part.layout
         put_in(model, part)
+
+    @staticmethod
+    def _drawn(graph: DiTGraph, context: Context) -> set[tuple[int, int]]:
+        """Rows and columns of tokens of the pictures that were recorded."""
+        layout = graph.layout
+        if layout is None or not context.has_trajectories:
+            return set()
+        grids = [layout.grid(call.arguments) for call in context.trajectories().calls()]
+        return {(grid.height, grid.width) for grid in grids}
 
     def _part(self, graph: DiTGraph) -> OrderedTokens:
         """What the model gets.

@@ -14,17 +14,16 @@ from ditq.checkpoint import BUILT_IN, Checkpoint
 from ditq.devices import AUTO, device_of, dtype_on, place_pipeline
 from ditq.errors import DitqError
 from ditq.export.engine import Engine
-from ditq.export.loader import load_engine, only_picture
+from ditq.export.loader import load_engine
 from ditq.export.targets import target as target_named
 from ditq.export.targets.torch import rebuild
-from ditq.inspection import example_inputs
 from ditq.progress import ProgressSetting
 from ditq.report.evaluate import Conditions, evaluate
 from ditq.report.evaluation import Evaluation
 from ditq.report.html import write_report
 from ditq.report.measure import file_sizes, peak_memory
 from ditq.report.pictures import image_grid
-from ditq.report.speed import ENGINE, TORCH, called, compare_speed
+from ditq.report.speed import ENGINE, TORCH, called, compare_speed, made_up_call
 from ditq.report.speed import benchmark as speed_of
 
 
@@ -149,28 +148,30 @@ def draw(
             raise DitqError(f"{prompt!r} is not a class label; {source.name} is asked by a whole number, e.g. 207")
         condition = int(prompt)
 
-    def drawn_by(transformer: nn.Module | None) -> Any:
+    beside = source if checkpoint is None or against is None else original_of(engine, against)
+
+    def drawn_by(source: Checkpoint, transformer: nn.Module | None) -> Any:
         pipeline = source.load_pipeline(transformer, dtype_on(place))
         place_pipeline(pipeline, place)
         return sample(pipeline, [condition], SamplingSettings(settings, seed))[0].image
 
-    drawn = drawn_by(load_engine(engine.folder, target, decoded=decoded))
+    drawn = drawn_by(source, load_engine(engine.folder, target, decoded=decoded))
     if against is None:
         return drawn
-    return image_grid([[drawn_by(None), drawn]], ["original", "engine"])
+    return image_grid([[drawn_by(beside, None), drawn]], ["original", "engine"])
 
 
 def run_engine_once(folder: str, original: str) -> None:
     """Load an engine and call it once, on its original's inputs; run in a process of its own to measure memory."""
     transformer = load_engine(folder)
     engine, checkpoint = transformer.engine, Checkpoint.open(original)
-    called(transformer, engine.example or example_inputs(checkpoint, picture=only_picture(engine)))()
+    called(transformer, made_up_call(engine, checkpoint))()
 
 
 def run_original_once(folder: str, original: str) -> None:
     """Load the original of an engine and call it once; run in a process of its own to measure memory."""
     checkpoint = Checkpoint.open(original)
-    called(checkpoint.load_model(), Engine.open(folder, verify=False).example or example_inputs(checkpoint))()
+    called(checkpoint.load_model(), made_up_call(Engine.open(folder, verify=False), checkpoint))()
 
 
 def _finite(value: Any) -> Any:

@@ -118,7 +118,7 @@ def evaluate(
     check_arguments(pipeline, settings.arguments)
     check_conditions(pipeline, chosen)
 
-    tally = _Tally()
+    tally, left = _Tally(), 0
     kept_calls: list[dict[str, Any]] = []
     with progress_bar("evaluating", len(chosen) * 3 * expected_steps(pipeline, settings), progress) as bar:
         for index, condition in enumerate(chosen):
@@ -127,6 +127,7 @@ def evaluate(
             other = draw(engine, who="engine")
             forced, differences = _teacher_forced(engine, reference, bar.advance)
             tally.add(condition, seed + index, reference, other, forced)
+            left = max(left, len(reference.sample.steps) - len(set(reference.steps)))
             if index == 0:
                 tally.effects = step_effects(pipeline, condition, settings, index, differences)
             kept_calls += _for_layers(index, reference, checkpoint.parameters)
@@ -143,6 +144,10 @@ def evaluate(
     )
     if len(tally.pictures) > 1:
         evaluation.lite0_fd = feature_distance.lite0_frechet_distance(*zip(*tally.pictures, strict=True))
+    if left:
+        evaluation.notes.append(
+            f"{left} of {len(other.sample.steps)} steps are drawn by another denoiser of the pipeline, which is as it was"
+        )
     if weights_path() is None:
         evaluation.notes.append(f"ST-LPIPS {NOT_INSTALLED}")
     if feature_distance.weights_path() is None:

@@ -19,7 +19,7 @@ from ditq.export import time_shares
 from ditq.export.arguments import flatten
 from ditq.export.baseline import float_onnx
 from ditq.export.engine import Engine
-from ditq.export.loader import EngineTransformer, engine_inputs, load_engine
+from ditq.export.loader import EngineTransformer, engine_inputs, load_engine, only_picture
 from ditq.export.session import open_session, session_options
 from ditq.export.targets import target
 from ditq.inspection import example_inputs
@@ -135,6 +135,8 @@ def on_gpu(
 def real_call(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
     """The arguments of one real denoiser call, as the pipeline makes it; made-up ones for a transformer alone."""
     if checkpoint.pipeline_root is None:
+        if isinstance(model, EngineTransformer):
+            return made_up_call(model.engine, checkpoint)
         return example_inputs(checkpoint)
     calls: list[DenoiserCall] = []
     pipeline = checkpoint.load_pipeline(model)
@@ -148,6 +150,11 @@ def real_call(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
         progress=False,
     )
     return {name: value for name, value in calls[0].arguments.items() if name != "return_dict"}
+
+
+def made_up_call(engine: Engine, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Arguments of a call that the engine takes, and its original too."""
+    return engine.example or example_inputs(checkpoint, picture=only_picture(engine))
 
 
 def called(model: Callable[..., Any], inputs: Mapping[str, Any]) -> Callable[[], None]:

@@ -245,6 +245,8 @@ def test_further_conditions_come_evenly_from_the_same_source(tmp_path: Path) -> 
     file.write_text("a\nb\nb\nc\na\n")
     assert further_conditions(mini(), file, ["a"], 64) == ["b", "c"]
     assert further_conditions(mini(), ["x", "y"], ["x"], 64) == ["y"]
+    with pytest.raises(DitqError, match=r"vbench is a set of prompts, but .* is asked by class labels"):
+        further_conditions(saved_checkpoint("dit", tmp_path / "dit"), "vbench", [], 8)
     assert further_conditions(mini(), "vbench", builtin_prompts("vbench")[:16], 8) == []
     with pytest.raises(DitqError, match="modulation_conditions is -1; give a whole number of at least 0"):
         calibrate(mini(), tmp_path / "stats", modulation_conditions=-1)

@@ -101,6 +101,7 @@ def test_everything_is_put_back_after_an_error() -> None:
         ({"generator": None}, "'generator' is set by ditq itself"),
         ({"num_inference_steps": 0}, "'num_inference_steps' is 0; give a whole number of at least 1"),
         ({"height": 32.0}, "'height' is 32.0; give a whole number"),
+        ({"guidance_scale": "abc"}, "'guidance_scale' is 'abc'; give a number"),
         ({"max_sequence_length": 1000}, "FluxPipeline cannot draw 'a': `max_sequence_length` cannot be greater than"),
     ],
 )

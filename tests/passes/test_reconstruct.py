@@ -88,6 +88,18 @@ def test_it_brings_a_trained_denoiser_nearer_to_the_original(mini_statistics: St
     assert not any("Learned" in type(module).__name__ for module in graphs[1].model.modules())
 
 
+def test_blocks_behind_gates_that_are_shut_lose_nothing_and_stay(
+    checkpoint: Checkpoint, statistics: Statistics
+) -> None:
+    graph = _graph(checkpoint)
+    for name, parameter in graph.model.named_parameters():
+        if ".norm" in name and ".linear." in name:
+            parameter.data.zero_()
+    report = _run(graph, statistics, {"scope": "block", "steps": 2, "samples": 4, "batch": 2})
+    assert report.rows and all(row["error before"] == 0 and not row["kept"] for row in report.rows)
+    assert report.summary["mean share of the error left"] == 1
+
+
 def test_what_does_not_help_held_out_calls_is_dropped(checkpoint: Checkpoint, statistics: Statistics) -> None:
     plain, learned = _graph(checkpoint), _graph(checkpoint)
     _run(plain, statistics, None)

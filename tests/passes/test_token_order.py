@@ -193,3 +193,11 @@ def test_a_recipe_may_hold_it_and_leaves_the_graph_as_it_was() -> None:
     plan = Recipe.from_dict({"name": "ordered", "passes": steps}, "test").preview(graph)
     assert any("local attention" in what for found in plan.values() for what in found)
     assert ordered_tokens(graph.model) is None
+
+
+def test_a_curve_is_for_pictures_of_the_size_that_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = small_graph("flux")
+    monkeypatch.setattr(TokenOrderPass, "_drawn", lambda *_: {(4, 4)})
+    with pytest.raises(DitqError, match="of 4 x 4 tokens were recorded, and a Hilbert curve is for those of 8 x 8"):
+        TokenOrderPass(order="hilbert").run(graph, Context())
+    TokenOrderPass(order="windows", tile=4).run(graph, Context())
