@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import diffusers
@@ -12,9 +13,11 @@ from transformers import UMT5Config, UMT5EncoderModel
 from ditq.calibration.calibrate import calibrate
 from ditq.checkpoint import Checkpoint
 from ditq.compiler import CompileOptions, compile
+from ditq.errors import DitqError
 from ditq.export import load_engine
 from ditq.recipe import Recipe
 from ditq.report.engine_report import draw
+from ditq.report.evaluate import evaluate
 from tests.calibration.small_pipelines import mini
 
 ARGUMENTS = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16, "num_inference_steps": 2}
@@ -67,3 +70,18 @@ def test_its_calls_are_recorded_and_its_engine_draws(wan: Checkpoint, tmp_path: 
     drawn = draw(tmp_path / "engine", "a dog", checkpoint=wan, steps=1)
     assert drawn.size == (32, 32)
     assert draw(tmp_path / "engine", "a dog", checkpoint=wan, arguments={"width": 48}, steps=1).size == (48, 32)
+
+
+def test_steps_that_a_second_transformer_draws_are_said(wan: Checkpoint, tmp_path: Path) -> None:
+    """As of Wan 2.2: below half of the time another model, which is left as it is."""
+    pipeline = wan.load_pipeline()
+    pipeline.register_modules(transformer_2=wan.load_model())
+    pipeline.register_to_config(boundary_ratio=0.5)
+    pipeline.save_pretrained(tmp_path / "two")
+    (tmp_path / "two" / "sampling.json").write_text(json.dumps({**ARGUMENTS, "num_inference_steps": 4}))
+    two = Checkpoint.open(tmp_path / "two")
+    found = evaluate(two.load_model(), two, conditions=["a dog"], layers=False, progress=False)
+    (note,) = [note for note in found.notes if "denoiser" in note]
+    assert note == "2 of 4 steps are drawn by another denoiser of the pipeline, which is as it was"
+    with pytest.raises(DitqError, match="does not call its transformer at step 2, which another denoiser draws"):
+        calibrate(two, tmp_path / "stats", ["a dog"], step_weights=True, progress=False)
