@@ -146,3 +146,18 @@ def test_torch_in_float64_casts_to_float64_only(inputs: dict[str, Any]) -> None:
     given = {"x": torch.tensor([1.0, 2.0]), "index": torch.tensor([1, 2])}
     found = float64.in_float64(Narrows(), given)
     assert torch.equal(found, torch.tensor([1 + 1 / 3, 2 + 2 / 3], dtype=torch.float64))
+
+
+def test_a_norm_without_an_epsilon_keeps_that_of_float32() -> None:
+    class Norm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.RMSNorm(2, elementwise_affine=False)
+
+        def forward(self, x: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
+            return (self.norm(x),)
+
+    x = torch.tensor([[3e-4, 4e-4]])
+    wide = x.double()
+    expected = wide / (wide.square().mean() + torch.finfo(torch.float32).eps).sqrt()
+    torch.testing.assert_close(float64.in_float64(Norm(), {"x": x}), expected, rtol=1e-12, atol=0)
