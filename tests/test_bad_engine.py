@@ -140,6 +140,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "engine.json a list": (lambda f: (f / MANIFEST).write_text("[]"), "engine format None is not known"),
     "later format": (_edit(lambda m: m.update(format_version=99)), "engine format 99 is not known here"),
     "no source": (_edit(lambda m: m.pop("source")), "damaged .no valid 'source'"),
+    "sampling of no names": (_edit(lambda m: m["source"].update(sampling=[1])), "damaged .no valid 'source'"),
     "source without name": (_edit(lambda m: m["source"].pop("name")), "damaged .no valid 'source'"),
     "structure without parts": (_edit(lambda m: m["structure"].pop("quantized")), "damaged .no valid 'structure'"),
     "a layer without bits": (_edit(lambda m: m["structure"]["quantized"]["first"].pop("bits")), "no valid 'structure'"),

@@ -371,3 +371,19 @@ def test_a_report_of_a_checkpoint_that_is_not_built_in(
     for place, arguments in measured:  # what a process of its own is told to run does run
         getattr(engine_report, place.partition(":")[2])(*arguments)
     assert len(measured) == 2
+
+
+def test_engine_and_original_are_compared_on_one_call_that_both_take(
+    uninterrupted: Path, pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of an engine for pictures of 4 x 4 tokens alone."""
+    monkeypatch.setattr(speed, "only_picture", lambda _: (4, 4))
+    seen: list[int] = []
+    monkeypatch.setattr(
+        engine_report, "called", lambda _, inputs: lambda: seen.append(inputs["hidden_states"].shape[1])
+    )
+    for once in (engine_report.run_engine_once, engine_report.run_original_once):  # whose memory is measured
+        once(str(uninterrupted), str(pipeline))
+    alone = Checkpoint.open(pipeline / "transformer")
+    assert speed.real_call(alone, ditq.load_engine(uninterrupted))["hidden_states"].shape[1] == 16
+    assert seen == [16, 16]

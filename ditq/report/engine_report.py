@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ditq.export.loader import load_engine
 from ditq.export.targets import target as target_named
 from ditq.export.targets.torch import rebuild
 from ditq.progress import ProgressSetting
-from ditq.report.evaluate import Conditions, evaluate
+from ditq.report.evaluate import Conditions, as_calibrated, evaluate
 from ditq.report.evaluation import Evaluation
 from ditq.report.html import write_report
 from ditq.report.measure import file_sizes, peak_memory
@@ -46,7 +45,7 @@ def original_of(engine: Engine, against: Checkpoint | str | None, option: str = 
         raise DitqError(
             f"{engine.folder}: was compiled from {name}, which is not {checkpoint.name} (other weights or config)"
         )
-    return replace(checkpoint, sampling={**checkpoint.sampling, **engine.sampling})
+    return as_calibrated(checkpoint, engine)
 
 
 def report_on(

@@ -10,7 +10,7 @@ import platform
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +38,8 @@ from ditq.calibration.sampling import (
 from ditq.checkpoint import BUILT_IN, Checkpoint
 from ditq.devices import AUTO, device_of, dtype_on, place_pipeline
 from ditq.errors import DitqError
-from ditq.export.loader import load_engine
+from ditq.export.engine import Engine
+from ditq.export.loader import EngineTransformer, load_engine
 from ditq.export.targets.torch import rebuild
 from ditq.given import check_seed, check_whole, name_of, path_of
 from ditq.graph import DiTGraph
@@ -105,6 +106,8 @@ def evaluate(
     if not isinstance(engine, nn.Module):
         engine, name = load_engine(engine), name or name_of(path_of("engine", engine))
         quantized = quantized or (rebuild(engine.engine) if layers else None)
+    if isinstance(engine, EngineTransformer):
+        checkpoint = as_calibrated(checkpoint, engine.engine)
     if conditions is None:
         chosen = heldout_conditions(checkpoint, limit)
     else:
@@ -182,6 +185,11 @@ def heldout_conditions(checkpoint: Checkpoint, limit: int) -> Sequence[str | int
     calibrated = set(default_conditions(checkpoint))
     left = [condition for condition in known if condition not in calibrated]
     return spread(left or list(known), limit)
+
+
+def as_calibrated(checkpoint: Checkpoint, engine: Engine) -> Checkpoint:
+    """The checkpoint, drawn from as it was for the engine's calibration where nobody says otherwise."""
+    return replace(checkpoint, sampling={**checkpoint.sampling, **engine.sampling})
 
 
 @contextmanager

@@ -69,6 +69,8 @@ def test_its_calls_are_recorded_and_its_engine_draws(wan: Checkpoint, tmp_path: 
     assert loaded.engine.sampling == {name: value for name, value in ARGUMENTS.items() if name != "num_inference_steps"}
     drawn = draw(tmp_path / "engine", "a dog", checkpoint=wan, steps=1)
     assert drawn.size == (32, 32)
+    found = evaluate(tmp_path / "engine", wan, conditions=["a dog"], steps=1, layers=False, progress=False)
+    assert found.arguments == {**ARGUMENTS, "num_inference_steps": 1}
     assert draw(tmp_path / "engine", "a dog", checkpoint=wan, arguments={"width": 48}, steps=1).size == (48, 32)
 
 
