@@ -7,33 +7,29 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from ditq import processes
 from ditq.budget import Budget
-from ditq.budget.attention import within
-from ditq.budget.choices import check_candidates
-from ditq.budget.fit import BudgetFit, fit_budget, quantize_step
-from ditq.budget.request import ATTENTION
+from ditq.budget.fit import BudgetFit, fit_budget
 from ditq.calibration.calibrate import TRAJECTORIES, calibrate, choose_conditions, pipeline_class
 from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
 from ditq.calibration.storage import make_folder
 from ditq.checkpoint import Checkpoint
+from ditq.compile_checks import asked, asked_gpus, check_options, check_recipe
+from ditq.compile_options import CompileOptions
 from ditq.devices import AUTO, device_of
 from ditq.errors import DitqError
 from ditq.export.engine import Engine
 from ditq.export.onnx_graph import Axes
-from ditq.export.plans.make import MadePlan, check_numbers, kinds_of_gpu, make_plans
-from ditq.export.plans.sizes import parse_sizes
-from ditq.export.targets import Target, target, targets
+from ditq.export.plans.make import MadePlan, make_plans
+from ditq.export.targets import target
 from ditq.export.weights_file import WEIGHTS
 from ditq.export.write import check_replaceable, write_engine
 from ditq.folders import check_output, remove, work_folder
-from ditq.given import check_seed, check_whole, path_of
+from ditq.given import path_of
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.memory import peak_memory
@@ -43,55 +39,8 @@ from ditq.nn.structural.token_attention import token_attentions
 from ditq.pass_pipeline import run_passes
 from ditq.passes import PassReport
 from ditq.passes.distill import Distill
-from ditq.passes.quantize import Quantize
-from ditq.progress import ProgressSetting
 from ditq.recipe import DEFAULT, Recipe, load_recipe
 from ditq.recorded_family import with_family
-from ditq.suggest import unknown_key
-
-OFFLOAD = (AUTO, "disk", "none")
-
-
-@dataclass(frozen=True)
-class CompileOptions:
-    """Everything of a compile but the checkpoint, the recipe and the output.
-
-    Attributes:
-        target: name of an export target, see `ditq targets`.
-        conditions: prompts (or labels) to calibrate on: a list, a file, or None for the built-in ones.
-        limit: how many of them to use at most; None is the default of `calibrate`.
-        steps: denoising steps of calibration; None is the checkpoint's own.
-        statistics: a folder that `ditq calibrate` wrote, instead of calibrating now.
-        budget: formats of single linears are chosen so that this holds: `size=4.2MB`, `bits=3.5`, `psnr>=24`; or attentions:
-            `attention_macs=0.3`, at most that share of the multiply-adds of softmax. Over a recipe's.
-        device: where the model runs while it is calibrated, and where weights are rounded: `auto`, `cpu`, `cuda` (devices.py).
-        offload: whether the float32 weights stand on disk while passes work on them: `disk`, `none`, or `auto`, which is where
-            they would take more than half of the memory that is free. The files lie beside the output and have no names.
-        seed: seed of every random choice.
-        resume: go on where an interrupted compile of the same output stopped.
-        force: replace the output folder if it exists.
-        cache_text: what sees only the text runs once for a prompt instead of at every step, where the model has keys and
-            values of attention among it. Exact.
-        gpus: kinds of GPU that plans are built for, such as `sm89`, by a target that has such; none: the GPU that is here, or
-            sm80, sm89 and sm120.
-        sizes: of the axes that may vary, for these plans: `batch=1:2:4,image_tokens=4096`, smallest, usual and largest.
-    """
-
-    target: str = "onnxruntime-cpu"
-    conditions: str | Path | Sequence[str | int] | None = None
-    limit: int | None = None
-    steps: int | None = None
-    statistics: str | Path | None = None
-    budget: Budget | str | None = None
-    device: str = AUTO
-    offload: str = AUTO
-    seed: int = 0
-    resume: bool = False
-    force: bool = False
-    cache_text: bool = True
-    gpus: Sequence[str] = ()
-    sizes: str | None = None
-    progress: ProgressSetting = None
 
 
 @dataclass(frozen=True)
@@ -123,12 +72,12 @@ def compile(
     """
     out = path_of("out", out)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    _check_options(options)
+    check_options(options)
     check_output(out, options.force)
     check_replaceable(out)
     wanted = target(options.target)
-    gpus = _kinds_of_gpu(wanted, options)
-    recipe, budget = _asked(recipe, options)
+    gpus = asked_gpus(wanted, options)
+    recipe, budget = asked(recipe, options)
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     if budget is not None and budget.kind == "psnr":
         pipeline_class(checkpoint)
@@ -139,7 +88,7 @@ def compile(
         clock.lap("calibrate")
         inputs, family, fitted = example_inputs(checkpoint), checkpoint.family, None
         assert family is not None
-        _check_recipe(recipe, checkpoint, inputs, wanted, gpus if options.gpus else (), budget)
+        check_recipe(recipe, checkpoint, inputs, wanted, gpus if options.gpus else (), budget)
         clock.lap("structure")
         needed = budget is not None or any(step.requires_statistics for step in recipe.passes)
         statistics = statistics or _statistics(checkpoint, work, options, needed)
@@ -202,7 +151,7 @@ def take_part(
     Raises:
         DitqError: as `compile`, for what both read.
     """
-    _check_options(options)
+    check_options(options)
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     shared = max((number for number, step in enumerate(recipe.passes, 1) if isinstance(step, Distill)), default=0)
@@ -214,93 +163,12 @@ def take_part(
     run_passes(graph, few, statistics, seed=options.seed, device=options.device, progress=options.progress)
 
 
-def _asked(recipe: Recipe, options: CompileOptions) -> tuple[Recipe, Budget | None]:
-    """The budget of formats, and the recipe, with a budget of attention in the pass that chooses within it."""
-    budget = Budget.parse(options.budget) if isinstance(options.budget, str) else options.budget or recipe.budget
-    if budget is not None and budget.kind == ATTENTION:
-        recipe = within(recipe, budget)
-        budget = recipe.budget
-    if budget is not None:
-        quantize_step(recipe)
-        if trained := next((step.name for step in recipe.passes if step.trains), None):
-            raise DitqError(
-                f"{recipe.name}: a budget would train twice; run {trained!r} without it, or leave that pass out"
-            )
-    return recipe, budget
-
-
 def _weights_folder(checkpoint: Checkpoint, work: Path, offload: str) -> Path | None:
     """Where the weights stand while passes work on them; None for memory."""
     if offload == "none" or (offload == AUTO and not checkpoint.larger_than_memory):
         return None
     make_folder(folder := work / "weights")
     return folder
-
-
-def _check_options(options: CompileOptions) -> None:
-    """Raise DitqError for what no compile takes, before anything is read or computed."""
-    if not isinstance(options, CompileOptions):
-        raise DitqError(f"options is a {type(options).__name__}; give ditq.CompileOptions(...)")
-    check_whole("limit", options.limit, 1)
-    check_seed(options.seed)
-    if not isinstance(options.budget, Budget | str | None):
-        raise DitqError(f"budget is {options.budget!r}; write it as a word, such as 'size=4.2MB' or 'bits=3.5'")
-    device_of(options.device)
-    if options.offload not in OFFLOAD:
-        raise DitqError(unknown_key("offload", options.offload, list(OFFLOAD)))
-    if processes.count() > 1 and options.statistics is None:
-        raise DitqError(
-            f"{processes.count()} processes compile together and none calibrates: run `ditq calibrate` once and give --stats"
-        )
-
-
-def _kinds_of_gpu(wanted: Target, options: CompileOptions) -> list[str]:
-    """What plans are built for; refused before anything is computed."""
-    if not wanted.plans:
-        if options.gpus or options.sizes:
-            raise DitqError(
-                f"target '{wanted.name}' builds nothing for single kinds of GPU; leave --gpu and --sizes out"
-            )
-        return []
-    parse_sizes(options.sizes or "")
-    return kinds_of_gpu(options.gpus)
-
-
-def _check_recipe(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    inputs: Mapping[str, Any],
-    wanted: Target,
-    gpus: Sequence[str],
-    budget: Budget | None,
-) -> None:
-    """Whether the recipe and the candidates fit the model, and target and GPUs can multiply what it makes, before an hour is
-    spent on that."""
-    # What passes would leave is seen without weights, so that while it is calibrated the model is in memory once.
-    graph = DiTGraph(checkpoint.skeleton(), inputs)
-    recipe.preview(graph)
-    _check_state(recipe, wanted)
-    for step, found in recipe.stages(graph):
-        if isinstance(step, Quantize):
-            if budget is not None:
-                check_candidates(found, step, step.plan(found).keys() - step.ruled(found), budget.candidates)
-            for site, settings in step.plan(found).items():
-                wanted.check_product(site, settings.carrier, settings.bits)
-                if settings.bits < 16:
-                    check_numbers(site, settings.carrier.partition("_")[0], gpus)
-
-
-def _check_state(recipe: Recipe, wanted: Target) -> None:
-    """Whether the target keeps what a pass's parts find in one call for the next ones."""
-    for step in recipe.passes:
-        if step.keeps_state and wanted.lower is not None:
-            without = ", ".join(
-                name for name, each in targets().items() if each.lower is None and each.check is not None
-            )
-            raise DitqError(
-                f"pass {step.name!r}: what it finds in one step is for the next ones, and an engine for {wanted.name} keeps "
-                f"nothing between calls; compile with --target {without}, or set blocks: online"
-            )
 
 
 def _text_sites(graph: DiTGraph, changing: Collection[str]) -> tuple[str, ...]:
