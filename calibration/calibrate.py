@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ditq.calibration.batches import moved
-from ditq.calibration.collect import collect_statistics
+from ditq.calibration.collect import check_moments, collect_statistics
 from ditq.calibration.further import record_further
 from ditq.calibration.probing import measure_step_weights
 from ditq.calibration.prompts import BUILTIN_SETS, builtin_prompts, read_conditions, spread
@@ -30,7 +30,7 @@ from ditq.calibration.storage import PARTIAL, make_folder, remove_folder, rename
 from ditq.checkpoint import BUILT_IN, Checkpoint, read_json
 from ditq.devices import AUTO, device_of, dtype_on, place_pipeline
 from ditq.errors import DitqError, Interrupted
-from ditq.folders import without_new_parents
+from ditq.folders import followed, without_new_parents
 from ditq.given import check_seed, check_whole, path_of
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
@@ -94,11 +94,14 @@ def calibrate(
             existing folder without `force` or `resume`, and when the folder cannot be written.
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
-    for name, value in (("bins", bins), ("rows_per_bin", rows_per_bin), ("limit", limit)):
+    for name, needed in (("bins", bins), ("rows_per_bin", rows_per_bin)):
+        check_whole(name, needed, 1, needed=True)
+    for name, value in (("limit", limit), ("memory_limit", memory_limit)):
         check_whole(name, value, 1)
-    check_whole("modulation_conditions", modulation_conditions, 0)
+    check_whole("modulation_conditions", modulation_conditions, 0, needed=True)
+    check_moments(moments)
     check_seed(seed)
-    out = path_of("out", out)
+    out = followed(path_of("out", out))
     place = device_of(device)
     dtype = dtype or dtype_on(place)
     settings = SamplingSettings.for_checkpoint(checkpoint, steps, seed, arguments)
@@ -172,6 +175,8 @@ def further_conditions(
 def _known_conditions(checkpoint: Checkpoint, conditions: Conditions | None) -> Sequence[str | int]:
     """All that the source holds: the given list, file or built-in set; by default captions, prompts or classes."""
     if conditions is not None and not isinstance(conditions, str | Path):
+        if not isinstance(conditions, Iterable):
+            raise DitqError(f"conditions is {conditions!r}; give a list of prompts or class labels, or a file of them")
         return list(conditions)
     kind = condition_kind(pipeline_class(checkpoint))
     if conditions is None:

@@ -18,6 +18,7 @@ from ditq.calibration.record import RecordedCall, Trajectories
 from ditq.calibration.statistics import INDEX, Statistics, read_groups, write_groups, write_index
 from ditq.calibration.storage import ditq_version
 from ditq.errors import DitqError
+from ditq.given import check_whole
 from ditq.graph import DiTGraph
 from ditq.memory import free_memory
 from ditq.parts import InputGroup
@@ -28,6 +29,12 @@ MOST_BY_BIN = 2 << 30  # bytes of second moments beyond which they are summed ov
 ROWS = 1 << 18  # of the input with most; calls beyond that are left out, evenly
 ROWS_A_CHANNEL = 8  # at least, of the widest input
 MOMENTS = ("auto", "bins", "all")
+
+
+def check_moments(moments: Any) -> None:
+    """Raise DitqError unless it is a way to keep second moments."""
+    if moments not in MOMENTS:
+        raise DitqError(unknown_key("moments", str(moments), list(MOMENTS)))
 
 
 def collect_statistics(
@@ -61,11 +68,10 @@ def collect_statistics(
 
     Raises DitqError for values that are not finite (naming site and step), an unknown group, or bad settings.
     """
-    for name, value in (("bins", bins), ("rows_per_bin", rows_per_bin), ("memory_limit", memory_limit)):
-        if value is not None and value < 1:
-            raise DitqError(f"{name} is {value}; give at least 1")
-    if moments not in MOMENTS:
-        raise DitqError(unknown_key("moments", moments, list(MOMENTS)))
+    for name, value in (("bins", bins), ("rows_per_bin", rows_per_bin)):
+        check_whole(name, value, 1, needed=True)
+    check_whole("memory_limit", memory_limit, 1)
+    check_moments(moments)
     wanted = _wanted(graph, groups)
     device = next(graph.model.parameters()).device if device is None else device
     by_bin = is_by_bin(wanted, bins, moments)

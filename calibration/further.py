@@ -76,6 +76,7 @@ class FurtherConditions:
             not vectors
             or not vectors.keys() <= known.keys()
             or len({value.shape[:2] for value in vectors.values()}) > 1
+            or any(value.shape[2:] != known[name].shape[1:] for name, value in vectors.items())
         ):
             raise DitqError(f"{path}: damaged; calibrate again")
         if trajectories.widened:

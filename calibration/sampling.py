@@ -39,7 +39,13 @@ class SamplingSettings:
         seed: int = 0,
         arguments: Mapping[str, Any] | None = None,
     ) -> SamplingSettings:
-        """The checkpoint's own defaults (its sampling.json), then `arguments`, then `steps`, where they are given."""
+        """The checkpoint's own defaults (its sampling.json), then `arguments`, then `steps`, where they are given.
+
+        Raises:
+            DitqError: arguments that are not a dictionary with words for names.
+        """
+        if not isinstance(arguments, Mapping | None) or not all(isinstance(name, str) for name in arguments or {}):
+            raise DitqError(f"arguments is {arguments!r}; give a dictionary of the pipeline's own, by name")
         merged = {**checkpoint.sampling, **(arguments or {})}
         if steps is not None:
             merged["num_inference_steps"] = steps

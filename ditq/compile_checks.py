@@ -18,8 +18,9 @@ from ditq.errors import DitqError
 from ditq.export.plans.make import check_numbers, kinds_of_gpu
 from ditq.export.plans.sizes import parse_sizes
 from ditq.export.targets import Target, targets
-from ditq.given import check_seed, check_whole
+from ditq.given import check_seed, check_whole, path_of
 from ditq.graph import DiTGraph
+from ditq.passes import Pass
 from ditq.passes.quantize import Quantize
 from ditq.recipe import Recipe
 from ditq.suggest import unknown_key
@@ -45,6 +46,8 @@ def check_options(options: CompileOptions) -> None:
     if not isinstance(options, CompileOptions):
         raise DitqError(f"options is a {type(options).__name__}; give ditq.CompileOptions(...)")
     check_whole("limit", options.limit, 1)
+    if options.statistics is not None:
+        path_of("statistics", options.statistics)
     check_seed(options.seed)
     if not isinstance(options.budget, Budget | str | None):
         raise DitqError(f"budget is {options.budget!r}; write it as a word, such as 'size=4.2MB' or 'bits=3.5'")
@@ -81,16 +84,20 @@ def check_recipe(
     spent on that."""
     # What passes would leave is seen without weights, so that while it is calibrated the model is in memory once.
     graph = DiTGraph(checkpoint.skeleton(), inputs)
-    recipe.preview(graph)
+
+    def look(step: Pass, found: DiTGraph) -> None:
+        if not isinstance(step, Quantize):
+            return
+        plan = step.plan(found)
+        if budget is not None:
+            check_candidates(found, step, plan.keys() - step.ruled(found), budget.candidates)
+        for site, settings in plan.items():
+            wanted.check_product(site, settings.carrier, settings.bits)
+            if settings.bits < 16:
+                check_numbers(site, settings.carrier.partition("_")[0], gpus)
+
     _check_state(recipe, wanted)
-    for step, found in recipe.stages(graph):
-        if isinstance(step, Quantize):
-            if budget is not None:
-                check_candidates(found, step, step.plan(found).keys() - step.ruled(found), budget.candidates)
-            for site, settings in step.plan(found).items():
-                wanted.check_product(site, settings.carrier, settings.bits)
-                if settings.bits < 16:
-                    check_numbers(site, settings.carrier.partition("_")[0], gpus)
+    recipe.preview(graph, look)
 
 
 def _check_state(recipe: Recipe, wanted: Target) -> None:

@@ -28,7 +28,7 @@ from ditq.export.plans.make import MadePlan, make_plans
 from ditq.export.targets import target
 from ditq.export.weights_file import WEIGHTS
 from ditq.export.write import check_replaceable, write_engine
-from ditq.folders import check_output, remove, work_folder
+from ditq.folders import check_output, followed, work_folder
 from ditq.given import path_of
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
@@ -70,7 +70,7 @@ def compile(
     Raises:
         DitqError: anything wrong with the checkpoint, recipe, prompts, statistics or output; nothing is left half-written.
     """
-    out = path_of("out", out)
+    out = followed(path_of("out", out))
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     check_options(options)
     check_output(out, options.force)
@@ -129,9 +129,10 @@ def compile(
             reports=[report.to_json() for report in reports],
             changing=checkpoint.changing if text_sites else None,
             force=options.force,
+            work=work,
+            accept=lambda made: _check_size(made, budget),
         )
         _note_fixed(engine, family.axes)
-        _check_size(engine, budget)
         clock.lap("export")
         plans: list[MadePlan] = []
         if gpus:
@@ -238,6 +239,8 @@ def _fit(
     options: CompileOptions,
 ) -> BudgetFit:
     trajectories = _trajectories(checkpoint, work, options).in_float32()
+    for step in recipe.passes:
+        step.check_recorded(trajectories, options.seed)
     return fit_budget(checkpoint, graph, recipe, budget, statistics, trajectories, seed=options.seed, work=work,
                       progress=options.progress, device=device_of(options.device))  # fmt: skip
 
@@ -254,11 +257,12 @@ def _note_fixed(engine: Engine, axes: Axes) -> None:
         )
 
 
-def _check_size(engine: Engine, budget: Budget | None) -> None:
+def _check_size(made: Path, budget: Budget | None) -> None:
     """The sizes that formats were chosen by leave room for what the export adds; this is the proof that it was enough."""
-    found = engine.files[WEIGHTS]["bytes"]
-    if budget is not None and budget.kind == "size" and found > budget.value:
-        remove(engine.folder)
+    if budget is None or budget.kind != "size":
+        return
+    found = (made / WEIGHTS).stat().st_size
+    if found > budget.value:
         raise DitqError(f"budget {budget}: {WEIGHTS} has {found:,d} bytes, more than expected; ask for a little less")
 
 

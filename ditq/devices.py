@@ -21,6 +21,8 @@ def device_of(name: str) -> torch.device:
     Raises:
         DitqError: another name, or a GPU that is not here.
     """
+    if not isinstance(name, str):
+        raise DitqError(f"device is {name!r}; give cpu, cuda or cuda:N")
     if name == AUTO:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -7,8 +7,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from ditq.errors import DitqError, Interrupted
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def check_output(path: Path, force: bool) -> None:
@@ -41,29 +47,87 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def followed(path: Path) -> Path:
+    """What a symbolic link stands for, so that it is this that is replaced; any other path as it is."""
+    return path.resolve() if path.is_symlink() else path
+
+
+_LOCK = "lock"  # in a work folder: whose it is, and that somebody is at it
+
+
 @contextmanager
 def work_folder(out: Path, resume: bool) -> Iterator[Path]:
-    """Where finished parts are kept while an engine is made: `.NAME.work` beside it, made when something is put there.
+    """A folder `.NAME.work` beside `out` where finished parts are kept while an engine is made; one process has it at a time.
 
-    An interruption keeps it for `--resume`. Success and errors remove it, except that an error in a resumed compile
-    leaves what the interrupted one had, so that a mistyped option does not cost the work of hours.
+    Success removes it. An interruption or an error keeps it for `--resume` where something is finished, and says so.
+
+    Raises:
+        DitqError: another process is at it, or it is not a folder of this kind.
     """
     work = out.absolute().parent / f".{out.name}.work"
-    if work.exists() and not resume:
-        remove(work)
-    resumed = work.exists()
-    with without_new_parents(out):
+    with without_new_parents(out), _locked(work, out):
+        if not resume:
+            _clear(work)
         try:
             yield work
-        except KeyboardInterrupt as error:
+        except BaseException as error:
             if not any(work.rglob("*.safetensors")):  # nothing finished yet
                 shutil.rmtree(work, ignore_errors=True)
                 raise
-            raise Interrupted(
-                f"interrupted; run again with --resume to go on (finished parts are in {work})"
-            ) from error
-        except BaseException:
-            if not resumed:
-                shutil.rmtree(work, ignore_errors=True)
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted(
+                    f"interrupted; run again with --resume to go on (finished parts are in {work})"
+                ) from error
+            if isinstance(error, DitqError) and not isinstance(error, Interrupted) and "--resume" not in str(error):
+                raise DitqError(f"{error}; finished parts are in {work}: --resume goes on with them") from error
             raise
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _locked(work: Path, out: Path) -> Iterator[None]:
+    """The folder, made if it is not there, with a lock in it that its process loses however it ends."""
+    if os.path.lexists(work) and not (work.is_dir() and ((work / _LOCK).is_file() or not any(work.iterdir()))):
+        raise DitqError(f"{work}: was not made by ditq, which keeps there what is finished; move it elsewhere")
+    while True:
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            file = open(work / _LOCK, "ab")  # noqa: SIM115 - held until the end
+        except FileNotFoundError:  # whose it was has just removed it
+            continue
+        except OSError as error:
+            raise DitqError(f"{work}: cannot be written ({error.strerror}); give another place") from error
+        with file:
+            if not _taken(file):
+                raise DitqError(f"{out}: another process is making it; wait for that, or give another name")
+            if _still_there(file, work / _LOCK):
+                yield
+                return
+
+
+def _still_there(file: IO[bytes], path: Path) -> bool:
+    """Whether it is the file of that name, and not one that was removed while this process waited for its lock."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _taken(file: IO[bytes]) -> bool:
+    """Whether this process has the file's lock now; where a system has no locks, it does."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def _clear(work: Path) -> None:
+    """Remove what an earlier process left."""
+    for found in work.iterdir():
+        if found.name != _LOCK:
+            remove(found)

@@ -35,9 +35,9 @@ def name_of(path: str | Path) -> str:
     return Path(os.path.abspath(path)).name
 
 
-def check_whole(what: str, value: Any, least: int, most: int | None = None) -> None:
-    """Raise DitqError unless it is a whole number within these, or None where it was left to the function."""
-    if value is None:
+def check_whole(what: str, value: Any, least: int, most: int | None = None, needed: bool = False) -> None:
+    """Raise DitqError unless it is a whole number within these, or None where that leaves it to the function."""
+    if value is None and not needed:
         return
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):
@@ -47,6 +47,4 @@ def check_whole(what: str, value: Any, least: int, most: int | None = None) -> N
 
 def check_seed(seed: Any) -> None:
     """Raise DitqError unless it is a seed from which every prompt's can be counted."""
-    if seed is None:
-        raise DitqError("seed is None; give a whole number")
-    check_whole("seed", seed, 0, MOST_SEED)
+    check_whole("seed", seed, 0, MOST_SEED, needed=True)

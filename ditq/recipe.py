@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,8 +48,10 @@ class Recipe:
         asked = {} if self.budget is None else {"budget": str(self.budget), "candidates": list(self.budget.candidates)}
         return {"name": self.name, "description": self.description, "passes": steps, **asked}
 
-    def preview(self, graph: DiTGraph) -> dict[str, list[str]]:
+    def preview(self, graph: DiTGraph, look: Callable[[Pass, DiTGraph], None] | None = None) -> dict[str, list[str]]:
         """What each pass would do to each site, in order; nothing is changed. Finds in a second what would fail in an hour.
+
+        look: is called with each pass and the graph that it gets, and may raise too.
 
         Raises:
             DitqError: a selector that matches nothing, settings that do not fit a site, passes in an impossible order.
@@ -58,6 +60,8 @@ class Recipe:
         done: dict[str, list[str]] = {}
         for step, found in self.stages(graph):
             said = step.preview(found)
+            if look is not None:
+                look(step, found)
             for site, what in said.items():
                 before = done.setdefault(site, [])
                 if spoiled := next((name for name in before if name in step.not_after), None):
@@ -172,9 +176,10 @@ def _make_pass(step: Any, where: str) -> Pass:
     if not isinstance(settings, Mapping):
         raise DitqError(f"{where}: the settings of pass {name!r} must be a mapping, not {settings!r}")
     described = {item.name: item for item in fields(known[name])}
+    if unknown := [key for key in settings if key not in described]:
+        raise DitqError(_unknown_setting(where, name, unknown[0], list(described)))
+    settings = {key: _as_list(value, described[key]) for key, value in settings.items()}
     for key, value in settings.items():
-        if key not in described:
-            raise DitqError(_unknown_setting(where, name, key, list(described)))
         _check_value(f"{where}: pass {name!r}: {key}", value, described[key])
     made = known[name](**settings)
     try:
@@ -189,6 +194,16 @@ def _make_pass(step: Any, where: str) -> Pass:
 def _unknown_setting(where: str, name: str, key: str, known: list[str]) -> str:
     message = unknown_key("", key, known)
     return f"{where}: pass {name!r} has no setting {key!r}; " + message.partition("; ")[2]
+
+
+def _as_list(value: Any, described: Any) -> Any:
+    """A word where a list of words is due is a list of one."""
+    words = described.metadata.get("words") or ()
+    return [value] if isinstance(value, str) and value not in words and _is_list(described) else value
+
+
+def _is_list(described: Any) -> bool:
+    return described.default_factory is not MISSING and isinstance(described.default_factory(), list)
 
 
 def _check_value(where: str, value: Any, described: Any) -> None:

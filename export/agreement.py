@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from ditq.errors import DitqError
 from ditq.export.engine import TEXT_GRAPH, Engine
-from ditq.export.loader import engine_inputs
+from ditq.export.loader import call_of, engine_inputs
 from ditq.export.lowering.four_bit import INPUT
 from ditq.export.session import WEIGHTS_FOLDER, open_session, session_options
-from ditq.export.targets import RunOptions, target
+from ditq.export.targets import PlannedMatMul, RunOptions, target
 from ditq.export.targets.torch import rebuild
 from ditq.export.weights_file import WEIGHTS
 from ditq.nn import AttentionRounding, QuantLinear, rounded_by
@@ -105,8 +105,8 @@ def model_agreement(
     Raises:
         DitqError: the graph does not quantize its activations in a form that is known here, or cannot be run.
     """
+    arguments = call_of(engine, inputs)
     model = rebuild(engine) if model is None else model
-    arguments = {name: value for name, value in inputs.items() if name != "return_dict"}
     own = target(engine.manifest["target"])
     tolerance = tolerance or (HALF_TIE_TOLERANCE if own.half else TIE_TOLERANCE)
     output = running_output(engine, arguments)
@@ -151,10 +151,11 @@ def site_agreement(engine: Engine, inputs: Mapping[str, Any]) -> dict[str, float
     Args:
         inputs: keyword arguments of the transformer.
     """
-    graphs = _graphs(engine, inputs)
+    arguments = call_of(engine, inputs)
+    graphs = _graphs(engine, arguments)
     linears = [entry for entry in engine.planned if entry.numbers is None and entry.graph in graphs]
-    names = [(entry.graph, name) for entry in linears for name in (entry.input, entry.output, entry.rows) if name]
-    values = _values(engine, list(dict.fromkeys(names)), inputs)
+    names = [(entry.graph, name) for entry in linears for name in (*entry.read, entry.output, entry.rows) if name]
+    values = _values(engine, list(dict.fromkeys(names)), arguments)
     stored = load_file(engine.folder / WEIGHTS)
     errors = {}
     for entry in linears:
@@ -162,8 +163,8 @@ def site_agreement(engine: Engine, inputs: Mapping[str, Any]) -> dict[str, float
         state = {name: tensor for name, tensor in stored.items() if name.startswith(prefix)}
         layer = QuantLinear.from_spec(engine.sites[entry.site], state)
         layer.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()})
-        layer.timestep = inputs.get(ARGUMENT)
-        x = values[entry.graph, entry.input]
+        layer.timestep = arguments.get(ARGUMENT)
+        x = torch.cat([values[entry.graph, name] for name in entry.read], dim=-1)
         if entry.rows is not None:
             x = x.flatten(0, -2)[values[entry.graph, entry.rows]]
         expected = layer(x)
@@ -273,7 +274,7 @@ def _integers(engine: Engine, files: Sequence[str]) -> dict[str, list[_Place]]:
             places.setdefault(part, []).append(_Place(entry.graph, (value,), zero))
         if entry.kind == "float4":
             places[entry.site].append(_Place(entry.graph, (_fp4_numbers(makers, entry.product),), 0))
-        if entry.kind in ("integer", "float8") and entry.numbers is None:
+        if entry.numbers is None and _rounds_to_integers(engine, entry):
             read = [_read_by(makers, constants, product) for product in entry.coded]
             zero_points = {zero for _, zero in read}
             zero_point = zero_points.pop() if len(zero_points) == 1 else None
@@ -281,6 +282,12 @@ def _integers(engine: Engine, files: Sequence[str]) -> dict[str, list[_Place]]:
                 raise DitqError(f"{engine.folder}: {entry.site}: its activations are not quantized in a known form")
             places[entry.site].append(_Place(entry.graph, tuple(value for value, _ in read), zero_point))
     return places
+
+
+def _rounds_to_integers(engine: Engine, entry: PlannedMatMul) -> bool:
+    """Whether a linear's product reads an input in 8 bits or fewer, as they are or widened."""
+    rounded = engine.sites[entry.site]["activation"]["granularity"] != "none"
+    return entry.kind in ("integer", "float8") or (entry.kind == "dequantized" and rounded)
 
 
 def _fp4_numbers(makers: Mapping[str, onnx.NodeProto], product: str) -> str:

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ditq.errors import DitqError
 from ditq.export.agreement import relative_difference, running_output
 from ditq.export.engine import TEXT_GRAPH, Engine
-from ditq.export.loader import engine_inputs
+from ditq.export.loader import call_of, engine_inputs
 from ditq.export.lowering.writer import MICROSOFT
 from ditq.export.targets.torch import rebuild
 from ditq.memory import free_memory
@@ -78,9 +78,9 @@ def float64_agreement(engine: Engine, inputs: Mapping[str, Any]) -> Float64Agree
     Raises:
         DitqError: too little memory for the weights in float64, 16 bytes a parameter; or the engine has no graph.
     """
+    arguments = call_of(engine, inputs)
     if not engine.graphs:
         raise DitqError(f"{engine.folder}: an engine for target {engine.manifest['target']} has no graph to compare")
-    arguments = {name: value for name, value in inputs.items() if name != "return_dict"}
     model = rebuild(engine)
     _check_memory(engine, model)
     plain = model(**arguments, return_dict=False)[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import astuple
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from ditq.errors import DitqError
-from ditq.export.arguments import collect
+from ditq.export.arguments import collect, unflatten
 from ditq.export.engine import Engine
 from ditq.export.targets import USUAL, Runner, RunOptions, target
 from ditq.given import check_whole
@@ -34,6 +35,7 @@ _ON_GPU = (
     "tensorrt",
     "onnxruntime-cuda",
 )  # targets whose graphs are made for a GPU, which ditq's own kernels may run too
+MOST_THREADS = 1 << 10
 _WITHOUT_GRAPH = ("cuda", "torch")
 # Argument -> how many classes it chooses from, by the config; diffusers' embeddings of them have one row more, for no class.
 _CLASSES = {"class_labels": "num_embeds_ada_norm"}
@@ -56,7 +58,7 @@ def load_engine(
     Raises:
         DitqError: not a sound engine (see `Engine.open`), `threads` below 1, or the target does not run here.
     """
-    check_whole("threads", threads, 1)
+    check_whole("threads", threads, 1, MOST_THREADS)
     return EngineTransformer(Engine.open(path), target, RunOptions(threads, decoded))
 
 
@@ -65,7 +67,7 @@ class EngineTransformer(ModelMixin):
 
     def __init__(self, engine: Engine, target_name: str = "auto", options: RunOptions = USUAL) -> None:
         super().__init__()
-        self.engine = engine
+        self.engine, self._options = engine, options
         self.target, self._run = _opened(engine, target_name, options)
         chosen = target(self.target)
         self._dtype, self._device = chosen.dtype, torch.device(chosen.device)
@@ -104,6 +106,17 @@ class EngineTransformer(ModelMixin):
 
     def to(self, *arguments: Any, **keywords: Any) -> EngineTransformer:  # type: ignore[override]
         """Stays where it is: inputs are brought to it and the output goes back to their device and dtype."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as where it lies, and opened anew from there."""
+        return load_engine, (str(self.engine.folder.resolve()), self.target, *astuple(self._options))
+
+    def __copy__(self) -> EngineTransformer:
+        """Itself: nothing in it is to be changed."""
+        return self
+
+    def __deepcopy__(self, _: dict[int, Any]) -> EngineTransformer:
         return self
 
     @contextmanager
@@ -150,6 +163,18 @@ def engine_inputs(engine: Engine, arguments: Mapping[str, Any]) -> dict[str, Ten
     check_picture(engine, arguments)
     check_labels(engine, arguments)
     return _checked(found, engine.manifest["inputs"], engine.name)
+
+
+def call_of(engine: Engine, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a call of the torch form with what the engine's graph takes, in the engine's dtypes.
+
+    Raises:
+        DitqError: no opened engine, and as `EngineTransformer.forward` does.
+    """
+    if not isinstance(engine, Engine):
+        raise DitqError(f"engine is a {type(engine).__name__}; give Engine.open(...)")
+    given = {name: value for name, value in arguments.items() if name != "return_dict"}
+    return unflatten(engine_inputs(engine, given), engine.manifest["layout"])
 
 
 def only_picture(engine: Engine) -> tuple[int, int] | None:

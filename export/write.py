@@ -6,8 +6,8 @@ import dataclasses
 import inspect
 import json
 import math
-import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +26,7 @@ from ditq.export.onnx_graph import OUTPUT, ROUNDED_ATTENTION, TOKEN_ATTENTION, A
 from ditq.export.targets import PlannedMatMul, target
 from ditq.export.text_graph import split_text
 from ditq.export.weights_file import WEIGHTS, write_weights
+from ditq.folders import followed
 from ditq.given import name_of
 from ditq.nn import QuantLinear, describe
 from ditq.nn.structural.scheduled_block import edges_of, only, patterns_of
@@ -52,6 +53,8 @@ def write_engine(
     changing: Collection[str] | None = None,
     keep_example: bool = False,
     force: bool = False,
+    work: Path | None = None,
+    accept: Callable[[Path], None] | None = None,
 ) -> Engine:
     """Write `model` (with its QuantLinears) as an engine folder.
 
@@ -66,14 +69,16 @@ def write_engine(
         changing: arguments that change from step to step. What depends on none of them becomes a graph of its own, of
             which the loader keeps the results. None: one graph for everything.
         keep_example: whether `inputs` go into the engine, of a model for which they cannot be made up.
-        force: replace an existing engine of that name.
+        force: replace an existing engine of that name, or what a symbolic link of that name stands for.
+        work: a folder on the same disk that it is made in; None: one beside it.
+        accept: looks at the finished folder before it takes its place, and may raise.
 
     Raises:
         DitqError: the folder exists (without force) or cannot be written; the model cannot be exported.
     """
-    folder = Path(folder)
+    folder = followed(Path(folder))
     layers = {layer.site: layer for layer in model.modules() if isinstance(layer, QuantLinear)}
-    with _written_beside(folder, force) as partial:
+    with _written_beside(folder, force, work) as partial:
         lower, check = target(target_name).lower, target(target_name).check
         if lower is None and check is None:
             raise DitqError(f"target '{target_name}' runs engines but cannot be compiled for")
@@ -93,6 +98,7 @@ def write_engine(
             _check_lowered(part, target_name)
             part.producer_name, part.producer_version = "ditq", _version()
             part.graph.name = class_name
+        _check_finite(folder, model)
         # Metadata of more than one key would be written in no fixed order.
         write_weights(partial / WEIGHTS, model.state_dict(), list(graphs.values()), {"format": "pt"})
         for file_name, part in graphs.items():
@@ -131,6 +137,8 @@ def write_engine(
             "files": {file.name: hash_file(file) for file in sorted(partial.iterdir())},
         }
         (partial / MANIFEST).write_text(as_json(manifest), encoding="utf-8")
+        if accept is not None:
+            accept(partial)
     return Engine(folder, json.loads(as_json(manifest)))
 
 
@@ -167,6 +175,13 @@ def _check_lowered(graph: ir.Model, target_name: str) -> None:
         raise DitqError(f"target '{target_name}' cannot run the {what} of {site}; leave the pass {kind} out")
 
 
+def _check_finite(folder: Path, model: nn.Module) -> None:
+    """Raises DitqError for a number that a pass has made infinite or no number at all: the engine would draw black pictures."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+            raise DitqError(f"{folder}: {name} is not finite after the passes; leave out the pass that makes it")
+
+
 def check_replaceable(folder: Path) -> None:
     """Raises DitqError if something stands there that force must not remove: neither an engine nor an empty folder."""
     if folder.exists() and not (folder / MANIFEST).is_file() and any(folder.iterdir() if folder.is_dir() else [folder]):
@@ -174,30 +189,28 @@ def check_replaceable(folder: Path) -> None:
 
 
 @contextmanager
-def _written_beside(folder: Path, force: bool) -> Iterator[Path]:
-    """A new folder `<folder>.partial` that takes the place of `folder` at the end, or is gone after a failure."""
+def _written_beside(folder: Path, force: bool, work: Path | None) -> Iterator[Path]:
+    """A new folder on the same disk that takes the place of `folder` at the end, or is gone after a failure."""
     if folder.exists() and not force:
         raise DitqError(f"{folder}: exists already; give another place or --force to replace it")
     check_replaceable(folder)
-    partial, old = folder.with_name(f"{folder.name}.partial"), folder.with_name(f"{folder.name}.old.partial")
     try:
-        for leftover in (partial, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-        yield partial
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        if old.exists():
-            shutil.rmtree(old)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=work or folder.absolute().parent) as made:
+            partial, old = Path(made) / "new", Path(made) / "old"
+            partial.mkdir()
+            yield partial
+            if folder.exists():
+                folder.rename(old)
+            try:
+                partial.rename(folder)
+            except BaseException:
+                if old.exists():
+                    old.rename(folder)
+                raise
     except (OSError, SafetensorError) as error:  # safetensors hands on the operating system's error as text
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise DitqError(f"{folder}: cannot be written: {reason}") from error
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _describe(value: ir.Value) -> dict[str, Any]:

@@ -11,7 +11,9 @@ import pytest
 from torch import nn
 
 import ditq
+from ditq.budget import Budget
 from ditq.errors import DitqError
+from ditq.export import float64_agreement, site_agreement
 from ditq.given import name_of
 from tests.command_line import assert_refused
 
@@ -23,9 +25,9 @@ def compile_with(**options: Any) -> None:
 
 
 CALLS: dict[str, tuple[Callable[[], Any], str]] = {
-    "half a thread": (lambda: ditq.load_engine("e", threads=2.5), "^threads is 2.5; give a whole number of at least 1$"),  # type: ignore[arg-type]
+    "half a thread": (lambda: ditq.load_engine("e", threads=2.5), "^threads is 2.5; give a whole number from 1 to 1024$"),  # type: ignore[arg-type]
     "threads as text": (lambda: ditq.load_engine("e", threads="2"), "^threads is '2'; give a whole number"),  # type: ignore[arg-type]
-    "no thread": (lambda: ditq.load_engine("e", threads=0), "^threads is 0; give a whole number of at least 1$"),
+    "no thread": (lambda: ditq.load_engine("e", threads=0), "^threads is 0; give a whole number from 1 to 1024$"),
     "fewer threads": (lambda: ditq.load_engine("e", threads=-1), "^threads is -1; "),
     "engine None": (lambda: ditq.load_engine(None), "^engine is a NoneType; give a path$"),  # type: ignore[arg-type]
     "engine bytes": (lambda: ditq.load_engine(b"e"), "^engine is a bytes; give a path$"),  # type: ignore[arg-type]
@@ -47,6 +49,25 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "seed too large": (lambda: compile_with(seed=2**64), "^seed is 18446744073709551616; give a whole number from 0 to"),
     "seed true": (lambda: compile_with(seed=True), "^seed is True; "),
     "budget a number": (lambda: compile_with(budget=3.5), "^budget is 3.5; write it as a word, such as 'size=4.2MB'"),
+    "budget of no kind": (lambda: Budget("nope", 1.0), "^budget: unknown 'nope'"),  # type: ignore[arg-type]
+    "budget of nothing": (lambda: Budget("size", 0), "^budget size: is 0; give a number above 0$"),
+    "budget without a choice": (lambda: Budget("size", 4e6, ()), "nothing to choose between"),
+    "device None": (lambda: compile_with(device=None), "^device is None; give cpu, cuda"),
+    "statistics a number": (lambda: compile_with(statistics=3), "^statistics is a int; give a path$"),
+    "target a list": (lambda: compile_with(target=[]), r"^target '\[\]' is not known"),
+    "gpus a number": (lambda: compile_with(target="tensorrt", gpus=3), "^gpus is 3; give kinds of GPU"),
+    "gpus numbers": (lambda: compile_with(target="tensorrt", gpus=[3]), r"^gpus is \[3\]; give kinds of GPU"),
+    "sizes a number": (lambda: compile_with(target="tensorrt", sizes=3), "^sizes is 3; give a word"),
+    "bins None": (lambda: ditq.calibrate("mini", "s", bins=None), "^bins is None; give a whole number"),  # type: ignore[arg-type]
+    "moments": (lambda: ditq.calibrate("mini", "s", moments="x"), "^moments: unknown 'x'"),
+    "memory as text": (lambda: ditq.calibrate("mini", "s", memory_limit="1GB"), "^memory_limit is '1GB'; give"),  # type: ignore[arg-type]
+    "arguments a word": (lambda: ditq.calibrate("mini", "s", arguments="x"), "^arguments is 'x'; give a dictionary"),  # type: ignore[arg-type]
+    "arguments by number": (lambda: ditq.calibrate("mini", "s", arguments={1: 2}), "^arguments is .*; give a dict"),  # type: ignore[dict-item]
+    "conditions a number": (lambda: ditq.calibrate("mini", "s", 3), "^conditions is 3; give a list"),  # type: ignore[arg-type]
+    "many threads": (lambda: ditq.load_engine("e", threads=10**9), "^threads is 1000000000; give a whole number from 1"),
+    "agreement of a path": (lambda: site_agreement("e", {}), r"^engine is a str; give Engine\.open"),  # type: ignore[arg-type]
+    "float64 of a path": (lambda: float64_agreement("e", {}), r"^engine is a str; give Engine\.open"),  # type: ignore[arg-type]
+    "form a number": (lambda: ditq.evaluate(nn.Linear(2, 2), "mini", quantized=3), "^quantized is a int; give the"),  # type: ignore[arg-type]
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Literal
 
 from ditq.errors import DitqError
+from ditq.suggest import unknown_key
 
 Kind = Literal["size", "bits", "psnr", "attention_macs"]
 ATTENTION = "attention_macs"
@@ -45,6 +46,15 @@ class Budget:
     kind: Kind
     value: float
     candidates: tuple[str, ...] = CANDIDATES
+
+    def __post_init__(self) -> None:
+        """Raises DitqError for an unknown kind, a value that is no number above 0, and candidates as `parse_candidates`."""
+        if self.kind not in _SIGNS:
+            raise DitqError(unknown_key("budget", str(self.kind), list(_SIGNS)))
+        number = isinstance(self.value, int | float) and not isinstance(self.value, bool)
+        if not number or not self.value > 0 or not math.isfinite(self.value):
+            raise DitqError(f"budget {self.kind}: is {self.value!r}; give a number above 0")
+        object.__setattr__(self, "candidates", parse_candidates(self.candidates))
 
     @classmethod
     def parse(cls, text: str, candidates: str | Iterable[str] | None = None) -> Budget:

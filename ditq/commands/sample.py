@@ -53,10 +53,14 @@ def _check_picture(out: Path) -> None:
 
 
 def _save_picture(picture: Any, out: Path) -> None:
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
         picture.save(partial, format=PICTURES[out.suffix.lower()])
         partial.replace(out)
+    except OSError as error:
+        if error.errno is None or error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, str(out)) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -47,12 +47,24 @@ class Routes:
         return place if self.used is None else place.gather(2, self.asked)
 
 
+def _highest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The highest along the last axis, and where they stand: among equal ones the first, as ONNX has it and `topk` has not.
+
+    Tokens are equal where a text is padded.
+    """
+    if torch.compiler.is_exporting():
+        best, place = values.topk(count, dim=-1)
+        return best, place
+    best, place = values.sort(dim=-1, descending=True, stable=True)
+    return best[..., :count], place[..., :count]
+
+
 def route(scores: Tensor, top: int, slots: int, choice: str) -> Routes:
     """scores [B, N, E]. `choice`: token, each asks the `top` experts of its highest scores, and those answer the ones of the
     highest score among who asks; expert, each answers the tokens of its highest scores whoever asked.
     """
     samples, _, experts = scores.shape
-    asked = scores.topk(top, dim=-1).indices
+    asked = _highest(scores, top)[1]
     wanted = scores
     if choice == "token":
         every = torch.arange(experts, device=scores.device)
@@ -60,7 +72,7 @@ def route(scores: Tensor, top: int, slots: int, choice: str) -> Routes:
         # In every runtime the same tokens stand in slots that no one asked for: those of the highest scores below 0.
         above = 1 + scores - scores.amin(dim=1, keepdim=True)
         wanted = torch.where(asks, above, -1 / above)
-    best, token = wanted.transpose(1, 2).topk(slots, dim=-1)  # [B, E, C]
+    best, token = _highest(wanted.transpose(1, 2), slots)  # [B, E, C]
     used = best > 0 if choice == "token" else None
     last = experts * slots
     slot = torch.arange(last, device=scores.device).reshape(1, experts, slots)

@@ -262,8 +262,8 @@ class InputFormats:
         timesteps = self.calibration.get("timestep_arguments")
         if not timesteps:
             raise DitqError(
-                "pass 'quantize': activation timestep needs statistics that hold the timesteps the model was given; "
-                "calibrate again, or set activation: token"
+                "pass 'quantize': activation timestep needs the timestep of each step, of which these statistics lack some "
+                "(another denoiser may draw them, as in Wan 2.2); set activation: token"
             )
         try:
             return bin_edges(timesteps, statistics.bins)

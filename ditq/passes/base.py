@@ -267,6 +267,9 @@ class Pass(ABC):
         """Do calls of what it makes depend on those before them? Graphs are for targets that know nothing of other calls."""
         return False
 
+    def check_recorded(self, trajectories: Trajectories, seed: int) -> None:  # noqa: B027  most need no more of them
+        """Raise DitqError for recorded calls that are too few; called before a budget's search, which takes long."""
+
     def prepare(self, graph: DiTGraph, context: Context) -> None:  # noqa: B027  most passes have nothing to prepare
         """See the model before the first pass of the recipe changes it."""
 

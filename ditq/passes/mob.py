@@ -139,7 +139,10 @@ class MixtureOfBlocks(Pass):
 
     def _bins(self, timesteps: list[float] | None) -> tuple[list[int], tuple[float, ...]]:
         if not timesteps:
-            raise DitqError("pass 'mob': the recorded calls hold no timesteps; set bins: 1, or calibrate again")
+            raise DitqError(
+                "pass 'mob': the recorded calls do not tell the timestep of each step, of which another denoiser may draw some "
+                "(as in Wan 2.2); set bins: 1"
+            )
         try:
             return bin_edges(timesteps, self.bins)
         except ValueError as error:

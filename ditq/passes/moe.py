@@ -271,7 +271,9 @@ class MixtureOfExpertsPass(Pass):
         )
         if representatives is None:
             targets = contributions(a, mean, tokens.weight, given, self.experts)
-            matrix, bias = ridge(tokens.x[lessons], targets / targets.std(), tokens.counts[lessons])
+            spread = targets.std()
+            targets = targets / spread if spread > 0 else targets  # an output that never changes asks for no expert
+            matrix, bias = ridge(tokens.x[lessons], targets, tokens.counts[lessons])
             mixture.router.weight.copy_(matrix)  # type: ignore[operator, union-attr]
             mixture.router.bias.copy_(bias)  # type: ignore[operator, union-attr]
         dtype = linear_of(dense, form.output).weight.dtype

@@ -26,6 +26,7 @@ from ditq.passes.block_records import call
 
 JUDGED = 8  # recorded calls that static scales are found and the report's errors are measured on
 SCALES = ("dynamic", "static")
+MOST_MARGIN = 1024
 
 
 @register
@@ -57,7 +58,9 @@ class QuantizeAttention(Pass):
     rotate: bool = setting(True, "multiply queries and keys by one Hadamard matrix before they are rounded; exact")
     scales: str = setting("dynamic", "dynamic: of each call; static: of recorded calls, for float8_e4m3", SCALES)
     margin: float = setting(
-        4.0, "how many times the largest recorded number a static scale reaches", only=("scales", ("static",))
+        4.0,
+        "how many times the largest recorded number a static scale reaches, at most 1024",
+        only=("scales", ("static",)),
     )
     select: list[str] = setting(["*"], "which attentions, as patterns of their modules' names")
 
@@ -74,10 +77,10 @@ class QuantizeAttention(Pass):
             self._form((1.0, 1.0, 1.0) if self.scales == "static" else ())
         except ValueError as error:
             raise DitqError(f"pass 'quantize_attention': {error}") from error
-        if not self.margin >= 1:
-            raise DitqError(
-                f"pass 'quantize_attention': margin {self.margin} is below 1 and would clip what was recorded"
-            )
+        if not 1 <= self.margin <= MOST_MARGIN:
+            below = f"is above {MOST_MARGIN}, where FP8 has no exponents left for small numbers"
+            why = "is below 1 and would clip what was recorded" if self.margin < 1 else below
+            raise DitqError(f"pass 'quantize_attention': margin {self.margin:g} {why}")
 
     def _form(self, scales: tuple[float, ...] = ()) -> AttentionFormat:
         return AttentionFormat(self.format, self.parts, self.smooth_keys, scales, self.rotate)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ditq.calibration.batches import CallBatch, sampled_batches
+from ditq.calibration.record import Trajectories
 from ditq.calibration.sampler import LATENTS, Sampler, find_sampler
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
@@ -129,15 +130,22 @@ class Reconstruct(Pass):
         sites = [site for name in blocks for site in graph.blocks[name].sites]
         return dict.fromkeys(sites, f"learn {self.steps} steps")
 
-    def prepare(self, graph: DiTGraph, context: Context) -> None:
-        """What the original model gives on the sampled calls, before any pass changes it."""
-        trajectories = context.trajectories()
-        batches = sampled_batches(trajectories, self.samples, self.batch, context.seed)
+    def check_recorded(self, trajectories: Trajectories, seed: int) -> None:
+        self._batches(trajectories, seed)
+
+    def _batches(self, trajectories: Trajectories, seed: int) -> list[CallBatch]:
+        batches = sampled_batches(trajectories, self.samples, self.batch, seed)
         if len(batches) < 2:
             raise DitqError(
                 f"pass 'reconstruct': all recorded calls fit one batch of {self.batch}, and nothing is left to judge what is "
                 "learned on it; set batch lower, or calibrate with more prompts or steps"
             )
+        return batches
+
+    def prepare(self, graph: DiTGraph, context: Context) -> None:
+        """What the original model gives on the sampled calls, before any pass changes it."""
+        trajectories = context.trajectories()
+        batches = self._batches(trajectories, context.seed)
         outputs, units = BlockOutputs(), self._units(graph)
         for number, batch in context.track("original blocks", list(enumerate(batches))):
             record_outputs(graph.model, units, number, batch, outputs)

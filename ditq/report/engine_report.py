@@ -16,10 +16,11 @@ from ditq.export.engine import Engine
 from ditq.export.loader import load_engine
 from ditq.export.targets import target as target_named
 from ditq.export.targets.torch import rebuild
+from ditq.folders import check_output
 from ditq.progress import ProgressSetting
 from ditq.report.evaluate import Conditions, as_calibrated, evaluate
 from ditq.report.evaluation import Evaluation
-from ditq.report.html import write_report
+from ditq.report.html import page_of, write_report
 from ditq.report.measure import file_sizes, peak_memory
 from ditq.report.pictures import image_grid
 from ditq.report.speed import ENGINE, TORCH, called, compare_speed, made_up_call
@@ -38,13 +39,6 @@ def original_of(engine: Engine, against: Checkpoint | str | None, option: str = 
     if against is None and name not in BUILT_IN:
         raise DitqError(f"{engine.folder}: was compiled from {name}; say where that is with {option}")
     checkpoint = against if isinstance(against, Checkpoint) else Checkpoint.open(against or name)
-    if (
-        checkpoint.class_name != engine.manifest["class_name"]
-        or checkpoint.fingerprint() != engine.manifest["source"]["fingerprint"]
-    ):
-        raise DitqError(
-            f"{engine.folder}: was compiled from {name}, which is not {checkpoint.name} (other weights or config)"
-        )
     return as_calibrated(checkpoint, engine)
 
 
@@ -67,6 +61,8 @@ def report_on(
     `speed` also times it against the original and measures peak memory, which takes some seconds more.
     """
     engine = Engine.open(engine_folder)
+    if where is not None:
+        check_output(page_of(where), force=True)
     checkpoint = original_of(engine, against)
     transformer = load_engine(engine.folder, target)
     evaluation = evaluate(

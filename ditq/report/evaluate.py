@@ -103,6 +103,8 @@ def evaluate(
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     check_whole("limit", limit, 1)
     check_seed(seed)
+    if not isinstance(quantized, nn.Module | None):
+        raise DitqError(f"quantized is a {type(quantized).__name__}; give the engine's torch form, a module")
     if not isinstance(engine, nn.Module):
         engine, name = load_engine(engine), name or name_of(path_of("engine", engine))
         quantized = quantized or (rebuild(engine.engine) if layers else None)
@@ -188,7 +190,16 @@ def heldout_conditions(checkpoint: Checkpoint, limit: int) -> Sequence[str | int
 
 
 def as_calibrated(checkpoint: Checkpoint, engine: Engine) -> Checkpoint:
-    """The checkpoint, drawn from as it was for the engine's calibration where nobody says otherwise."""
+    """The checkpoint, drawn from as it was for the engine's calibration where nobody says otherwise.
+
+    Raises:
+        DitqError: the engine was compiled from another one.
+    """
+    source = engine.manifest["source"]
+    if (checkpoint.class_name, checkpoint.fingerprint()) != (engine.manifest["class_name"], source["fingerprint"]):
+        raise DitqError(
+            f"{engine.folder}: was compiled from {source['name']}, which is not {checkpoint.name} (other weights or config)"
+        )
     return replace(checkpoint, sampling={**checkpoint.sampling, **engine.sampling})
 
 

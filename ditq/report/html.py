@@ -20,6 +20,12 @@ LARGEST = 5_000_000  # bytes of the HTML file
 AMOUNTS = ((16, 600), (8, 200), (4, 60), (2, 20), (0, 10))
 
 
+def page_of(where: str | Path) -> Path:
+    """The page that `write_report` makes there."""
+    target = Path(where)
+    return target if target.suffix == ".html" else target / "report.html"
+
+
 def write_report(
     where: str | Path,
     evaluation: Evaluation,
@@ -38,8 +44,7 @@ def write_report(
     Both files are written beside their places first and then renamed, so that an old report is never left half
     replaced. Raises DitqError where they cannot be written.
     """
-    target = Path(where)
-    page = target if target.suffix == ".html" else target / "report.html"
+    page = page_of(where)
     values = {
         "evaluation": json.loads(evaluation.to_json()),
         "engine": plain(_with_ratios(engine_info)),

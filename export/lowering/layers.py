@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common as cleanups
 
-from ditq.export.lowering.transforms import apply_transform, fingerprint
+from ditq.export.lowering.transforms import apply_transform, fingerprint, joined_from
 from ditq.export.lowering.writer import Writer
 from ditq.export.onnx_graph import DOMAIN
 from ditq.export.targets import Kind, PlannedMatMul
@@ -72,6 +72,7 @@ def lower_layers(
     """
     graph = writer.graph
     transformed: dict[tuple[ir.Value, str], ir.Value] = {}
+    joined: dict[str, tuple[str, ...]] = {}  # the transform may take what a value is joined from instead of it
     planned = []
     for node in list(graph):
         if node.domain != DOMAIN or node.op_type != "QuantLinear":
@@ -84,6 +85,7 @@ def lower_layers(
         read = x if rows is None else rows.source
         assert read.shape is not None
         rank = len(read.shape)
+        joined[read.name or ""] = tuple(value.name or "" for value in joined_from(read))
         key = (read, fingerprint(layer.transform))
         if key not in transformed:
             transformed[key] = apply_transform(writer, read, rank, layer.in_features, layer.transform)
@@ -92,7 +94,9 @@ def lower_layers(
     # What layers read whose rows are now chosen later: no runtime would leave it out by itself.
     cleanups.RemoveUnusedNodesPass()(writer.model)
     writer.model.graph.opset_imports.pop(DOMAIN, None)
-    return planned
+    held = {value.name for value in (*graph.inputs, *graph.initializers.values())}
+    held |= {value.name for node in graph for value in node.outputs}
+    return [entry if entry.input in held else replace(entry, parts=joined[entry.input]) for entry in planned]
 
 
 def _placed(writer: Writer, node: ir.Node, layer: QuantLinear, made: Made, rows: Rows | None) -> PlannedMatMul:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -64,24 +63,23 @@ def _pieces(writer: Writer, x: ir.Value, width: int, transform: InputTransform) 
     widths = [stop - start for start, stop in itertools.pairwise(cuts)]
     if len(widths) == 1:
         return [(x, width)]
-    whole = _inputs_of_concat(x, widths)
-    if whole is not None:
+    whole = joined_from(x)
+    if (
+        whole and [None if value.shape is None else value.shape[-1] for value in whole] == widths
+    ):  # the joints are the cuts
         return list(zip(whole, widths, strict=True))
     sizes = writer.constant(widths, np.int64, name="widths")
     return list(zip(writer.ops("Split", len(widths), x, sizes, name="piece", axis=-1), widths, strict=True))
 
 
-def _inputs_of_concat(x: ir.Value, widths: Sequence[int]) -> Sequence[ir.Value] | None:
-    """What x was joined from, where the joints are the cuts, as in FLUX's single blocks (attention, feed-forward)."""
+def joined_from(x: ir.Value) -> list[ir.Value]:
+    """What x was joined from along its last axis, as in FLUX's single blocks (attention, feed-forward); empty if it was not."""
     node = x.producer()
     if node is None or node.op_type != "Concat" or x.shape is None:
-        return None
+        return []
     if node.attributes["axis"].as_int() not in (-1, len(x.shape) - 1):
-        return None
-    inputs = [value for value in node.inputs if value is not None]
-    if any(value.shape is None for value in inputs):
-        return None
-    return inputs if [value.shape[-1] for value in inputs if value.shape] == list(widths) else None
+        return []
+    return [value for value in node.inputs if value is not None]
 
 
 def apply_rotation(writer: Writer, x: ir.Value, rank: int, rotation: Rotation) -> ir.Value:

@@ -51,6 +51,9 @@ def kinds_of_gpu(asked: Sequence[str], numbers: Collection[str] = ()) -> list[st
     Raises:
         DitqError: a kind that the installed libraries cannot build for.
     """
+    asked = [asked] if isinstance(asked, str) else asked
+    if not isinstance(asked, Sequence) or not all(isinstance(kind, str) for kind in asked):
+        raise DitqError(f"gpus is {asked!r}; give kinds of GPU, such as ['sm89', 'sm120']")
     if not asked:
         if not libraries():
             return []

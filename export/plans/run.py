@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -76,12 +77,15 @@ def runner(engine: Engine, options: RunOptions = USUAL) -> Runner:
     layout = told_by_positions(engine)
     check = TextCache(lambda inputs: check_picture(engine, plan, inputs))  # positions stay the same along a trajectory
 
+    alone = Lock()  # a context runs one call at a time
+
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
-        if layout is not None and layout.positions is not None:
-            check({layout.positions: inputs[layout.positions]})
-        made = {} if texts is None else texts({name: inputs[name] for name in names["inputs"]})
-        outputs = loaded[engine.graph_at(inputs.get(ARGUMENT))]({**inputs, **made})
-        return outputs[engine.manifest["output"]]
+        with alone:
+            if layout is not None and layout.positions is not None:
+                check({layout.positions: inputs[layout.positions]})
+            made = {} if texts is None else texts({name: inputs[name] for name in names["inputs"]})
+            outputs = loaded[engine.graph_at(inputs.get(ARGUMENT))]({**inputs, **made})
+            return outputs[engine.manifest["output"]]
 
     return run
 

@@ -59,6 +59,8 @@ def parse_sizes(text: str) -> Sizes:
     Raises:
         DitqError: not of that form, or sizes that do not ascend from 1.
     """
+    if not isinstance(text, str):
+        raise DitqError(f"sizes is {text!r}; give a word such as image_tokens=256:1024:4096,batch=1")
     sizes: Sizes = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         if _PICTURE.fullmatch(part):

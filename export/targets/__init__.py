@@ -37,7 +37,8 @@ class PlannedMatMul:
     groups: what the matmul of each group of channels makes, in their order, where there is one for each; product is then
     the sum;
     numbers: of a product of an attention with rounded parts, what holds the numbers of each, by `<attention>/<part>`; its
-    site is `<attention>/scores`, `/values`, or `/attention` for both products in one.
+    site is `<attention>/scores`, `/values`, or `/attention` for both products in one;
+    parts: what the input is put together of, along its last axis, where the graph holds these and not the input itself.
     """
 
     site: str
@@ -50,9 +51,16 @@ class PlannedMatMul:
     groups: tuple[str, ...] = ()
     numbers: Mapping[str, str] | None = None
     rows: str | None = None
+    parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "groups", tuple(self.groups))  # a list, where it comes from JSON
+        for name in ("groups", "parts"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # a list, where it comes from JSON
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The values of the graph that are the input, one behind the other along the last axis."""
+        return self.parts or (self.input,)
 
     @property
     def coded(self) -> tuple[str, ...]:
@@ -148,6 +156,6 @@ def target(name: str) -> Target:
         DitqError: there is none of that name.
     """
     known = targets()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise DitqError(f"target '{name}' is not known; one of: {', '.join(known)}")
     return known[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,10 +65,12 @@ def available() -> tuple[bool, str]:
 def runner(engine: Engine, options: RunOptions = USUAL) -> Runner:
     """Calls the rebuilt model. Threads are torch's own setting for the whole process, so they are left alone."""
     model = rebuild(engine)
-    turns = Turns(token_attentions(model).values())
+    turns, alone = Turns(token_attentions(model).values()), Lock()
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
-        with torch.no_grad():  # not in inference mode, whose tensors refuse what a caller does to them in place
+        # The parts are told which step a call is for, so calls wait for each other. Not in inference mode, whose tensors refuse
+        # what a caller does to them in place; and exact where the caller's own layers are not.
+        with alone, torch.no_grad(), torch.autocast("cpu", enabled=False):
             turns.tell(inputs)
             return model(**unflatten(inputs, engine.manifest["layout"]), return_dict=False)[0]
 

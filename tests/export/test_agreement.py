@@ -99,6 +99,20 @@ def test_an_engine_without_rounded_inputs_agrees_too(inputs: dict[str, Any], tmp
     assert found.holds and found.integers == 0 and found.error < 1e-5, str(found)
 
 
+def test_an_input_that_is_rotated_in_parts_is_found_again_in_the_graph(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """FLUX's single blocks join attention and feed-forward, each rotated by itself: the joined value is left out."""
+    model = small_model("flux")
+    site = "single_transformer_blocks.0.proj_out"
+    linear = model.get_submodule(site)
+    assert isinstance(linear, nn.Linear)
+    cut = linear.out_features
+    parts = [(0, cut, rotations(cut)), (cut, linear.in_features, rotations(linear.in_features - cut))]
+    model.set_submodule(site, quantized(linear, site, transform=InputTransform(rotations=parts)))
+    made = engine_of(model, tmp_path / "engine")
+    (planned,) = made.planned
+    assert len(planned.parts) == 2 and site_agreement(made, inputs)[site] < 1e-5
+
+
 def test_a_scale_a_group_agrees_up_to_ties(grouped: Engine, inputs: dict[str, Any]) -> None:
     # float32 sums of up to 320 products in another order
     assert max(site_agreement(grouped, inputs).values()) < 5e-6

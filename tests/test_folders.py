@@ -1,0 +1,73 @@
+"""Where work is kept: one process at a time, nothing of others removed, and what is finished kept after an error."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ditq.errors import DitqError, Interrupted
+from ditq.folders import followed, work_folder
+from tests.command_line import assert_refused
+from tests.small_checkpoint import files_below
+
+
+def test_what_is_finished_is_kept_for_resume_and_said(tmp_path: Path) -> None:
+    out = tmp_path / "engine"
+    with pytest.raises(
+        DitqError, match=r"^no room; finished parts are in .*\.engine\.work: --resume goes on with them$"
+    ):  # noqa: SIM117
+        with work_folder(out, resume=False) as work:
+            (work / "a.safetensors").write_bytes(b"a")
+            raise DitqError("no room")
+    with pytest.raises(DitqError, match=r"^free some space, then go on with --resume$"), work_folder(out, True) as work:
+        assert (work / "a.safetensors").read_bytes() == b"a"
+        raise DitqError("free some space, then go on with --resume")
+    with pytest.raises(Interrupted, match=r"--resume"), work_folder(out, True):
+        raise KeyboardInterrupt
+    with work_folder(out, resume=False) as work:  # a new start
+        assert files_below(work) == ["lock"]
+    assert files_below(tmp_path) == []
+
+
+def test_an_error_before_anything_is_finished_leaves_nothing(tmp_path: Path) -> None:
+    for error in (DitqError("bad"), KeyboardInterrupt(), LookupError()):
+        with pytest.raises(type(error)), work_folder(tmp_path / "a" / "engine", resume=False) as work:
+            (work / "sites").mkdir()
+            raise error
+        assert files_below(tmp_path) == []
+
+
+def test_a_second_process_is_refused_and_a_dead_one_is_not_in_the_way(tmp_path: Path) -> None:
+    out = tmp_path / "engine"
+    with work_folder(out, resume=False) as work:
+        (work / "a.safetensors").write_bytes(b"a")
+        for resume in (False, True):
+            with pytest.raises(DitqError, match="another process is making it; wait"), work_folder(out, resume):
+                pass
+        assert files_below(work) == ["a.safetensors", "lock"]
+    killed = (
+        "import os, pathlib, signal, sys; from ditq.folders import work_folder\n"
+        "with work_folder(pathlib.Path(sys.argv[1]), False) as work:\n"
+        "    (work / 'b.safetensors').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", killed, str(out)], check=False)
+    with work_folder(out, resume=True) as work:
+        assert files_below(work) == ["b.safetensors", "lock"]
+
+
+@pytest.mark.parametrize("name", [".engine.work", ".engine.work/mine.txt"])
+def test_what_is_not_ditqs_is_left_alone(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    assert_refused(capsys, "was not made by ditq", "compile", "mini", "-o", tmp_path / "engine")
+    assert mine.read_text() == "mine"
+
+
+def test_a_link_stands_for_what_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    assert followed(tmp_path / "link") == tmp_path.resolve() / "there"
+    assert followed(tmp_path / "link" / "x") == tmp_path / "link" / "x"
