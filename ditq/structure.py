@@ -283,7 +283,7 @@ class Structure(Feeds):
                 kinds.setdefault(site, []).append("feed_forward_in")
             kinds.setdefault(feed_forward.output.site, []).append("feed_forward_out")
         for site, call in self.calls.items():
-            if any(reader.function == "topk" for reader in self._readers_of_scores(call.outputs[0])):
+            if any(reader.function in ("topk", "sort") for reader in self._readers_of_scores(call.outputs[0])):
                 kinds.setdefault(site, []).append("router")
         return {site: "+".join(dict.fromkeys(names)) for site, names in kinds.items()}
 

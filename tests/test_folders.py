@@ -16,12 +16,14 @@ from tests.small_checkpoint import files_below
 
 def test_what_is_finished_is_kept_for_resume_and_said(tmp_path: Path) -> None:
     out = tmp_path / "engine"
-    with pytest.raises(
-        DitqError, match=r"^no room; finished parts are in .*\.engine\.work: --resume goes on with them$"
-    ):  # noqa: SIM117
-        with work_folder(out, resume=False) as work:
-            (work / "a.safetensors").write_bytes(b"a")
-            raise DitqError("no room")
+    with (
+        pytest.raises(
+            DitqError, match=r"^no room; finished parts are in .*\.engine\.work: --resume goes on with them$"
+        ),
+        work_folder(out, resume=False) as work,
+    ):
+        (work / "a.safetensors").write_bytes(b"a")
+        raise DitqError("no room")
     with pytest.raises(DitqError, match=r"^free some space, then go on with --resume$"), work_folder(out, True) as work:
         assert (work / "a.safetensors").read_bytes() == b"a"
         raise DitqError("free some space, then go on with --resume")

@@ -51,7 +51,7 @@ WRONG: dict[str, tuple[str, str]] = {
         _passes("quantize: {group_size: 1.5}"),
         "group_size is 1.5, must be a whole number",
     ),
-    "word for a list": (_passes('smooth: {select: "role:token"}'), "select is 'role:token', must be a list"),
+    "number for a list": (_passes("smooth: {select: 3}"), "select is 3, must be a list"),
     "numbers for words": (_passes("smooth: {select: [1, 2]}"), r"select is \[1, 2\], must be a list of words"),
     "not a number": (_passes("smooth: {alpha: .nan}"), "alpha is nan"),
     "infinite": (_passes("quantize: {damping: .inf}"), "damping is inf"),
@@ -219,6 +219,11 @@ def test_every_setting_says_what_it_means_and_has_a_default_that_passes_its_own_
         assert all(item.metadata.get("help") for item in fields(found)), name
         before: list[object] = [{earlier: {}} for earlier in found.only_after[:1]] + [{"prune": {}}] * found.trains
         Recipe.from_dict({"passes": [*before, {name: found().settings()}]}, name)
+
+
+def test_a_word_where_words_are_due_is_a_list_of_one() -> None:
+    made = Recipe.from_dict({"passes": [{"smooth": {"select": "role:token"}}]}, "test")
+    assert made.passes[0].settings()["select"] == ["role:token"]
 
 
 def test_a_pass_without_settings_may_be_a_bare_name() -> None:

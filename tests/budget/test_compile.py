@@ -176,7 +176,21 @@ def test_an_impossible_budget_names_the_smallest_possible_size(
     assert_refused(capsys, r"impossible, the smallest with candidates w3, w4 is size=0\.\d+MB", *command,
                    "--budget", "size=10KB")  # fmt: skip
     assert_refused(capsys, r"impossible, the smallest .* is bits=\d\.\d+", *command, "--budget", "bits=1")
-    assert files_below(tmp_path) == []
+    assert {name.partition("/")[0] for name in files_below(tmp_path)} == {".e.work"}  # what was rounded, for --resume
+
+
+def test_too_few_calls_to_learn_on_are_refused_before_the_search(
+    pipeline: Path,
+    stats: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("ditq.compiler.fit_budget", lambda *_, **__: pytest.fail("searched"))
+    recipe = tmp_path / "learned.yaml"
+    recipe.write_text("passes: [quantize: {format: w4a8}, reconstruct: {batch: 512, samples: 1024}]\n")
+    assert_refused(capsys, "all recorded calls fit one batch of 512", "compile", pipeline, "-o", tmp_path / "e", "--stats",
+                   stats, "--recipe", recipe, "--budget", "bits=4")  # fmt: skip
 
 
 def test_what_cannot_be_budgeted_is_refused_before_any_work(

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from ditq.errors import DitqError
-from ditq.export import Engine, site_agreement
+from ditq.export import Engine, model_agreement, site_agreement
 from ditq.export.plans.make import make_plans
 from ditq.export.plans.proof import prove
 from ditq.export.targets.torch import rebuild
@@ -50,6 +50,16 @@ DAMAGED: dict[str, tuple[dict[str, Any], str]] = {
     "other linears": ({"spec": {"form": {"inputs": ["net.1"], "output": "net.0", "hidden": 256}}}, "do not fit"),
     "no kind": ({"kind": None}, "damaged"),
 }
+
+
+@pytest.mark.parametrize("choice", ["token", "expert"])
+def test_tokens_that_are_alike_go_to_the_same_experts_in_every_runtime(choice: str, tmp_path: Path) -> None:
+    """As those of a padded text are: of equal scores the first count, in the graph and in torch."""
+    engine = engine_of(with_experts("flux", choice), tmp_path / "engine")
+    inputs = small_inputs(shallow_model("flux"))
+    text = inputs["encoder_hidden_states"]
+    agreement = model_agreement(engine, {**inputs, "encoder_hidden_states": text[:, :1].expand_as(text).contiguous()})
+    assert agreement.holds, str(agreement)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ import torch
 from ditq.errors import DitqError
 from ditq.export import EngineTransformer, load_engine
 from ditq.export.loader import _checked
-from tests.export.quantized import engine_of, quantize_blocks, relative
+from ditq.nn import ActivationFormat
+from tests.export.quantized import engine_of, quantize_blocks, quantized, relative
 from tests.families_small import forward, small_inputs
 from tests.small_checkpoint import small_flux, write_pipeline
 
@@ -122,6 +126,31 @@ def test_without_quantized_activations_it_agrees_to_rounding_for_every_size(flux
         inputs["encoder_hidden_states"] = torch.randn(batch, text, inputs["encoder_hidden_states"].shape[-1])
         inputs["txt_ids"] = torch.zeros(text, 3)
         assert relative(flux(**inputs).sample, forward(model, inputs)) < 1e-5
+
+
+def test_an_engine_is_pickled_as_where_it_lies(flux: EngineTransformer, inputs: dict[str, Any]) -> None:
+    again = pickle.loads(pickle.dumps(flux))
+    assert torch.equal(again(**inputs).sample, flux(**inputs).sample) and again.target == flux.target
+    assert copy.deepcopy(flux) is flux and copy.copy(flux) is flux
+
+
+def test_calls_of_several_threads_wait_for_each_other(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """Of an engine whose input has a scale for each bin of timesteps: each call has its own. And what surrounds it in less than
+    float32 is not for it."""
+    model = small_flux()
+    linear = model.get_submodule("transformer_blocks.0.ff.net.0.proj")
+    assert isinstance(linear, torch.nn.Linear)
+    site, form = "transformer_blocks.0.ff.net.0.proj", ActivationFormat(8, "timestep", edges=(0.5,))
+    model.set_submodule(site, quantized(linear, site, activation=form))
+    engine_of(model, tmp_path / "engine")
+    exact = load_engine(tmp_path / "engine", target="torch")
+    calls = [{**inputs, "timestep": torch.full_like(inputs["timestep"], time)} for time in (0.9, 0.1)]
+    expected = [exact(**call).sample for call in calls]
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda number: exact(**calls[number % 2]).sample, range(24)))
+    assert all(torch.equal(sample, expected[number % 2]) for number, sample in enumerate(found))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(exact(**calls[0]).sample, expected[0])
 
 
 def test_an_engine_is_not_saved_as_a_diffusers_model(flux: EngineTransformer, tmp_path: Path) -> None:

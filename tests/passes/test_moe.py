@@ -68,6 +68,18 @@ def test_every_feed_forward_becomes_a_mixture_of_its_own_channels(checkpoint, st
     assert weights == sum(p.numel() for p in before.parameters() if p.dim() > 1)
 
 
+def test_a_feed_forward_that_never_changes_gets_a_router_of_numbers(checkpoint, statistics):
+    """Its last weight is zero: nothing tells experts apart."""
+    graph = graph_of(checkpoint)
+    site = next(iter(graph.feed_forwards))
+    for name, weight in graph.model.named_parameters():
+        if name.startswith(site) and name.endswith("net.2.weight"):
+            weight.data.zero_()
+    run(graph, statistics, {"moe": {**EXPERTS, "select": [f"{site}*"]}})
+    assert any(isinstance(part, MixtureOfExperts) for part in graph.model.modules())
+    assert all(tensor.isfinite().all() for tensor in graph.model.state_dict().values())
+
+
 def test_means_and_differences_from_them_add_up_to_the_dense_output(checkpoint, statistics):
     """With all experts for all tokens and nothing fitted anew, the model is as before: what is in biases cancels out."""
     graph = graph_of(checkpoint)

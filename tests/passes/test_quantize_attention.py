@@ -115,7 +115,8 @@ def recipe(*passes: Any) -> Recipe:
         ({"parts": "po"}, "round v as well"),
         ({"scales": "static"}, "static scales are three positive numbers for float8_e4m3"),
         ({"scales": "calibrated"}, "calibrated"),
-        ({"margin": 0.5}, "margin 0.5 is below 1"),
+        ({"scales": "static", "format": "float8_e4m3", "margin": 0.5}, "margin 0.5 is below 1"),
+        ({"scales": "static", "format": "float8_e4m3", "margin": 1e6}, "margin 1e+06 is above 1024"),
         ({"part": "q"}, "no setting 'part'; did you mean 'parts'"),
     ],
 )

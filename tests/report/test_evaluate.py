@@ -20,6 +20,8 @@ from ditq.nn import ActivationFormat, QuantLinear
 from ditq.numerics.codebook import CODEBOOKS, encode
 from ditq.report.evaluate import _Drawn, _for_layers, evaluate, heldout_conditions
 from ditq.report.evaluation import Evaluation
+from tests.export.quantized import engine_of
+from tests.families_small import small_model
 
 torch.set_num_threads(1)
 PROMPTS = ["red apple, fluent 3d", "flag, noto"]
@@ -146,6 +148,12 @@ def test_quantized_layers_are_measured_with_histograms(checkpoint: Checkpoint) -
     assert all(25 < result.sqnr_db < 55 for result in sites.values())
     assert found.histograms and {shown.site for shown in found.histograms} <= set(sites)
     assert found.summary["sqnr_worst"] == min(result.sqnr_db for result in found.sites)
+
+
+def test_an_engine_of_another_checkpoint_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    engine_of(small_model("flux"), tmp_path / "engine")
+    with pytest.raises(DitqError, match=r"was compiled from .*, which is not mini \(other weights or config\)"):
+        evaluate(tmp_path / "engine", checkpoint, conditions=PROMPTS[:1], steps=1, layers=False)
 
 
 def test_an_engine_that_overflows_is_named(checkpoint: Checkpoint) -> None:
