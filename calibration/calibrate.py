@@ -30,8 +30,8 @@ from ditq.calibration.storage import PARTIAL, make_folder, remove_folder, rename
 from ditq.checkpoint import BUILT_IN, Checkpoint, read_json
 from ditq.devices import AUTO, device_of, dtype_on, place_pipeline
 from ditq.errors import DitqError, Interrupted
-from ditq.folders import followed, without_new_parents
-from ditq.given import check_seed, check_whole, path_of
+from ditq.folders import without_new_parents
+from ditq.given import check_seed, check_whole, followed, path_of
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.progress import ProgressSetting

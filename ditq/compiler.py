@@ -28,8 +28,8 @@ from ditq.export.plans.make import MadePlan, make_plans
 from ditq.export.targets import target
 from ditq.export.weights_file import WEIGHTS
 from ditq.export.write import check_replaceable, write_engine
-from ditq.folders import check_output, followed, work_folder
-from ditq.given import path_of
+from ditq.folders import check_output, work_folder
+from ditq.given import followed, path_of
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.memory import peak_memory

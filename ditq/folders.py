@@ -47,11 +47,6 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def followed(path: Path) -> Path:
-    """What a symbolic link stands for, so that it is this that is replaced; any other path as it is."""
-    return path.resolve() if path.is_symlink() else path
-
-
 _LOCK = "lock"  # in a work folder: whose it is, and that somebody is at it
 
 

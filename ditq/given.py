@@ -30,6 +30,11 @@ def path_of(what: str, value: Any) -> Path:
     return Path(value)
 
 
+def followed(path: Path) -> Path:
+    """What a symbolic link stands for, so that it is this that is replaced; any other path as it is."""
+    return path.resolve() if path.is_symlink() else path
+
+
 def name_of(path: str | Path) -> str:
     """Its last part, of `.` and `..` that of the folder they stand for."""
     return Path(os.path.abspath(path)).name

@@ -197,9 +197,9 @@ def _unknown_setting(where: str, name: str, key: str, known: list[str]) -> str:
 
 
 def _as_list(value: Any, described: Any) -> Any:
-    """A word where a list of words is due is a list of one."""
-    words = described.metadata.get("words") or ()
-    return [value] if isinstance(value, str) and value not in words and _is_list(described) else value
+    """A word where a list of words is due is a list of one; not where certain words are taken too, perhaps a slip of these."""
+    one = isinstance(value, str) and not described.metadata.get("words") and _is_list(described)
+    return [value] if one else value
 
 
 def _is_list(described: Any) -> bool:

@@ -26,8 +26,7 @@ from ditq.export.onnx_graph import OUTPUT, ROUNDED_ATTENTION, TOKEN_ATTENTION, A
 from ditq.export.targets import PlannedMatMul, target
 from ditq.export.text_graph import split_text
 from ditq.export.weights_file import WEIGHTS, write_weights
-from ditq.folders import followed
-from ditq.given import name_of
+from ditq.given import followed, name_of
 from ditq.nn import QuantLinear, describe
 from ditq.nn.structural.scheduled_block import edges_of, only, patterns_of
 

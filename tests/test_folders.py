@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ditq.errors import DitqError, Interrupted
-from ditq.folders import followed, work_folder
+from ditq.folders import work_folder
+from ditq.given import followed
 from tests.command_line import assert_refused
 from tests.small_checkpoint import files_below
 

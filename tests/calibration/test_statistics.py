@@ -332,7 +332,7 @@ def test_values_that_are_not_finite_are_named_by_site_and_step(graph: DiTGraph, 
 def test_unknown_groups_and_bad_settings_are_named(graph: DiTGraph, trajectories: Trajectories) -> None:
     with pytest.raises(DitqError, match="no linear input called 'nothing'"):
         collect_statistics(graph, trajectories, groups=["nothing"])
-    with pytest.raises(DitqError, match="bins is 0; give at least 1"):
+    with pytest.raises(DitqError, match="bins is 0; give a whole number of at least 1"):
         collect_statistics(graph, trajectories, bins=0)
 
 

@@ -305,7 +305,7 @@ def test_one_bin_is_one_scale_a_tensor() -> None:
 
 
 def test_timestep_scales_need_to_know_the_timesteps() -> None:
-    with pytest.raises(DitqError, match="calibrate again, or set activation: token"):
+    with pytest.raises(DitqError, match=r"lack some .*; set activation: token"):
         _by_timestep(_binned(), format="w4a8")
     with pytest.raises(DitqError, match="do not fall along"):
         _by_timestep(_binned(timestep_arguments=[100.0, 900.0]), format="w4a8")
