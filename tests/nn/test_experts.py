@@ -12,6 +12,7 @@ from torch import nn
 from ditq.nn import describe, rebuild
 from ditq.nn.sliced import FeedForwardForm, hidden_of, linear_of, sliced
 from ditq.nn.structural.experts import MixtureOfExperts, divided
+from ditq.numerics.routing import route
 from tests.families_small import FAMILIES, forward, small_graph, small_inputs
 
 FORM = FeedForwardForm(("net.0.proj",), "net.2", 24)
@@ -173,3 +174,14 @@ def test_an_engine_is_rebuilt_with_its_experts(representative):
     rebuild(fresh, describe(graph.model), graph.model.state_dict())
     inputs = small_inputs(graph.model)
     assert torch.equal(forward(fresh, inputs), forward(graph.model, inputs))
+
+
+@pytest.mark.parametrize("choice", ["token", "expert"])
+def test_of_equal_scores_the_first_count(choice):
+    """As ONNX's TopK has it, so that an engine sends the tokens of a padded text where torch does."""
+    scores = torch.zeros(2, 200, 4)
+    scores[:, 5] = 1
+    routes = route(scores, 2, 12, choice)
+    assert routes.asked[0, 7].tolist() == [0, 1]
+    answered = 2 if choice == "token" else 4  # of four experts all tokens ask the first two
+    assert all(routes.token[0, expert].tolist() == [5, *range(5), *range(6, 12)] for expert in range(answered))
