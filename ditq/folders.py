@@ -87,17 +87,25 @@ def _locked(work: Path, out: Path) -> Iterator[None]:
     while True:
         try:
             work.mkdir(parents=True, exist_ok=True)
-            file = open(work / _LOCK, "ab")  # noqa: SIM115 - held until the end
-        except FileNotFoundError:  # whose it was has just removed it
-            continue
+            file = _opened(work / _LOCK)
         except OSError as error:
             raise DitqError(f"{work}: cannot be written ({error.strerror}); give another place") from error
+        if file is None:  # whose it was has just removed it
+            continue
         with file:
             if not _taken(file):
                 raise DitqError(f"{out}: another process is making it; wait for that, or give another name")
             if _still_there(file, work / _LOCK):
                 yield
                 return
+
+
+def _opened(path: Path) -> IO[bytes] | None:
+    """The file, made if it is not there; None where its folder has gone."""
+    try:
+        return open(path, "ab")
+    except FileNotFoundError:
+        return None
 
 
 def _still_there(file: IO[bytes], path: Path) -> bool:

@@ -70,6 +70,13 @@ def test_what_is_not_ditqs_is_left_alone(name: str, tmp_path: Path, capsys: pyte
     assert mine.read_text() == "mine"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="writes below /proc, where nobody can")
+def test_a_place_where_no_folder_can_be_made_is_one_line() -> None:
+    with pytest.raises(DitqError, match=r"cannot be written \(.*\); give another place"):  # noqa: SIM117
+        with work_folder(Path("/proc/nothing/engine"), resume=False):
+            pass
+
+
 def test_a_link_stands_for_what_it_points_to(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "there")
     assert followed(tmp_path / "link") == tmp_path.resolve() / "there"
