@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from ditq.folders import without_new_parents
 from ditq.given import check_seed, check_whole, followed, path_of
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
+from ditq.locks import locked
 from ditq.progress import ProgressSetting
 from ditq.quiet import quiet_libraries
 
@@ -224,6 +225,18 @@ def _working_folder(out: Path, *, force: bool, resume: bool) -> Iterator[Path]:
     """
     if force and resume:
         raise DitqError("--force starts again and --resume continues; give only one of them")
+    lock = out.absolute().with_name(f".{out.name}.lock")
+    with without_new_parents(out), locked(lock, out):
+        try:
+            with _checked_folder(out, force=force, resume=resume) as folder:
+                yield folder
+        finally:
+            with suppress(OSError):  # Windows removes nothing that is open
+                lock.unlink()
+
+
+@contextmanager
+def _checked_folder(out: Path, *, force: bool, resume: bool) -> Iterator[Path]:
     partial = out.with_name(out.name + PARTIAL)
     for folder in (out, partial):
         if folder.exists() and not _is_ours(folder):
@@ -238,21 +251,18 @@ def _working_folder(out: Path, *, force: bool, resume: bool) -> Iterator[Path]:
         return
     if partial.exists() and force:
         remove_folder(partial)
-    with without_new_parents(out):
-        make_folder(partial)
-        try:
-            yield partial
-        except BaseException as error:
-            if not any((partial / TRAJECTORIES).glob("*.safetensors")):
-                shutil.rmtree(partial, ignore_errors=True)
-            elif isinstance(error, KeyboardInterrupt):
-                message = f"interrupted; run again with --resume to go on (finished samples are in {partial})"
-                raise Interrupted(message) from error
-            elif isinstance(error, DitqError) and not resume and "--resume" not in str(error):
-                raise DitqError(
-                    f"{error}; finished samples are in {partial}: run again with --resume to go on"
-                ) from error
-            raise
+    make_folder(partial)
+    try:
+        yield partial
+    except BaseException as error:
+        if not any((partial / TRAJECTORIES).glob("*.safetensors")):
+            shutil.rmtree(partial, ignore_errors=True)
+        elif isinstance(error, KeyboardInterrupt):
+            message = f"interrupted; run again with --resume to go on (finished samples are in {partial})"
+            raise Interrupted(message) from error
+        elif isinstance(error, DitqError) and not resume and "--resume" not in str(error):
+            raise DitqError(f"{error}; finished samples are in {partial}: run again with --resume to go on") from error
+        raise
     if out.exists():
         remove_folder(out)
     rename(partial, out)

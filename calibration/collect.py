@@ -265,6 +265,11 @@ class _Watcher:
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert self.call is not None
         x = inputs[0]
+        if not x.numel():
+            raise DitqError(
+                f"{self.name}: no token reaches it, its input is {list(x.shape)}: the pictures are too small for this model; "
+                "calibrate with a larger height and width"
+            )
         mask = self.call.arguments.get("encoder_attention_mask")
         if self._cross_attention and mask is not None and mask.shape == x.shape[:-1]:
             x = x[mask.to(x.device).bool()]

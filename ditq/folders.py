@@ -7,14 +7,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 from ditq.errors import DitqError, Interrupted
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from ditq.locks import locked
 
 
 def check_output(path: Path, force: bool) -> None:
@@ -81,52 +76,11 @@ def work_folder(out: Path, resume: bool) -> Iterator[Path]:
 
 @contextmanager
 def _locked(work: Path, out: Path) -> Iterator[None]:
-    """The folder, made if it is not there, with a lock in it that its process loses however it ends."""
+    """The folder, made if it is not there, with a lock in it."""
     if os.path.lexists(work) and not (work.is_dir() and ((work / _LOCK).is_file() or not any(work.iterdir()))):
         raise DitqError(f"{work}: was not made by ditq, which keeps there what is finished; move it elsewhere")
-    while True:
-        try:
-            work.mkdir(parents=True, exist_ok=True)
-            file = _opened(work / _LOCK)
-        except OSError as error:
-            raise DitqError(f"{work}: cannot be written ({error.strerror}); give another place") from error
-        if file is None:  # whose it was has just removed it
-            continue
-        with file:
-            if not _taken(file):
-                raise DitqError(f"{out}: another process is making it; wait for that, or give another name")
-            if _still_there(file, work / _LOCK):
-                yield
-                return
-
-
-def _opened(path: Path) -> IO[bytes] | None:
-    """The file, made if it is not there; None where its folder has gone."""
-    try:
-        return open(path, "ab")
-    except FileNotFoundError:
-        return None
-
-
-def _still_there(file: IO[bytes], path: Path) -> bool:
-    """Whether it is the file of that name, and not one that was removed while this process waited for its lock."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _taken(file: IO[bytes]) -> bool:
-    """Whether this process has the file's lock now; where a system has no locks, it does."""
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
+    with locked(work / _LOCK, out):
+        yield
 
 
 def _clear(work: Path) -> None:

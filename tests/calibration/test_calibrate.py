@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,11 @@ def test_the_built_in_checkpoint_needs_no_settings_but_its_size(tmp_path: Path) 
     ]
 
 
+def test_a_picture_without_a_token_is_said_to_be_too_small(tmp_path: Path) -> None:
+    with pytest.raises(DitqError, match=r"x_embedder: no token reaches it.* \[1, 0, 32\]: the pictures are too small"):
+        calibrate("mini", tmp_path / "stats", arguments={"height": 4, "width": 4}, steps=1, limit=1, bins=1)
+
+
 def test_the_same_seed_gives_the_same_bytes(pixart: Checkpoint, finished: Path, tmp_path: Path) -> None:
     make(tmp_path / "again", checkpoint=pixart)
     make(tmp_path / "other", checkpoint=pixart, seed=1)
@@ -102,6 +108,24 @@ def test_an_interruption_before_anything_is_finished_leaves_nothing(pixart: Chec
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="locks as Unix has them")
+@pytest.mark.parametrize("chosen", [{}, {"force": True}, {"resume": True}])
+def test_a_folder_that_another_calibration_makes_is_left_to_it(
+    pixart: Checkpoint, tmp_path: Path, chosen: dict[str, bool]
+) -> None:
+    out, refused = tmp_path / "stats", []
+
+    def progress(name: str, done: int, total: int) -> None:
+        if name == "recording trajectories" and done == LAST_STEP:  # something is finished
+            with pytest.raises(DitqError, match=r"stats: another process is making it; wait for that, or give another"):
+                make(out, checkpoint=pixart, **chosen)
+            refused.append(name)
+
+    make(out, checkpoint=pixart, progress=progress)
+    assert refused
+    assert set(os.listdir(tmp_path)) == {"stats"}
+
+
 def test_an_existing_folder_is_replaced_only_by_force(pixart: Checkpoint, tmp_path: Path) -> None:
     out = tmp_path / "stats"
     make(out, checkpoint=pixart, conditions=["a"])
@@ -134,7 +158,7 @@ def test_a_folder_of_something_else_is_never_touched(pixart: Checkpoint, tmp_pat
         for how in ({"force": True}, {"resume": True}, {}):
             with pytest.raises(DitqError, match="was not made by `ditq calibrate`"):
                 make(tmp_path / name, checkpoint=pixart, **how)
-    with pytest.raises(DitqError, match=r"file/stats.partial: cannot be written"):
+    with pytest.raises(DitqError, match=r"/file: cannot be written \(.*\); give another place"):
         make(tmp_path / "file" / "stats", checkpoint=pixart)
     with pytest.raises(DitqError, match="give only one of them"):
         make(tmp_path / "stats", checkpoint=pixart, force=True, resume=True)
