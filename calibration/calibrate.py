@@ -20,9 +20,11 @@ from ditq.calibration.collect import check_moments, collect_statistics
 from ditq.calibration.further import record_further
 from ditq.calibration.probing import measure_step_weights
 from ditq.calibration.prompts import BUILTIN_SETS, builtin_prompts, read_conditions, spread
+from ditq.calibration.record import FORMAT as TRAJECTORIES_FORMAT
 from ditq.calibration.record import INDEX as TRAJECTORIES_INDEX
 from ditq.calibration.record import Trajectories, record_trajectories
 from ditq.calibration.sampling import SamplingSettings, check_arguments, check_conditions, class_count, condition_kind
+from ditq.calibration.statistics import FORMAT as STATISTICS_FORMAT
 from ditq.calibration.statistics import INDEX as STATISTICS_INDEX
 from ditq.calibration.statistics import TRAJECTORIES, Statistics
 from ditq.calibration.step_weights import StepWeights
@@ -31,7 +33,7 @@ from ditq.checkpoint import BUILT_IN, Checkpoint, read_json
 from ditq.devices import AUTO, device_of, dtype_on, place_pipeline
 from ditq.errors import DitqError, Interrupted
 from ditq.folders import without_new_parents
-from ditq.given import check_seed, check_whole, followed, path_of
+from ditq.given import check_named, check_seed, check_whole, followed, path_of
 from ditq.graph import DiTGraph
 from ditq.inspection import example_inputs
 from ditq.locks import locked
@@ -103,6 +105,7 @@ def calibrate(
     check_moments(moments)
     check_seed(seed)
     out = followed(path_of("out", out))
+    check_named("out", out)
     place = device_of(device)
     dtype = dtype or dtype_on(place)
     settings = SamplingSettings.for_checkpoint(checkpoint, steps, seed, arguments)
@@ -269,8 +272,18 @@ def _checked_folder(out: Path, *, force: bool, resume: bool) -> Iterator[Path]:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder is empty or was made by `calibrate`."""
+    """Whether a folder is empty or was made by `calibrate`: its files say so, whatever they are called."""
     if not folder.is_dir():
         return False
-    names = set(os.listdir(folder))
-    return not names or STATISTICS_INDEX in names or (folder / TRAJECTORIES / TRAJECTORIES_INDEX).is_file()
+    indices = {
+        folder / STATISTICS_INDEX: STATISTICS_FORMAT,
+        folder / TRAJECTORIES / TRAJECTORIES_INDEX: TRAJECTORIES_FORMAT,
+    }
+    return not os.listdir(folder) or any(_has_format(path, name) for path, name in indices.items())
+
+
+def _has_format(path: Path, name: str) -> bool:
+    try:
+        return bool(read_json(path).get("format") == name)
+    except DitqError:
+        return False

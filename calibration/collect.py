@@ -248,7 +248,13 @@ def _finished(inputs: Mapping[str, InputAccumulator]) -> dict[str, InputStatisti
     for name, found in inputs.items():
         if not found.count.any():
             raise DitqError(f"{name}: no recorded call reaches this layer; leave it out of the groups")
-    return {name: InputStatistics(**found.tensors()) for name, found in inputs.items()}
+    finished = {name: InputStatistics(**found.tensors()) for name, found in inputs.items()}
+    for name, statistics in finished.items():
+        if not bool(statistics.second_moment.diagonal(dim1=1, dim2=2).isfinite().all()):
+            raise DitqError(
+                f"{name}: the squares of its input are beyond float32; the checkpoint or its format overflows"
+            )
+    return finished
 
 
 class _Watcher:

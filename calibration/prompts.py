@@ -87,11 +87,22 @@ def _check_prompts(lines: list[tuple[int, str]], where: str, unit: str = "line")
     for number, prompt in lines:
         if not prompt.strip():
             raise DitqError(f"{where}: {unit} {number} is empty; remove it or write a prompt there")
+        if not _is_unicode(prompt):
+            raise DitqError(f"{where}: {unit} {number} holds half a character, {prompt[:40]!a}; write it as UTF-8")
         if len(prompt) > LONGEST_PROMPT:
             raise DitqError(
                 f"{where}: {unit} {number} has {len(prompt):,} characters; a prompt has at most {LONGEST_PROMPT:,}"
             )
     return [prompt.strip() for _, prompt in lines]
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written down: no half of a surrogate pair, as \\ud800 in JSON or a byte that is not UTF-8 gives."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_column(path: Path, columns: tuple[str, ...], what: str) -> list[tuple[int, str]]:
@@ -152,7 +163,7 @@ def _read_jsonl(path: Path, text: str, columns: tuple[str, ...]) -> list[tuple[i
     for number, line in _read_txt(path, text, columns):
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DitqError(f"{path}: line {number} is not JSON ({error})") from error
         key = next((name for name in columns if isinstance(entry, dict) and name in entry), None)
         if key is None:

@@ -175,7 +175,8 @@ class Trajectories:
             record = json.loads(file.metadata["ditq"])
             same = record["condition"] == self.conditions[number] and record["seed"] == self.index["seed"] + number
             names = {name for call in record["calls"] for name in _tensor_names(call["arguments"].values())}
-        except (KeyError, TypeError, ValueError) as error:
+            same = same and all(0 <= call["step"] < len(record["timesteps"]) for call in record["calls"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DitqError(f"{path}: not a recorded trajectory; record it again") from error
         if not same or not names <= set(file.tensors):
             raise DitqError(f"{path}: does not belong to this recording or is damaged; record it again")
@@ -352,6 +353,12 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"{path}: has format version {index.get('version')}, this ditq reads {FORMAT_VERSION}; calibrate again"
         )
     missing = {"checkpoint", "dtype", "conditions", "arguments", "seed", "kind"} - set(index)
-    if missing or not isinstance(index["conditions"], list) or not index["conditions"]:
+    drawn_in = None if missing else getattr(torch, str(index["dtype"]), None)
+    if (
+        missing
+        or not isinstance(index["conditions"], list)
+        or not index["conditions"]
+        or not isinstance(drawn_in, torch.dtype)
+    ):
         raise DitqError(f"{path}: incomplete; calibrate again")
     return index

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -111,6 +112,8 @@ def check_arguments(pipeline: Any, arguments: Mapping[str, Any]) -> None:
             raise DitqError(f"{_class_name(pipeline)} has no sampling argument '{name}'; {hint}")
         if name in WHOLE_NUMBERS and value is not None and not (_is_whole(value) and value >= 1):
             raise DitqError(f"sampling argument '{name}' is {value!r}; give a whole number of at least 1")
+        if not _is_finite(value):
+            raise DitqError(f"sampling argument '{name}' is {value!r}; give finite numbers")
         if type(taken[name].default) in (int, float) and isinstance(value, str):
             raise DitqError(f"sampling argument '{name}' is {value!r}; give a number")
 
@@ -240,8 +243,10 @@ def sample_one(
         with torch.random.fork_rng(), _quiet(pipeline), _watched_scheduler(pipeline.scheduler, watch_step):
             torch.manual_seed(settings.seed + index)
             output = pipeline(**arguments)
-    except ValueError as error:
-        reason = " ".join(str(error).split())
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise DitqError(f"{_class_name(pipeline)} cannot draw {condition!r}: {reason}") from error
     finally:
         handle.remove()
@@ -256,6 +261,15 @@ def _picture(output: Any) -> Any:
         return output.images[0]
     frames = output.frames[0]
     return frames[len(frames) // 2]
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether no number in it is infinite or not a number: neither can be written down."""
+    if isinstance(value, Mapping):
+        return all(_is_finite(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_finite(item) for item in value)
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _is_whole(value: Any) -> bool:

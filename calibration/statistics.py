@@ -142,6 +142,7 @@ class Statistics:
             found, bins = str(index["checkpoint"]["fingerprint"]), int(index["bins"])
             groups = _StoredGroups(folder, described, bins)
             sites = {name: tuple(entry["sites"]) for name, entry in described.items()}
+            dict(index.get("sampling_arguments", {}))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DitqError(f"{path}: damaged or incomplete; calibrate again") from error
         if fingerprint is not None and found != fingerprint:
@@ -149,7 +150,13 @@ class Statistics:
                 f"{folder}: these statistics are of another checkpoint "
                 f"({index['checkpoint'].get('name')}, {found[:12]}); calibrate this one"
             )
-        statistics = cls(groups, sites, index, StepWeights.read(folder))
+        weights = StepWeights.read(folder)
+        if weights is not None and len(weights.effect) != index.get("steps", len(weights.effect)):
+            raise DitqError(
+                f"{folder}: its step weights are of {len(weights.effect)} steps, not {index['steps']}; remove them and "
+                "calibrate again with --resume --step-weights"
+            )
+        statistics = cls(groups, sites, index, weights)
         if graph is not None:
             statistics.check(graph)
         return statistics

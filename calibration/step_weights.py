@@ -11,6 +11,7 @@ Both have a mean of 1 over the steps.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,7 +61,9 @@ class StepWeights:
             found = cls(*(tuple(float(value) for value in values[kind]) for kind in KINDS))
         except (KeyError, TypeError, ValueError) as error:
             raise DitqError(f"{path}: damaged; remove it and calibrate again with --resume --step-weights") from error
-        if not found.effect or len(found.effect) != len(found.share) or min(*found.effect, *found.share) < 0:
+        weights = (*found.effect, *found.share)
+        sound = len(found.effect) == len(found.share) and all(math.isfinite(one) and one >= 0 for one in weights)
+        if not sound or not all(sum(getattr(found, kind)) > 0 for kind in KINDS):
             raise DitqError(f"{path}: damaged; remove it and calibrate again with --resume --step-weights")
         return found
 

@@ -41,6 +41,7 @@ REFUSALS = (
     RuntimeError,
     MemoryError,
 )
+FLOATS = ("F32", "BF16", "F16", "F64", "F8_E4M3", "F8_E5M2")  # numbers that are weights by themselves
 # What other quantizers write beside their weights: scaled FP8, bitsandbytes, GPTQ and AWQ, SVDQuant, compressed-tensors.
 QUANTIZED = re.compile(
     r"(^|[._])(scale_weight|weight_scale(_inv|_2)?|scale_input|input_scale|scaled_fp8|absmax|quant_map|quant_state\..*|qweight|qzeros"
@@ -293,9 +294,10 @@ class Checkpoint:
                     f"{self.name}: {name} has shape {list(info.shape)} but {self.class_name} with this config.json "
                     f"needs {list(wanted.shape)}"
                 )
-            if info.dtype.startswith(("I", "U", "BOOL")) == wanted.is_floating_point():
+            if wanted.is_floating_point() != (info.dtype in FLOATS):
+                needed = f"one of {', '.join(FLOATS)}" if wanted.is_floating_point() else "whole numbers"
                 raise DitqError(
-                    f"{self.name}: {name} is stored as {info.dtype}, but {self.class_name} needs floating-point numbers; "
+                    f"{self.name}: {name} is stored as {info.dtype}, but {self.class_name} needs {needed}; "
                     "give the checkpoint before it was quantized"
                 )
 
@@ -376,7 +378,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _parse_json(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DitqError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise DitqError(f"{where}: should hold a JSON object, not {type(value).__name__}")

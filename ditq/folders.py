@@ -9,11 +9,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ditq.errors import DitqError, Interrupted
+from ditq.given import check_named
 from ditq.locks import locked
 
 
 def check_output(path: Path, force: bool) -> None:
     """Raise DitqError, before any work is done, if `path` is taken and not to be replaced, or cannot be written."""
+    check_named("the output", path)
     if path.exists() and not force:
         raise DitqError(f"{path}: exists already; give --force to replace it, or another name")
     parent = next(folder for folder in path.absolute().parents if folder.exists())

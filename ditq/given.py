@@ -35,6 +35,12 @@ def followed(path: Path) -> Path:
     return path.resolve() if path.is_symlink() else path
 
 
+def check_named(what: str, path: Path) -> None:
+    """Raise DitqError for a place that cannot be made anew beside itself and then renamed: `.`, `..`, the root."""
+    if path.name in ("", ".."):
+        raise DitqError(f"{what} is {str(path)!r}; give the name of a folder to make")
+
+
 def name_of(path: str | Path) -> str:
     """Its last part, of `.` and `..` that of the folder they stand for."""
     return Path(os.path.abspath(path)).name

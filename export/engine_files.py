@@ -84,7 +84,7 @@ def check_external_data(folder: Path, graph: str, files: Mapping[str, Any]) -> N
                 f"{folder}: {graph} reads {location!r}, which engine.json does not list; do not use this engine"
             )
         start, length = entry.get("offset", "0"), entry.get("length", "0")
-        if not start.isdecimal() or not length.isdecimal() or int(start) + int(length) > files[location]["bytes"]:
+        if not all(_is_count(text) for text in (start, length)) or int(start) + int(length) > files[location]["bytes"]:
             raise DitqError(
                 f"{folder}: {graph}: tensor {tensor.name} lies beyond the end of {location}; compile it again"
             )
@@ -93,7 +93,7 @@ def check_external_data(folder: Path, graph: str, files: Mapping[str, Any]) -> N
 def inside(folder: Path, name: Any, where: str) -> Path:
     """folder/name, or a DitqError when that is not a plain place within the folder, links followed."""
     hostile = DitqError(f"{folder}: {where} names {name!r}, which is outside the engine folder; do not use this engine")
-    if not isinstance(name, str) or not name or "\\" in name:
+    if not isinstance(name, str) or not name or "\\" in name or not name.isprintable():
         raise hostile
     pure = PurePosixPath(name)
     if pure.is_absolute() or PureWindowsPath(name).drive or ".." in pure.parts:
@@ -102,6 +102,11 @@ def inside(folder: Path, name: Any, where: str) -> Path:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise hostile
     return path
+
+
+def _is_count(text: str) -> bool:
+    """Whether it is a whole number that fits 64 bits."""
+    return text.isdecimal() and len(text) < 20
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

@@ -183,8 +183,18 @@ def _check_finite(folder: Path, model: nn.Module) -> None:
 
 def check_replaceable(folder: Path) -> None:
     """Raises DitqError if something stands there that force must not remove: neither an engine nor an empty folder."""
-    if folder.exists() and not (folder / MANIFEST).is_file() and any(folder.iterdir() if folder.is_dir() else [folder]):
+    if folder.exists() and not _has_manifest(folder) and any(folder.iterdir() if folder.is_dir() else [folder]):
         raise DitqError(f"{folder}: is not an engine, so it is not replaced even by force; give another place")
+
+
+def _has_manifest(folder: Path) -> bool:
+    """Whether its manifest is of an engine, or damaged beyond telling."""
+    path = folder / MANIFEST
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return path.is_file()
+    return isinstance(found, dict) and "format_version" in found
 
 
 @contextmanager

@@ -75,6 +75,10 @@ def _integers(tensors: dict[str, torch.Tensor]) -> None:
     tensors["proj_out.weight"] = tensors["proj_out.weight"].to(torch.int8)
 
 
+def _complex(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["proj_out.weight"] = tensors["proj_out.weight"].to(torch.complex64)
+
+
 def _with_a_scale(name: str) -> Damage:
     """As a quantizer leaves a checkpoint: a tensor more."""
     return lambda folder: change_weights(folder, lambda tensors: tensors.update({name: torch.ones(1)}))
@@ -123,6 +127,7 @@ ONE_FILE: dict[str, tuple[Damage, str]] = {
     "missing tensor": (lambda f: change_weights(f, lambda t: t.pop("proj_out.bias")), "proj_out.bias .* is not in its"),
     "NaN": (_spoil(float("nan")), "proj_out.weight holds NaN or infinity"),
     "infinity": (_spoil(float("-inf")), "proj_out.weight holds NaN or infinity"),
+    "complex numbers": (lambda f: change_weights(f, _complex), "proj_out.weight is stored as C64, but .* needs one of F32"),
     "integers": (lambda f: change_weights(f, _integers), "proj_out.weight is stored as I8"),
     **{
         name: (_with_a_scale(name), "is a scale of weights that are quantized already; give the checkpoint before")

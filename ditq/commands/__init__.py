@@ -34,7 +34,7 @@ def arguments_of(settings: tuple[str, ...]) -> dict[str, Any]:
             raise DitqError(f"--set {setting}: write NAME=VALUE, e.g. --set guidance_scale=4.5")
         try:
             values[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             values[name] = value
     return values
 

@@ -84,11 +84,11 @@ def _largest_int8(bits: int) -> int:
 def _place_e4m3(values: Tensor) -> Tensor:
     """The bits of an FP8 number without its sign count the numbers from 0 up."""
     bits = values.abs().clamp_max(LARGEST_E4M3).float().to(E4M3).view(torch.uint8)
-    return bits.to(values.dtype) * values.sign()
+    return bits.to(values.dtype).copysign_(values)  # 127 where it is not a number, which stands for that
 
 
 def _value_e4m3(places: Tensor) -> Tensor:
-    return places.abs().to(torch.uint8).view(E4M3).to(places.dtype) * places.sign()
+    return places.abs().to(torch.uint8).view(E4M3).to(places.dtype).copysign_(places)
 
 
 def _grid_e4m3() -> Tensor:

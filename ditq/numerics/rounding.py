@@ -131,7 +131,8 @@ def round_gptq(
 def output_error(weight: torch.Tensor, approx: torch.Tensor, hessian: torch.Tensor) -> float:
     """Relative squared error of the layer's output: tr((W - W')H(W - W')^T) / tr(W H W^T), with H = X^T X.
 
-    weight, approx [O, I]; hessian [I, I]. 0 for a perfect copy; also 0 where the layer's output is itself zero.
+    weight, approx [O, I]; hessian [I, I]. 0 for a perfect copy; also 0 where the layer's output is itself zero,
+    and not a number where float32 does not hold it.
     """
     dtype = torch.promote_types(torch.promote_types(weight.dtype, hessian.dtype), torch.float32)
     hessian = hessian.to(dtype)
@@ -141,4 +142,4 @@ def output_error(weight: torch.Tensor, approx: torch.Tensor, hessian: torch.Tens
         difference = original - approx[part].to(dtype)
         lost += float(((difference @ hessian) * difference).sum(dtype=torch.float64))
         total += float(((original @ hessian) * original).sum(dtype=torch.float64))
-    return lost / total if total > 0 else 0.0
+    return 0.0 if total <= 0 else lost / total

@@ -144,7 +144,7 @@ def evaluate(
         seed=seed,
         prompts=tally.prompts,
         steps=tally.steps(),
-        environment=environment(),
+        environment=environment(place),
         pictures=tally.pictures,
     )
     if len(tally.pictures) > 1:
@@ -315,7 +315,7 @@ class _Tally:
                 condition=condition,
                 seed=seed,
                 psnr=metrics.psnr_of(error),
-                ssim=metrics.ssim(original, engine),
+                ssim=metrics.ssim(original, engine) if min(original.shape[:2]) >= metrics.SSIM_WINDOW else None,
                 mean_squared_error=error,
                 st_lpips=st_lpips(original, engine),
                 latent_error=metrics.relative_error(reference.sample.latents, other.sample.latents),
@@ -382,11 +382,16 @@ def _alignments(graph: DiTGraph) -> dict[str, Alignment]:
     }
 
 
-def environment() -> dict[str, str]:
-    """What the numbers were measured with: machine label and versions, no names of hosts or folders."""
+def environment(device: torch.device) -> dict[str, str]:
+    """What the numbers were measured with: where the original drew, machine label, versions; no names of hosts or folders."""
     packages = ("torch", "diffusers", "transformers", "onnxruntime", "numpy")
     return {
+        "original drawn in": f"{str(dtype_on(device)).removeprefix('torch.')} on {_label(device)}",
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
     }
+
+
+def _label(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

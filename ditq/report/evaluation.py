@@ -21,14 +21,15 @@ T = TypeVar("T")
 class PromptResult:
     """One prompt: the engine's picture against the original's, drawn from the same noise.
 
-    `psnr` in dB, `ssim` at most 1, `mean_squared_error` on the [0, 1] scale, `st_lpips` None where not installed,
+    `psnr` in dB, `ssim` at most 1 and None for pictures smaller than its window, `mean_squared_error` on the [0, 1] scale,
+    `st_lpips` None where not installed,
     `latent_error` = ||z - z'||^2 / ||z||^2 of the last latents, `defects` what is plainly wrong with either picture.
     """
 
     condition: str | int
     seed: int
     psnr: float
-    ssim: float
+    ssim: float | None
     mean_squared_error: float
     st_lpips: float | None
     latent_error: float
@@ -141,6 +142,7 @@ class Evaluation:
         """
         finite = [result.psnr for result in self.prompts if math.isfinite(result.psnr)]
         distances = [result.st_lpips for result in self.prompts if result.st_lpips is not None]
+        similarities = [result.ssim for result in self.prompts if result.ssim is not None]
         ratios = [result.sqnr_db for result in self.sites]
         finite_ratios = [ratio for ratio in ratios if math.isfinite(ratio)]
         return {
@@ -151,8 +153,8 @@ class Evaluation:
                 if self.prompts
                 else None
             ),
-            "ssim": _mean([result.ssim for result in self.prompts]),
-            "ssim_worst": min((result.ssim for result in self.prompts), default=None),
+            "ssim": _mean(similarities),
+            "ssim_worst": min(similarities, default=None),
             "st_lpips": _mean(distances),
             "lite0_fd": self.lite0_fd,
             "latent_error": _mean([result.latent_error for result in self.prompts]),

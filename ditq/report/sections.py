@@ -382,8 +382,8 @@ def measured(evaluation: Evaluation) -> str:
         **evaluation.environment,
     }
     return (
-        "<p>The checkpoint's own diffusers pipeline drew every prompt twice, once with the original transformer in "
-        "fp32 and once with the engine in its place. PSNR is taken of each pair of 8-bit pictures and then averaged, "
+        "<p>The checkpoint's own diffusers pipeline drew every prompt twice, once with the original transformer and "
+        "once with the engine in its place. PSNR is taken of each pair of 8-bit pictures and then averaged, "
         "identical pairs left out; <i>PSNR of the mean squared error</i> averages first. SSIM: Gaussian window of 11 "
         "pixels, sigma 1.5, each colour channel by itself. The words of the verdict are a rule of thumb by mean PSNR "
         "(40, 30, 24 dB).</p>" + pairs(facts)

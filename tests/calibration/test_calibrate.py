@@ -153,13 +153,19 @@ def test_a_folder_of_something_else_is_never_touched(pixart: Checkpoint, tmp_pat
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_text("a")
     (tmp_path / "file").write_text("b")
+    (tmp_path / "hits").mkdir()
+    (tmp_path / "hits" / "statistics.json").write_text('{"format": "of visitors", "hits": 3}')
+    (tmp_path / "hits" / "statistics_mine.safetensors").write_bytes(b"c")
     before = contents(tmp_path)
-    for name in ("photos", "file"):
+    for name in ("photos", "file", "hits"):
         for how in ({"force": True}, {"resume": True}, {}):
             with pytest.raises(DitqError, match="was not made by `ditq calibrate`"):
                 make(tmp_path / name, checkpoint=pixart, **how)
     with pytest.raises(DitqError, match=r"/file: cannot be written \(.*\); give another place"):
         make(tmp_path / "file" / "stats", checkpoint=pixart)
+    for place in (".", "/", str(tmp_path / "photos" / "..")):
+        with pytest.raises(DitqError, match=r"^out is '.*'; give the name of a folder to make"):
+            make(Path(place), checkpoint=pixart, force=True)
     with pytest.raises(DitqError, match="give only one of them"):
         make(tmp_path / "stats", checkpoint=pixart, force=True, resume=True)
     assert contents(tmp_path) == before

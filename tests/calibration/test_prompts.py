@@ -48,6 +48,12 @@ def test_every_format_gives_the_same_prompts(tmp_path: Path, name: str, content:
         ("p.jsonl", '{"words": "a"}\n', "line 1 is not a JSON object with the key"),
         ("p.jsonl", '["a"]\n', "line 1 is not a JSON object with the key"),
         ("p.jsonl", '{"prompt": ["a"]}\n', "give a text"),
+        (
+            "p.jsonl",
+            '{"prompt": "a \\ud800 face"}\n',
+            "line 1 holds half a character, 'a \\ud800 face'; write it as UTF-8",
+        ),
+        ("p.jsonl", "[" * 100_000, "line 1 is not JSON"),
         ("p.json", "[]", "read from .txt, .csv, .jsonl files"),
     ],
 )
@@ -104,7 +110,7 @@ def test_a_set_is_read_by_its_name_unless_a_file_is_called_so(tmp_path: Path, mo
 
 def test_prompts_given_as_a_list_are_checked_alike() -> None:
     check_prompts(["a", "b"])
-    for wrong in ([], ["a", " "], ["x" * 10_000], [3]):
+    for wrong in ([], ["a", " "], ["x" * 10_000], ["a \udcff"], [3]):
         with pytest.raises(DitqError):
             check_prompts(wrong)  # type: ignore[arg-type]
 

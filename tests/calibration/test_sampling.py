@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from inspect import Parameter, Signature
 from typing import Any
 
@@ -102,6 +103,11 @@ def test_everything_is_put_back_after_an_error() -> None:
         ({"num_inference_steps": 0}, "'num_inference_steps' is 0; give a whole number of at least 1"),
         ({"height": 32.0}, "'height' is 32.0; give a whole number"),
         ({"guidance_scale": "abc"}, "'guidance_scale' is 'abc'; give a number"),
+        ({"guidance_scale": math.nan}, "'guidance_scale' is nan; give finite numbers"),
+        ({"sigmas": [1.0, math.inf]}, "'sigmas' is [1.0, inf]; give finite numbers"),
+        ({"latents": 1}, "FluxPipeline cannot draw 'a': "),
+        ({"num_images_per_prompt": 0}, "FluxPipeline cannot draw 'a': "),
+        ({"callback_on_step_end": 1}, "FluxPipeline cannot draw 'a': "),
         ({"max_sequence_length": 1000}, "FluxPipeline cannot draw 'a': `max_sequence_length` cannot be greater than"),
     ],
 )

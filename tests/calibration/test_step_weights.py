@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,11 +127,30 @@ def test_a_finished_folder_is_not_probed_again(folder: Path, monkeypatch: pytest
     calibrate("mini", folder, steps=5, limit=1, bins=2, rows_per_bin=8, step_weights=True, progress=False, resume=True)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"effect": [1], "share": []}', '{"effect": [-1], "share": [1]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"effect": [1], "share": []}',
+        '{"effect": [-1], "share": [1]}',
+        '{"effect": [NaN, 1], "share": [1, 1]}',
+        '{"effect": [1, 1], "share": [Infinity, 1]}',
+        '{"effect": [1, 1], "share": [0, 0]}',
+    ],
+)
 def test_a_damaged_file_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(text)
     with pytest.raises(DitqError, match=FILE):
         StepWeights.read(tmp_path)
+
+
+def test_weights_of_other_steps_are_refused(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "stats")
+    StepWeights((1.0,) * 7, (1.0,) * 7).write(copy)
+    with pytest.raises(DitqError, match="its step weights are of 7 steps, not 5; remove them"):
+        Statistics.open(copy)
 
 
 def test_a_denoiser_that_drops_samples_is_refused() -> None:

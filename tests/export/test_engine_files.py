@@ -155,7 +155,9 @@ def test_a_file_that_is_not_listed(engine: Path) -> None:
     refused(engine, "weights.safetensors")
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "C:\\secret", "..\\secret", ""])
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/hostname", "a/../../secret", "C:\\secret", "..\\secret", "", "a\0", "a\ud800"]
+)
 def test_a_listed_file_outside_the_folder(engine: Path, name: str) -> None:
     (engine.parent / "secret").write_text("secret")
     manifest(engine, lambda value: value["files"].update({name: hash_file(engine.parent / "secret")}))
@@ -169,7 +171,7 @@ def test_a_link_out_of_the_folder(engine: Path) -> None:
     refused(engine, "outside")
 
 
-@pytest.mark.parametrize("location", ["../weights", "/etc/hostname", "a/../../weights"])
+@pytest.mark.parametrize("location", ["../weights", "/etc/hostname", "a/../../weights", "a\0"])
 def test_external_data_outside_the_folder(engine: Path, location: str) -> None:
     with_external_data(engine, location=location)
     refused(engine, "outside")
@@ -181,7 +183,9 @@ def test_external_data_in_a_file_that_is_not_listed(engine: Path) -> None:
     refused(engine, "other.bin")
 
 
-@pytest.mark.parametrize("entry", [{"offset": "999999999"}, {"length": "999999999"}, {"offset": "-1"}])
+@pytest.mark.parametrize(
+    "entry", [{"offset": "999999999"}, {"length": "999999999"}, {"offset": "-1"}, {"offset": "9" * 5000}]
+)
 def test_external_data_beyond_the_file(engine: Path, entry: dict[str, str]) -> None:
     with_external_data(engine, **entry)
     refused(engine, "weights.safetensors")
@@ -217,6 +221,9 @@ def test_an_existing_engine_is_replaced_only_by_force(engine: Path) -> None:
 def test_force_does_not_remove_what_is_no_engine(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
+    with pytest.raises(DitqError, match="not an engine"):
+        write(tmp_path / "photos", force=True)
+    (tmp_path / "photos" / "engine.json").write_text('{"engine": "of a train"}')
     with pytest.raises(DitqError, match="not an engine"):
         write(tmp_path / "photos", force=True)
     assert (tmp_path / "photos" / "cat.png").exists()

@@ -51,6 +51,12 @@ def test_what_lies_beyond_the_largest_fp8_number_is_that_number() -> None:
     assert FLOAT8.nearest(torch.tensor([449.0, -1e9, 464.1])).tolist() == [448.0, -448.0, 448.0]
 
 
+@pytest.mark.parametrize("carrier", [INT8, FLOAT8, FLOAT4], ids=lambda carrier: carrier.name)
+def test_what_is_not_a_number_stays_that(carrier: Carrier) -> None:
+    found = carrier.nearest(torch.tensor([torch.nan, -torch.nan, -1.0, 0.0]))
+    assert found[:2].isnan().all() and found[2:].tolist() == [-1.0, 0.0]
+
+
 def test_levels_that_would_fall_together_take_the_next_free_numbers() -> None:
     found = FLOAT8.distinct(torch.tensor([256.0, 260.0, 262.0, 448.0]), 448)
     assert found.tolist() == [256.0, 288.0, 320.0, 448.0]

@@ -326,3 +326,12 @@ def test_importance_of_columns_that_were_seen_stays_as_it_is() -> None:
     assert torch.equal(counted(importance), importance)
     importance[3] = -1e-9
     assert torch.equal(counted(importance)[4:], importance[4:]) and 0 < float(counted(importance)[3]) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_uniform_scales_do_not_depend_on_how_large_weights_are(bits: int) -> None:
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    plain = CODEBOOKS["uniform"](weight, bits)
+    for exponent in (-80, -3, 66):  # squares of 2^66 overflow, those of 2^-80 vanish
+        scaled = CODEBOOKS["uniform"](weight * 2.0**exponent, bits)
+        assert torch.equal(scaled.scale, plain.scale * 2.0**exponent)

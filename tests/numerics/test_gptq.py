@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -156,3 +158,8 @@ def test_what_gptq_cannot_use_is_refused(change: dict, words: str) -> None:
     arguments = {"weight": weight, "hessian": correlated_hessian(32), "fit": fit_uniform(weight, 4), **change}
     with pytest.raises(ValueError, match=words):
         round_gptq(**arguments)
+
+
+def test_an_error_beyond_float32_is_not_a_perfect_one() -> None:
+    weight = torch.ones(2, 4)
+    assert math.isnan(output_error(weight, weight * 2, torch.full((4, 4), 1e38)))

@@ -55,6 +55,14 @@ def test_means_are_of_what_they_say() -> None:
     assert set(summary) == set(METRICS)
 
 
+def test_pictures_too_small_for_a_similarity_have_the_other_numbers() -> None:
+    tiny = replace(prompt(20.0, 0.01), ssim=None)
+    summary = evaluation(tiny).summary
+    assert summary["ssim"] is summary["ssim_worst"] is None and summary["psnr"] == 20.0
+    assert evaluation(tiny, prompt(40.0, 0.0001)).summary["ssim_worst"] == prompt(40.0, 0.0001).ssim
+    assert Evaluation.from_json(evaluation(tiny).to_json()).prompts[0].ssim is None
+
+
 def test_identical_pictures_do_not_hide_the_others_in_the_mean() -> None:
     assert evaluation(prompt(20.0, 0.01), prompt(math.inf, 0.0)).summary["psnr"] == 20.0
     assert evaluation(prompt(math.inf, 0.0)).summary["psnr"] == math.inf

@@ -14,6 +14,10 @@ def _search(groups: torch.Tensor, bits: int, importance: torch.Tensor | None, cl
     """The scale of least squared error of each row of `groups` [R, N]: float32 [R]."""
     largest = (1 << (bits - 1)) - 1
     absmax = groups.abs().amax(dim=1, keepdim=True)
+    exponent = torch.frexp(absmax).exponent.clamp(
+        -120, 120
+    )  # of rows around 1 no square is too large or too small, and no digit changes
+    groups, absmax = torch.ldexp(groups, -exponent), torch.ldexp(absmax, -exponent)
     best = torch.full_like(absmax, SMALLEST_SCALE)
     best_error = torch.full_like(absmax, torch.inf)
     for clip in clips:
@@ -24,7 +28,7 @@ def _search(groups: torch.Tensor, bits: int, importance: torch.Tensor | None, cl
         total = error.sum(dim=1, keepdim=True)
         better = total < best_error
         best, best_error = torch.where(better, scale, best), torch.where(better, total, best_error)
-    return best[:, 0]
+    return torch.ldexp(best, exponent).clamp_min(SMALLEST_SCALE)[:, 0]
 
 
 @codebook("uniform")
