@@ -42,6 +42,7 @@ REFUSALS = (
     MemoryError,
 )
 FLOATS = ("F32", "BF16", "F16", "F64", "F8_E4M3", "F8_E5M2")  # numbers that are weights by themselves
+ONLY_IN_TILES = ("AutoencoderKLAllegro",)  # classes of VAEs that cannot decode a picture as a whole
 # What other quantizers write beside their weights: scaled FP8, bitsandbytes, GPTQ and AWQ, SVDQuant, compressed-tensors.
 QUANTIZED = re.compile(
     r"(^|[._])(scale_weight|weight_scale(_inv|_2)?|scale_input|input_scale|scaled_fp8|absmax|quant_map|quant_state\..*|qweight|qzeros"
@@ -363,6 +364,8 @@ class Checkpoint:
                 f"{self.name}: {type(pipeline).__name__} takes no transformer that it is given, only its own"
             )
         pipeline.set_progress_bar_config(disable=True)
+        if type(getattr(pipeline, "vae", None)).__name__ in ONLY_IN_TILES:
+            pipeline.vae.enable_tiling()
         return pipeline
 
 

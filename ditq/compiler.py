@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ditq.budget import Budget
 from ditq.budget.fit import BudgetFit, fit_budget
@@ -36,6 +37,7 @@ from ditq.memory import peak_memory
 from ditq.nn import QuantLinear
 from ditq.nn.structural.scheduled_block import edges_of
 from ditq.nn.structural.token_attention import token_attentions
+from ditq.numerics.token_layout import TokenLayout
 from ditq.pass_pipeline import run_passes
 from ditq.passes import PassReport
 from ditq.passes.distill import Distill
@@ -96,6 +98,9 @@ def compile(
         weights = _weights_folder(checkpoint, work, options.offload)
         model = checkpoint.load_model(offload=weights)
         graph = DiTGraph(model, inputs)
+        if (picture := _other_picture(graph, inputs, family.axes, statistics)) is not None:
+            inputs = example_inputs(checkpoint, picture=picture)
+            graph = DiTGraph(model, inputs)
         if statistics is not None:
             statistics.check(graph)
         clock.lap("load")
@@ -122,7 +127,7 @@ def compile(
             inputs=inputs,
             axes=family.axes,
             sizes=family.sizes(checkpoint.config),
-            keep_example=checkpoint.recorded is not None,
+            keep_example=checkpoint.recorded is not None or picture is not None,
             picture=_calibrated_picture(graph, statistics),
             sampling=statistics.sampling_beside(checkpoint.sampling) if statistics is not None else None,
             target_name=options.target,
@@ -221,11 +226,27 @@ def _calibrated_picture(graph: DiTGraph, statistics: Statistics | None) -> tuple
     """Rows and columns of image tokens in the first recorded call, where token attentions read them off positions."""
     if graph.layout is None or graph.layout.positions is None or not token_attentions(graph.model):
         return None
+    return _recorded_picture(graph.layout, statistics)
+
+
+def _other_picture(
+    graph: DiTGraph, inputs: Mapping[str, Any], axes: Axes, statistics: Statistics | None
+) -> tuple[int, int] | None:
+    """Rows and columns of image tokens of the recorded calls, where an engine is for one size and that is not the usual one."""
+    layout = graph.layout
+    if layout is None or layout.positions is not None or any(axes[layout.latents][-2:]):
+        return None
+    recorded, usual = _recorded_picture(layout, statistics), layout.grid(inputs)
+    return None if recorded == (usual.height, usual.width) else recorded
+
+
+def _recorded_picture(layout: TokenLayout, statistics: Statistics | None) -> tuple[int, int] | None:
+    """Rows and columns of image tokens in the first recorded call; None where none is kept."""
     folder = None if statistics is None else statistics.folder
     if folder is None or not (folder / TRAJECTORIES).is_dir():
         return None
     call = next(Trajectories.open(folder / TRAJECTORIES).calls(chosen=frozenset({0})))
-    grid = graph.layout.grid(call.arguments)
+    grid = layout.grid(call.arguments)
     return grid.height, grid.width
 
 

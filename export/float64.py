@@ -125,13 +125,23 @@ def _wide(value: Any) -> Any:
 
 
 class _Float64(TorchDispatchMode):
-    """What the model casts to float32 becomes float64. Constants that it makes for itself stay what an export writes down."""
+    """What the model casts to float32 becomes float64. Constants that it makes for itself stay what an export writes down; a
+    cast of them is none, so that a product may meet one of them beside a float64."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
         if func is torch.ops.aten._to_copy.default and given.get("dtype") is torch.float32:
             given = {**given, "dtype": torch.float64}
+        if func in _OF_ONE_DTYPE and any(_dtype_of(each) is torch.float64 for each in args):
+            args = tuple(each.double() if _dtype_of(each) is torch.float32 else each for each in args)
         return func(*args, **given)
+
+
+_OF_ONE_DTYPE = (torch.ops.aten.bmm.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+def _dtype_of(value: Any) -> torch.dtype | None:
+    return value.dtype if isinstance(value, Tensor) else None
 
 
 class _ExportedScale(TorchFunctionMode):

@@ -24,6 +24,7 @@ from ditq.errors import DitqError, Interrupted
 from ditq.export import Engine
 from ditq.passes import quantize
 from ditq.report import engine_report, speed
+from tests.calibration.small_pipelines import ARGUMENTS, CONDITIONS, saved_checkpoint
 from tests.command_line import assert_refused, run
 from tests.small_checkpoint import files_below, write_pipeline
 
@@ -391,3 +392,21 @@ def test_engine_and_original_are_compared_on_one_call_that_both_take(
     alone = Checkpoint.open(pipeline / "transformer")
     assert speed.real_call(alone, ditq.load_engine(uninterrupted))["hidden_states"].shape[1] == 16
     assert seen == [16, 16]
+
+
+def test_an_engine_of_a_family_of_one_size_is_for_the_size_that_was_calibrated_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = saved_checkpoint("pixart", tmp_path / "pixart")
+    usual = checkpoint.config["sample_size"]
+    arguments = {**ARGUMENTS["pixart"], "height": 48, "width": 64}
+    ditq.calibrate(checkpoint, tmp_path / "stats", CONDITIONS["pixart"], arguments=arguments, bins=1, rows_per_bin=8)
+    out = tmp_path / "engine"
+    recipe = ditq.Recipe.from_dict({"name": "plain", "passes": [{"quantize": {"format": "w8a8"}}]}, "here")
+    ditq.compile(checkpoint, out, recipe, CompileOptions(statistics=tmp_path / "stats", progress=False))
+    shapes = {entry["name"]: entry["shape"] for entry in Engine.open(out).manifest["inputs"]}
+    assert shapes["hidden_states"][2:] == [12, 16] != [usual, usual]
+    found = ditq.evaluate(out, checkpoint, conditions=CONDITIONS["pixart"], limit=1, layers=False, progress=False)
+    assert found.summary["psnr"] > 20
+    assert run(capsys, "doctor", str(out))[0] == 0
+    assert run(capsys, "bench", str(out), "--against", str(tmp_path / "pixart"), "--rounds", "1")[0] == 0

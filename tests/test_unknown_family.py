@@ -17,6 +17,7 @@ import ditq
 from ditq import recorded_family
 from ditq.calibration.calibrate import calibrate
 from ditq.calibration.record import Trajectories
+from ditq.calibration.sampling import SamplingSettings, sample
 from ditq.calibration.statistics import TRAJECTORIES
 from ditq.checkpoint import BUILT_IN, Checkpoint
 from ditq.errors import DitqError
@@ -129,3 +130,31 @@ def test_a_plain_number_that_changes_from_step_to_step_is_refused() -> None:
     assert recorded_family._changing("model", recorded) == ("x",)
     with pytest.raises(DitqError, match="one recorded step does not show what changes"):
         recorded_family._changing("model", SimpleNamespace(steps=1))  # type: ignore[arg-type]
+
+
+def test_a_vae_that_decodes_in_tiles_alone_does(tmp_path: Path) -> None:
+    """Allegro's refuses to decode a video as a whole, which neither its pipeline nor its class prevents."""
+    parts = Checkpoint.open("mini-pixart").load_pipeline()
+    made = diffusers.AllegroPipeline(
+        tokenizer=parts.tokenizer,
+        text_encoder=parts.text_encoder,
+        vae=diffusers.AutoencoderKLAllegro(
+            latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2
+        ),
+        transformer=diffusers.AllegroTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4, num_layers=1, cross_attention_dim=48,
+            sample_width=4, sample_height=4, sample_frames=2, caption_channels=parts.text_encoder.config.d_model,
+        ),
+        scheduler=diffusers.EulerAncestralDiscreteScheduler(),
+    )  # fmt: skip
+    made.save_pretrained(tmp_path / "allegro")
+    pipeline = Checkpoint.open(tmp_path / "allegro").load_pipeline()
+    drawn = sample(
+        pipeline,
+        ["a dog"],
+        SamplingSettings(
+            {"height": 32, "width": 32, "num_frames": 8, "num_inference_steps": 1, "max_sequence_length": 16}
+            | {"clean_caption": False}
+        ),
+    )
+    assert drawn[0].image.size == (32, 32)

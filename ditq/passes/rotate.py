@@ -128,22 +128,24 @@ class Rotate(Pass):
                 for start, stop in _free_ranges(group.width, covered.get(group.name, [])):
                     yield group, start, stop
 
-    def _possible(self, width: int) -> dict[str, int]:
-        """The candidates that exist for a width, with their multiply-adds a token, in the order of `KINDS`."""
+    def _possible(self, width: int, where: str) -> dict[str, int]:
+        """The candidates that exist for a width, with their multiply-adds a token, in the order of `KINDS`; `where` it is."""
         found = {}
         for kind in sorted(self._candidates(), key=list(KINDS).index):
             try:
                 found[kind] = multiply_adds(kind, width, self._making())
             except ValueError as error:
                 if self.mode not in ("search", "learned"):
-                    raise DitqError(f"pass 'rotate': {error}; choose another mode or leave the linear out") from error
+                    raise DitqError(
+                        f"pass 'rotate': {where}: {error}; choose another mode or leave it out by select"
+                    ) from error
         return found
 
     def preview(self, graph: DiTGraph) -> dict[str, str]:
         selected = set(graph.select(self.select))
         said = {o.site: "rotate offline" for attention in self._folded(graph, selected) for o in attention.outputs}
         for group, start, stop in self._online(graph, selected):
-            if not self._possible(stop - start):
+            if not self._possible(stop - start, group.name):
                 raise DitqError(
                     f"pass 'rotate': none of {', '.join(self.kinds)} exists for the {stop - start} channels of {group.name}; "
                     "add identity to kinds"
@@ -158,7 +160,7 @@ class Rotate(Pass):
     def runtime_cost(self, graph: DiTGraph) -> tuple[int, int]:
         least = most = 0
         for group, start, stop in self._online(graph, set(graph.select(self.select))):
-            tokens, costs = graph.sites[group.sites[0]].tokens, self._possible(stop - start).values()
+            tokens, costs = graph.sites[group.sites[0]].tokens, self._possible(stop - start, group.name).values()
             least, most = least + tokens * min(costs), most + tokens * max(costs)
         return least, most
 
@@ -259,7 +261,7 @@ class Rotate(Pass):
             )
 
         rows = torch.cat([fitted.rows for fitted, _ in halves])
-        made = {kind: KINDS[kind](rows, self._making(seed)) for kind in self._possible(rows.shape[1])}
+        made = {kind: KINDS[kind](rows, self._making(seed)) for kind in self._possible(rows.shape[1], "the input")}
         errors = {kind: errors_of(rotation) for kind, rotation in made.items()}
         kind = choose(errors, self.tolerance)
         if self.mode == "learned" and (start := made[kind]) is not None:

@@ -97,7 +97,7 @@ def _on_cpu(
     original = checkpoint.load_model()
     with tempfile.TemporaryDirectory(prefix="ditq-baseline-") as folder:
         family = checkpoint.family
-        made_up, axes = (inputs, {}) if family is None else (example_inputs(checkpoint), family.axes)
+        made_up, axes = (inputs, {}) if family is None else (_example(transformer, checkpoint), family.axes)
         graph = float_onnx(original, made_up, axes, Path(folder) / "float.onnx")
         session = open_session(graph, session_options(threads))
         known = {item.name: item.type for item in session.get_inputs()}
@@ -150,6 +150,13 @@ def real_call(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Any]:
         progress=False,
     )
     return {name: value for name, value in calls[0].arguments.items() if name != "return_dict"}
+
+
+def _example(transformer: nn.Module, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a family's forward takes, of several samples; of the size that the engine is for."""
+    if isinstance(transformer, EngineTransformer):
+        return made_up_call(transformer.engine, checkpoint)
+    return example_inputs(checkpoint)
 
 
 def made_up_call(engine: Engine, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -148,6 +148,22 @@ def test_torch_in_float64_casts_to_float64_only(inputs: dict[str, Any]) -> None:
     assert torch.equal(found, torch.tensor([1 + 1 / 3, 2 + 2 / 3], dtype=torch.float64))
 
 
+def test_a_constant_of_float32_meets_what_is_float64_in_a_product() -> None:
+    """As in Mochi's positions, which the forward makes and multiplies with a parameter."""
+
+    class Positions(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frequencies = torch.nn.Parameter(torch.tensor([[1.0], [1 / 3]]), requires_grad=False)
+
+        def forward(self, x: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
+            made = torch.arange(2, dtype=torch.float32)[None]
+            return (x + torch.einsum("nd,dh->nh", made.to(torch.float32), self.frequencies.to(torch.float32)),)
+
+    found = float64.in_float64(Positions(), {"x": torch.zeros(1, 1)})
+    assert found.dtype == torch.float64 and float(found) == float(torch.tensor(1 / 3))
+
+
 def test_a_norm_without_an_epsilon_keeps_that_of_float32() -> None:
     class Norm(torch.nn.Module):
         def __init__(self) -> None:

@@ -120,10 +120,10 @@ def test_the_cost_told_beforehand_is_the_cost() -> None:
 
 
 def test_a_width_without_the_kind_is_refused_before_calibration() -> None:
-    with pytest.raises(DitqError, match=r"pass 'rotate': .*50.*choose another mode"):
-        Rotate(mode="hadamard")._possible(50)
-    assert list(Rotate(mode="search")._possible(50)) == ["identity", "block_hadamard"]
-    assert list(Rotate(mode="search")._possible(51)) == ["identity"]
+    with pytest.raises(DitqError, match=r"pass 'rotate': a.b: .*50.*choose another mode"):
+        Rotate(mode="hadamard")._possible(50, "a.b")
+    assert list(Rotate(mode="search")._possible(50, "a.b")) == ["identity", "block_hadamard"]
+    assert list(Rotate(mode="search")._possible(51, "a.b")) == ["identity"]
 
 
 @pytest.mark.parametrize("heads", ["hadamard", "learned"])
