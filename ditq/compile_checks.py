@@ -15,6 +15,7 @@ from ditq.checkpoint import Checkpoint
 from ditq.compile_options import OFFLOAD, CompileOptions
 from ditq.devices import device_of
 from ditq.errors import DitqError
+from ditq.export.arguments import flatten
 from ditq.export.plans.make import check_numbers, kinds_of_gpu
 from ditq.export.plans.sizes import parse_sizes
 from ditq.export.targets import Target, targets
@@ -82,6 +83,10 @@ def check_recipe(
 ) -> None:
     """Whether the recipe and the candidates fit the model, and target and GPUs can multiply what it makes, before an hour is
     spent on that."""
+    if name := next((name for name, value in flatten(inputs)[0].items() if value.is_complex()), None):
+        raise DitqError(
+            f"{checkpoint.name}: its argument {name} holds complex numbers, which no engine's graph can take"
+        )
     # What passes would leave is seen without weights, so that while it is calibrated the model is in memory once.
     graph = DiTGraph(checkpoint.skeleton(), inputs)
 

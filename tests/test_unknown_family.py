@@ -20,10 +20,12 @@ from ditq.calibration.record import Trajectories
 from ditq.calibration.sampling import SamplingSettings, sample
 from ditq.calibration.statistics import TRAJECTORIES
 from ditq.checkpoint import BUILT_IN, Checkpoint
+from ditq.compile_checks import check_recipe
 from ditq.errors import DitqError
 from ditq.export import model_agreement
 from ditq.export.engine import EXAMPLE
 from ditq.export.fusion import prove_fusion
+from ditq.export.targets import target
 from ditq.inspection import example_inputs
 from ditq.report.engine_report import report_on, run_engine_once, run_original_once
 from tests.command_line import assert_refused, run
@@ -158,3 +160,11 @@ def test_a_vae_that_decodes_in_tiles_alone_does(tmp_path: Path) -> None:
         ),
     )
     assert drawn[0].image.size == (32, 32)
+
+
+def test_complex_arguments_are_refused_before_the_passes() -> None:
+    inputs = {"x": torch.zeros(1), "rotary": {"emb": torch.zeros(2, dtype=torch.complex64)}}
+    with pytest.raises(
+        DitqError, match=r"^mini: its argument rotary\.emb holds complex numbers, which no engine's graph"
+    ):
+        check_recipe(ditq.load_recipe("w4a16"), Checkpoint.open("mini"), inputs, target("onnxruntime-cpu"), (), None)
