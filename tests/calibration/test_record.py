@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ditq.calibration.record import Trajectories, record_trajectories
 from ditq.calibration.sampling import SamplingSettings
@@ -173,6 +175,19 @@ def edit(key: str, value: Any) -> Callable[[Path], None]:
     return change
 
 
+def rewrite(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """The first file with its own record of what was called changed."""
+
+    def apply(folder: Path) -> None:
+        path = folder / "00000.safetensors"
+        with safe_open(path, framework="pt") as file:
+            record = json.loads(file.metadata()["ditq"])
+        change(record)
+        save_file(load_file(path), path, metadata={"ditq": json.dumps(record)})
+
+    return apply
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -183,6 +198,14 @@ def edit(key: str, value: Any) -> Callable[[Path], None]:
         (edit("format", "other"), "not written by ditq"),
         (edit("version", 99), "has format version 99, this ditq reads 1"),
         (edit("conditions", []), "incomplete"),
+        (edit("dtype", "x"), "incomplete"),
+        (rewrite(lambda record: record.pop("timesteps")), "not a recorded trajectory"),
+        (rewrite(lambda record: record["calls"][0].pop("step")), "not a recorded trajectory"),
+        (rewrite(lambda record: record["calls"][0].update(arguments=None)), "not a recorded trajectory"),
+        (
+            rewrite(lambda record: record["calls"][-1].update(step=99)),
+            "does not belong to this recording or is damaged",
+        ),
     ],
 )
 def test_a_damaged_recording_is_named(copy: Path, damage: Callable[[Path], None], words: str) -> None:

@@ -329,6 +329,19 @@ def test_values_that_are_not_finite_are_named_by_site_and_step(graph: DiTGraph, 
     assert not graph.linear(TOKENS)._forward_pre_hooks
 
 
+def test_squares_beyond_float32_are_named(graph: DiTGraph, trajectories: Trajectories) -> None:
+    weight = graph.linear(VECTOR).get_parameter("weight")
+    before = weight.clone()
+    try:
+        weight.mul_(1e25)
+        with pytest.raises(
+            DitqError, match=r"to_q: the squares of its input are beyond float32; the checkpoint or its"
+        ):
+            collect_statistics(graph, trajectories, BINS, groups=[TOKENS])
+    finally:
+        weight.copy_(before)
+
+
 def test_unknown_groups_and_bad_settings_are_named(graph: DiTGraph, trajectories: Trajectories) -> None:
     with pytest.raises(DitqError, match="no linear input called 'nothing'"):
         collect_statistics(graph, trajectories, groups=["nothing"])
@@ -378,6 +391,7 @@ def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         (edit(lambda index: index.update(format="other")), "not written by ditq"),
         (edit(lambda index: index.update(version=3)), "has format version 3, this ditq reads 2"),
         (edit(lambda index: index.pop("groups")), "damaged or incomplete"),
+        (edit(lambda index: index.update(sampling_arguments=None)), "damaged or incomplete"),
         (edit(lambda index: index["groups"][TOKENS].update(width=8)), f"does not hold the statistics of {TOKENS}"),
         (edit(lambda index: index["groups"][TOKENS].update(file="../x.safetensors")), "which is outside the folder"),
     ],
