@@ -67,3 +67,9 @@ def test_a_number_that_a_pass_spoiled_is_not_written(
     command = ["compile", pipeline, "-o", tmp_path / "e", "--limit", 1, "--steps", 1, "--evaluate", 0]
     assert_refused(capsys, r"is not finite after the passes; .*finished parts are in", *command)
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("place", [".", "..", "/"])
+def test_a_place_without_a_name_is_refused_before_any_work(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    says = r"the output is '.*'; give the name of a folder to make"
+    assert_refused(capsys, says, "compile", "mini", "-o", place, "--force")
