@@ -18,7 +18,7 @@ from ditq.errors import DitqError
 from ditq.export.arguments import flatten
 from ditq.export.plans.make import check_numbers, kinds_of_gpu
 from ditq.export.plans.sizes import parse_sizes
-from ditq.export.targets import Target, targets
+from ditq.export.targets import Target, target, targets
 from ditq.given import check_seed, check_whole, path_of
 from ditq.graph import DiTGraph
 from ditq.passes import Pass
@@ -59,6 +59,17 @@ def check_options(options: CompileOptions) -> None:
         raise DitqError(
             f"{processes.count()} processes compile together and none calibrates: run `ditq calibrate` once and give --stats"
         )
+
+
+def target_to_compile_for(name: str) -> Target:
+    """Raise DitqError for a target that is unknown or only runs engines of others."""
+    found = target(name)
+    if found.lower is None and found.check is None:
+        others = ", ".join(
+            other for other, each in targets().items() if each.lower is not None or each.check is not None
+        )
+        raise DitqError(f"target '{name}' runs engines but cannot be compiled for; compile for one of {others}")
+    return found
 
 
 def asked_gpus(wanted: Target, options: CompileOptions) -> list[str]:

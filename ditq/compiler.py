@@ -19,14 +19,13 @@ from ditq.calibration.record import Trajectories
 from ditq.calibration.statistics import Statistics
 from ditq.calibration.storage import make_folder
 from ditq.checkpoint import Checkpoint
-from ditq.compile_checks import asked, asked_gpus, check_options, check_recipe
+from ditq.compile_checks import asked, asked_gpus, check_options, check_recipe, target_to_compile_for
 from ditq.compile_options import CompileOptions
 from ditq.devices import AUTO, device_of
 from ditq.errors import DitqError
 from ditq.export.engine import Engine
 from ditq.export.onnx_graph import Axes
 from ditq.export.plans.make import MadePlan, make_plans
-from ditq.export.targets import target
 from ditq.export.weights_file import WEIGHTS
 from ditq.export.write import check_replaceable, write_engine
 from ditq.folders import check_output, work_folder
@@ -77,7 +76,7 @@ def compile(
     check_options(options)
     check_output(out, options.force)
     check_replaceable(out)
-    wanted = target(options.target)
+    wanted = target_to_compile_for(options.target)
     gpus = asked_gpus(wanted, options)
     recipe, budget = asked(recipe, options)
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)

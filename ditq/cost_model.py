@@ -120,12 +120,25 @@ def costs_after(graph: DiTGraph, recipe: Recipe) -> Costs:
     works = dict(before.works)
     formats: dict[str, BitFormat] = {}
     for step, found in recipe.stages(graph):
-        works |= step.costs(graph)
+        works |= {name: _on_top(works[name], before.works[name], new) for name, new in step.costs(graph).items()}
         if isinstance(step, Quantize):
             plan = {site: BitFormat.parse(settings.format) for site, settings in step.plan(found).items()}
             formats |= {name: form for name in works if (form := _format_at(name, graph, found, plan)) is not None}
     more = sum(work.parameters for work in works.values()) - sum(work.parameters for work in before.works.values())
     return Costs(works, before.parameters + more, formats)
+
+
+def _on_top(now: Work, first: Work, new: Work) -> Work:
+    """What a pass makes of `first`, the model's own, where others have made `now` of that: its share of each number, or what it
+    adds to a number that was 0."""
+
+    def both(number: str) -> int:
+        was, left, wanted = (getattr(work, number) for work in (first, now, new))
+        return round(left * wanted / was) if was else left + wanted
+
+    if now == first:
+        return new
+    return Work(new.part, *(both(number) for number in ("macs", "parameters", "activated", "moved", "operations")))
 
 
 def _format_at(name: str, graph: DiTGraph, found: DiTGraph, plan: Mapping[str, BitFormat]) -> BitFormat | None:

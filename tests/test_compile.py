@@ -295,6 +295,9 @@ def test_an_unknown_target_is_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr("ditq.checkpoint.Checkpoint.load_model", lambda *_: pytest.fail("work before the check"))
     assert_refused(capsys, "target 'cpu' is not known", "compile", pipeline, "-o", tmp_path / "e", "-t", "cpu")
+    says = "'torch' runs engines but cannot be compiled for; compile for one of cuda, onnxruntime-cpu"
+    assert_refused(capsys, says, "compile", pipeline, "-o", tmp_path / "e", "-t", "torch")
+    assert not list(tmp_path.iterdir())
 
 
 def test_products_that_the_target_has_not_are_refused_before_any_work(

@@ -37,6 +37,23 @@ class Eighths(Pass):
         }
 
 
+@dataclass(frozen=True)
+class Halves(Pass):
+    """Says that of everything in blocks half is left."""
+
+    name: ClassVar[str] = "halves"
+
+    def run(self, graph: DiTGraph, context: Context) -> PassReport:
+        return PassReport(self.name, {})
+
+    def costs(self, graph: DiTGraph) -> dict[str, Work]:
+        works = {name: work for name, work in costs_before(graph).works.items() if work.part != "rest"}
+        return {
+            name: Work(w.part, w.macs // 2, w.parameters // 2, w.activated // 2, w.moved // 2)
+            for name, w in works.items()
+        }
+
+
 def test_a_plain_block_costs_what_the_formulas_say() -> None:
     """DiT: N tokens, width D, ratio 4: 4 N D^2 projections, 8 N D^2 feed-forward, 2 N^2 D scores, 6 D^2 modulation a block."""
     graph = small_graph("dit")
@@ -82,6 +99,23 @@ def test_what_a_pass_says_takes_the_place_of_what_was() -> None:
     assert after.parameters == before.parameters + 2 * 8
     assert after.activated == after.parameters - 2 * 3 * d * d
     assert after.macs["token linears"] == before.macs["token linears"]
+
+
+def test_passes_on_the_same_linears_add_up_in_any_order() -> None:
+    graph = small_graph("dit")
+    before = costs_before(graph)
+    pair, half = Recipe("test", "", (Eighths(), Halves())), Recipe("test", "", (Halves(),))
+    for passes in (pair.passes, pair.passes[::-1]):
+        after = costs_after(graph, Recipe("test", "", passes))
+        assert (
+            after.macs["feed-forward"]
+            == costs_after(graph, Recipe("test", "", pair.passes[:1])).macs["feed-forward"] // 2
+        )
+        assert after.macs["attention scores"] == before.macs["attention scores"] // 2
+        assert after.parameters < costs_after(graph, half).parameters + 2 * 8
+    quarter = costs_after(graph, Recipe("test", "", (Halves(), Halves())))
+    assert quarter.macs["feed-forward"] == before.macs["feed-forward"] // 4
+    assert quarter.parameters < costs_after(graph, half).parameters < before.parameters
 
 
 def test_the_time_is_the_slower_of_products_and_memory_plus_the_start_of_each_operation() -> None:

@@ -301,7 +301,7 @@ class Pass(ABC):
     def costs(self, graph: DiTGraph) -> dict[str, Work]:
         """What this pass leaves in the place of linears and attentions, by their names in `graph.sites` and
         `graph.attentions`, for the cost model of `ditq inspect`: only those whose cost it changes. The graph is the one that
-        the first pass of the recipe gets.
+        the first pass of the recipe gets; what several passes say of one place is put together (cost_model.py).
         """
         return {}
 

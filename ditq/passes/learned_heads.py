@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,9 @@ class ValueLoss(FakeQuantLoss):
 
 def learned_heads(
     graph: DiTGraph, context: Context, attention: Attention, judge: Judge, steps: int
-) -> tuple[Rotation, Tensor, dict[str, float]]:
-    """(the rotation of all heads' channels, its matrices [heads, d, d] or [d, d], errors before and after).
+) -> tuple[Rotation, Tensor, dict[str, Any]]:
+    """(the rotation of all heads' channels, its matrices [heads, d, d] or [d, d], what the report says of it: which was taken,
+    errors before and after).
 
     Starts from the Hadamard rotation, the same for every head, and lets each head go its own way; where the values have fewer
     heads than the outputs (grouped queries), all heads keep one matrix. The loss is the relative output error of the
@@ -64,7 +66,9 @@ def learned_heads(
     for name, rotation in (("hadamard", start), ("learned", learned)):
         found = [loss.held_out_errors(held_out, rotation) for loss, held_out in losses]
         errors[name] = torch.stack([part[: min(map(len, found))] for part in found]).sum(0)
-    taken = learned if choose(errors, 0.0) == "learned" else start
+    better = choose(errors, 0.0) == "learned"
+    taken = learned if better else start
     (step,) = taken.steps
     assert isinstance(step, (BlockStep, HeadsStep))
-    return taken, step.matrix, {f"error {name}": float(found.mean()) for name, found in errors.items()}
+    measured = {f"error {name}": float(found.mean()) for name, found in errors.items()}
+    return taken, step.matrix, {"kind": "offline learned" if better else "offline", **measured}

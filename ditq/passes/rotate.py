@@ -188,16 +188,15 @@ class Rotate(Pass):
                     raise DitqError(f"pass 'rotate': {output.site} is rotated online already; leave it out of select")
             width, size = attention.heads * attention.head_width, attention.head_width
             if self.heads == "learned":
-                rotation, matrices, measured = learned_heads(graph, context, attention, self._judge(), self.steps)
+                rotation, matrices, said = learned_heads(graph, context, attention, self._judge(), self.steps)
             else:
-                rotation, measured = head_rotation(width, size, seed=context.seed), {}
+                rotation, said = head_rotation(width, size, seed=context.seed), {"kind": "offline"}
                 matrices = head_rotation(size, size, seed=context.seed).matrix()
             fold_through_attention(graph, attention, matrices)
             for output in attention.outputs:
                 group = graph.sites[output.site].group
                 context.change(group).rotations.append((output.start, output.stop, rotation))
-                kind = "offline learned" if measured else "offline"
-                rows.append({"input": group, "channels": f"{output.start}:{output.stop}", "kind": kind, **measured})
+                rows.append({"input": group, "channels": f"{output.start}:{output.stop}", **said})
 
     def _flagged(self, together: list[list[InputGroup]], context: Context) -> set[str]:
         """Inputs that the RMS rule gives the outlier-aware rotation, by the first of those that are rotated alike."""

@@ -69,8 +69,13 @@ class SlimModulation(Pass):
         chosen = graph.select(self.select)
         if wrong := next((site for site in chosen if graph.sites[site].role != "modulation"), None):
             raise DitqError(f"pass 'slim_modulation': {wrong} is no modulation; select among role:modulation")
-        what = f"rank {self.rank}" if self.rank else f"rank for {self.keep:g}"
-        return dict.fromkeys(chosen, what)
+        return {site: self._said(graph.sites[site]) for site in chosen}
+
+    def _said(self, site: LinearSite) -> str:
+        if not self.rank:
+            return f"rank for {self.keep:g}"
+        rank = self._rounded(self.rank)
+        return f"rank {rank}" if self._smaller(site, rank) else f"as it is: rank {rank} is no smaller"
 
     def sketch(self, graph: DiTGraph) -> None:
         """What `keep` asks for is known only after calibration: then the largest ranks that make a linear smaller."""

@@ -57,9 +57,15 @@ class SparseAttentionPass(AttentionConversion):
         "tiles that each tile sees; `search`: the least within `error`, or what `macs` chooses; `mass`: the least with `mass`",
         words=("search", "mass"),
     )
-    error: float = setting(0.01, "largest relative squared error of an attention's output that `search` allows")
+    error: float = setting(
+        0.01,
+        "largest relative squared error of an attention's output that `search` allows",
+        only=("keep", ("search",)),
+    )
     mass: float = setting(
-        0.95, "share of the probability, with the text's, that seen tiles have in the mean with `mass`"
+        0.95,
+        "share of the probability, with the text's, that seen tiles have in the mean with `mass`",
+        only=("keep", ("mass",)),
     )
     rest: str = setting("means", "what stands for tiles that are not seen: the means of each, or nothing", RESTS)
     temperature: bool = setting(True, "sharpen scores at larger pictures than those calibrated on, by sqrt(log N)")

@@ -35,7 +35,7 @@ class TokenOrderPass(Pass):
     exact: ClassVar[bool] = True
     structural: ClassVar[bool] = True
     order: Kind = setting("windows", "tile by tile, or along a Hilbert curve; models have them row by row", KINDS)
-    tile: int = setting(8, "tokens along a side of a tile of `windows`")
+    tile: int = setting(8, "tokens along a side of a tile of `windows`", only=("order", ("windows",)))
 
     @property
     def requires_statistics(self) -> bool:

@@ -18,8 +18,9 @@ from ditq.export import Engine, float64, float64_agreement
 from ditq.export.engine import GRAPH
 from ditq.export.engine_files import hash_file
 from ditq.export.lowering.writer import MICROSOFT
+from ditq.numerics.activation_format import ActivationFormat
 from tests.command_line import assert_refused, run
-from tests.export.quantized import engine_of, means_torch, quantize_blocks, shallow_model
+from tests.export.quantized import engine_of, means_torch, quantize_blocks, quantized, shallow_model
 from tests.families_small import small_inputs
 
 
@@ -177,3 +178,12 @@ def test_a_norm_without_an_epsilon_keeps_that_of_float32() -> None:
     wide = x.double()
     expected = wide / (wide.square().mean() + torch.finfo(torch.float32).eps).sqrt()
     torch.testing.assert_close(float64.in_float64(Norm(), {"x": x}), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("bits", [6, 7])
+def test_tables_of_each_row_are_looked_up_however_long(bits: int, tmp_path: Path) -> None:
+    model = shallow_model("dit")
+    site = next(name for name, layer in model.named_modules() if name.endswith("net.2"))
+    layer = quantized(model.get_submodule(site), site, bits, ActivationFormat(), "twin_log")  # type: ignore[arg-type]
+    model.set_submodule(site, layer)
+    assert float64_agreement(engine_of(model, tmp_path / "engine"), small_inputs(shallow_model("dit"))).holds

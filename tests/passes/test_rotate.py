@@ -101,8 +101,10 @@ def test_learned_rotations_leave_the_function_unchanged_and_cost_what_their_star
     report = step.run(graph, Context(statistics_of(graph)))
     assert expected == (online_cost(graph), online_cost(graph))
     assert any(row["kind"] == "learned" for row in report.rows)
-    learned = [row for row in report.rows if row["kind"] == "offline learned"]
-    assert learned and all(row["error learned"] > 0 for row in learned)
+    offline = [row for row in report.rows if row["kind"].startswith("offline")]
+    assert offline and all(row["error learned"] > 0 for row in offline)
+    for row in offline:  # what was learned is taken where it is better
+        assert row["error learned"] < row["error hadamard"] or row["kind"] == "offline", row
     output = forward(graph.model, inputs)
     assert float((output - reference).norm()) < 1e-5 * float(reference.norm())
 
