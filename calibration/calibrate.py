@@ -228,7 +228,7 @@ def _working_folder(out: Path, *, force: bool, resume: bool) -> Iterator[Path]:
     """
     if force and resume:
         raise DitqError("--force starts again and --resume continues; give only one of them")
-    lock = out.absolute().with_name(f".{out.name}.lock")
+    lock = out.absolute().with_name(f".{out.name}{PARTIAL}.lock")
     with without_new_parents(out), locked(lock, out):
         try:
             with _checked_folder(out, force=force, resume=resume) as folder:
@@ -243,7 +243,9 @@ def _checked_folder(out: Path, *, force: bool, resume: bool) -> Iterator[Path]:
     partial = out.with_name(out.name + PARTIAL)
     for folder in (out, partial):
         if folder.exists() and not _is_ours(folder):
-            raise DitqError(f"{folder}: exists and was not made by `ditq calibrate`; choose another name")
+            raise DitqError(
+                f"{folder}: exists and was not made by `ditq calibrate`, or is damaged beyond telling; choose another name"
+            )
     used = out.exists() and any(out.iterdir())
     if used and not (force or resume):
         raise DitqError(f"{out}: exists already; replace it with --force, or continue or reuse it with --resume")

@@ -87,7 +87,7 @@ def _check_prompts(lines: list[tuple[int, str]], where: str, unit: str = "line")
     for number, prompt in lines:
         if not prompt.strip():
             raise DitqError(f"{where}: {unit} {number} is empty; remove it or write a prompt there")
-        if not _is_unicode(prompt):
+        if not is_unicode(prompt):
             raise DitqError(f"{where}: {unit} {number} holds half a character, {prompt[:40]!a}; write it as UTF-8")
         if len(prompt) > LONGEST_PROMPT:
             raise DitqError(
@@ -96,7 +96,7 @@ def _check_prompts(lines: list[tuple[int, str]], where: str, unit: str = "line")
     return [prompt.strip() for _, prompt in lines]
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether it can be written down: no half of a surrogate pair, as \\ud800 in JSON or a byte that is not UTF-8 gives."""
     try:
         text.encode()

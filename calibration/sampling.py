@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ditq.calibration.prompts import ConditionKind, check_prompts
+from ditq.calibration.prompts import ConditionKind, check_prompts, is_unicode
 from ditq.checkpoint import Checkpoint
 from ditq.errors import DitqError
 from ditq.progress import ProgressSetting, progress_bar
@@ -112,8 +112,8 @@ def check_arguments(pipeline: Any, arguments: Mapping[str, Any]) -> None:
             raise DitqError(f"{_class_name(pipeline)} has no sampling argument '{name}'; {hint}")
         if name in WHOLE_NUMBERS and value is not None and not (_is_whole(value) and value >= 1):
             raise DitqError(f"sampling argument '{name}' is {value!r}; give a whole number of at least 1")
-        if not _is_finite(value):
-            raise DitqError(f"sampling argument '{name}' is {value!r}; give finite numbers")
+        if not _can_be_written(value):
+            raise DitqError(f"sampling argument '{name}' is {value!r}; give finite numbers, and texts as UTF-8")
         if type(taken[name].default) in (int, float) and isinstance(value, str):
             raise DitqError(f"sampling argument '{name}' is {value!r}; give a number")
 
@@ -263,12 +263,14 @@ def _picture(output: Any) -> Any:
     return frames[len(frames) // 2]
 
 
-def _is_finite(value: Any) -> bool:
-    """Whether no number in it is infinite or not a number: neither can be written down."""
+def _can_be_written(value: Any) -> bool:
+    """Whether no number in it is infinite or not a number, and no text holds half a character."""
     if isinstance(value, Mapping):
-        return all(_is_finite(item) for item in value.values())
+        return all(_can_be_written(item) for pair in value.items() for item in pair)
     if isinstance(value, list | tuple):
-        return all(_is_finite(item) for item in value)
+        return all(_can_be_written(item) for item in value)
+    if isinstance(value, str):
+        return is_unicode(value)
     return not isinstance(value, float) or math.isfinite(value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
+RETRIES = 100  # of a file that goes while it is opened, as when its process has just finished
+
+
 @contextmanager
 def locked(path: Path, out: Path) -> Iterator[None]:
     """Hold the lock of the file `path` while the block runs, which makes `out`; the file and the folders above it are made.
@@ -23,30 +27,29 @@ def locked(path: Path, out: Path) -> Iterator[None]:
     The block may remove the file. Where a file system has no locks, everybody has it.
 
     Raises:
-        DitqError: another process has it, or the file cannot be made.
+        DitqError: another process has it, the file cannot be made, or a file of that name is somebody else's.
     """
-    while True:
+    for _ in range(RETRIES):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = _opened(path)
         except OSError as error:
             raise DitqError(f"{path.parent}: cannot be written ({error.strerror}); give another place") from error
-        if file is None:  # whose it was has just removed it
+        try:
+            file = os.fdopen(os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0)), "rb")
+        except FileNotFoundError:  # its folder has just been removed with it
+            time.sleep(0.01)
             continue
+        except OSError as error:
+            raise DitqError(f"{path}: cannot be written ({error.strerror}); give another place") from error
         with file:
+            if os.fstat(file.fileno()).st_size:
+                raise DitqError(f"{path}: was not made by ditq, whose locks are empty; move it elsewhere")
             if not _taken(file):
                 raise DitqError(f"{out}: another process is making it; wait for that, or give another name")
             if _still_there(file, path):
                 yield
                 return
-
-
-def _opened(path: Path) -> IO[bytes] | None:
-    """The file, made if it is not there; None where its folder has gone."""
-    try:
-        return open(path, "ab")
-    except FileNotFoundError:
-        return None
+    raise DitqError(f"{path.parent}: cannot be written (no file can be made in it); give another place")
 
 
 def _still_there(file: IO[bytes], path: Path) -> bool:

@@ -137,7 +137,8 @@ class _Float64(TorchDispatchMode):
         return func(*args, **given)
 
 
-_OF_ONE_DTYPE = (torch.ops.aten.bmm.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+_PRODUCTS = ("mm", "bmm", "mv", "dot", "addmm", "addmv", "baddbmm", "convolution")
+_OF_ONE_DTYPE = tuple(getattr(torch.ops.aten, name).default for name in _PRODUCTS)
 
 
 def _dtype_of(value: Any) -> torch.dtype | None:

@@ -11,6 +11,7 @@ import pytest
 from ditq.errors import DitqError, Interrupted
 from ditq.folders import work_folder
 from ditq.given import followed
+from ditq.locks import locked
 from tests.command_line import assert_refused
 from tests.small_checkpoint import files_below
 
@@ -81,3 +82,20 @@ def test_a_link_stands_for_what_it_points_to(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "there")
     assert followed(tmp_path / "link") == tmp_path.resolve() / "there"
     assert followed(tmp_path / "link" / "x") == tmp_path / "link" / "x"
+
+
+def test_a_lock_that_cannot_be_made_or_is_not_ditqs_is_one_line(tmp_path: Path) -> None:
+    mine, folder, link = tmp_path / "mine", tmp_path / "folder", tmp_path / "link"
+    mine.write_text("precious")
+    folder.mkdir()
+    link.symlink_to("/nowhere/lock")
+    for path, says in (
+        (mine, r"/mine: was not made by ditq, whose locks are empty; move it elsewhere"),
+        (folder, r"/folder: cannot be written \(.*\); give another place"),
+        (link, r"/link: cannot be written \(.*\); give another place"),
+        (mine / "lock", r"/mine: cannot be written \(.*\); give another place"),
+        (Path("/proc/lock"), r"^/proc: cannot be written \(.*\); give another place"),
+    ):
+        with pytest.raises(DitqError, match=says), locked(path, tmp_path / "out"):
+            pass
+    assert mine.read_text() == "precious"

@@ -85,6 +85,9 @@ class ShiftTolerantLPIPS(nn.Module):
         return total
 
 
+SMALLEST = 21  # pixels along a side: of less nothing is left to be padded
+
+
 @lru_cache(maxsize=1)
 def _network(path: Path) -> ShiftTolerantLPIPS:
     try:
@@ -103,9 +106,11 @@ def _as_input(picture: Picture) -> Tensor:
 def st_lpips(a: Picture, b: Picture) -> float | None:
     """ST-LPIPS (AlexNet variant) of two pictures [H, W, 3], uint8 or floats in [0, 1]; 0 for identical ones.
 
-    None where the optional package is not installed: the number is never made up by another.
+    None where the optional package is not installed: the number is never made up by another; and of pictures that are too
+    small for the network.
     """
     path = weights_path()
-    if path is None:
+    first, second = _as_input(a), _as_input(b)
+    if path is None or min(first.shape[2:]) < SMALLEST:
         return None
-    return float(_network(path)(_as_input(a), _as_input(b)))
+    return float(_network(path)(first, second))

@@ -104,6 +104,7 @@ def test_everything_is_put_back_after_an_error() -> None:
         ({"height": 32.0}, "'height' is 32.0; give a whole number"),
         ({"guidance_scale": "abc"}, "'guidance_scale' is 'abc'; give a number"),
         ({"guidance_scale": math.nan}, "'guidance_scale' is nan; give finite numbers"),
+        ({"negative_prompt": "a \udcff"}, "'negative_prompt' is 'a \\udcff'; give finite numbers, and texts as UTF-8"),
         ({"sigmas": [1.0, math.inf]}, "'sigmas' is [1.0, inf]; give finite numbers"),
         ({"latents": 1}, "FluxPipeline cannot draw 'a': "),
         ({"num_images_per_prompt": 0}, "FluxPipeline cannot draw 'a': "),

@@ -44,3 +44,8 @@ def test_damaged_or_hostile_weights_are_refused(foreign_package: Path, content: 
     picture = np.zeros((64, 64, 3), np.uint8)
     with pytest.raises(DitqError, match="weights cannot be read; install them again"):
         perceptual.st_lpips(picture, picture)
+
+
+def test_pictures_too_small_for_the_network_have_no_number() -> None:
+    picture = np.random.default_rng(0).random((20, 40, 3))
+    assert perceptual.st_lpips(picture, 1 - picture) is None
