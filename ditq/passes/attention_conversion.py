@@ -80,6 +80,8 @@ class AttentionConversion(Pass):
         for name in ("fraction", "least_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise DitqError(f"pass {self.name!r}: {name} is {getattr(self, name)}, must be from 0 to 1")
+        if not self.fraction:
+            raise DitqError(f"pass {self.name!r}: fraction is 0, which converts nothing; leave the pass out")
         if self.samples < 1:
             raise DitqError(f"pass {self.name!r}: samples must be at least 1")
         if not 0 < self.macs <= 1:

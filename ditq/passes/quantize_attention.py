@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -119,6 +120,17 @@ class QuantizeAttention(Pass):
         attentions = [found for each in self._selected(graph).values() for found in each]
         sites = {site for found in attentions for site in (*found.queries, *found.keys, *found.values)}
         return {site: f"attention {form.number} {form.parts}" for site in graph.sites if site in sites}
+
+    def runtime_cost(self, graph: DiTGraph) -> tuple[int, int]:
+        """Of the rotation: a product with a matrix [d, d] for each query and key of each head."""
+        added = 0
+        for found in chain.from_iterable(self._selected(graph).values()) if self._form().turns else ():
+            width = found.heads * found.head_width
+            rows = found.tokens + found.macs // (
+                2 * found.tokens * width
+            )  # and keys, as the products of both tell them
+            added += rows * width * found.head_width
+        return added, added
 
     def run(self, graph: DiTGraph, context: Context) -> PassReport:
         report = PassReport(self.name, self.settings())

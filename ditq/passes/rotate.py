@@ -176,6 +176,7 @@ class Rotate(Pass):
         kinds = [row["kind"] for row in report.rows]
         report.summary = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
         products = sum(site.macs for site in graph.sites.values())
+        products += sum(attention.macs for attention in graph.attentions.values())
         report.summary["online cost, % of multiply-adds"] = 100 * online_cost(graph) / products
         return report
 

@@ -189,6 +189,7 @@ def test_costs_are_known_before_anything_is_measured(family: str, monkeypatch: p
         ({"window": 0}, "window and error must be above 0"),
         ({"window": "all"}, "must be a whole number or search"),
         ({"fraction": 1.5}, "fraction is 1.5, must be from 0 to 1"),
+        ({"fraction": 0.0}, "fraction is 0, which converts nothing; leave the pass out"),
         ({"shape": "square"}, "shape"),
         ({"pool": -1}, "pool and frames must not be negative"),
         ({"frames": "all"}, "must be a whole number or search"),

@@ -126,6 +126,18 @@ def test_settings_that_make_no_sense_are_refused_in_one_line(settings: dict[str,
     assert message in str(caught.value) and "quantize_attention" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_the_rotation_of_queries_and_keys_is_counted() -> None:
+    graph = small_graph("pixart")
+    inputs = small_inputs(graph.model)
+    cross = next(found for found in graph.attentions.values() if "attn2" in found.name)
+    text = inputs["encoder_hidden_states"].shape[1]
+    width, size = cross.heads * cross.head_width, cross.head_width
+    step = QuantizeAttention(select=[cross.module])
+    assert step.runtime_cost(graph) == ((cross.tokens + text) * width * size,) * 2
+    assert QuantizeAttention(select=[cross.module], rotate=False).runtime_cost(graph) == (0, 0)
+    assert QuantizeAttention().runtime_cost(graph)[0] > step.runtime_cost(graph)[0]
+
+
 def test_a_pattern_that_matches_nothing_and_a_second_rounding_are_refused() -> None:
     graph = small_graph("dit")
     with pytest.raises(DitqError, match=r"'\*\.attn7' matches no attention; there are transformer_blocks\.0\.attn1, "):
