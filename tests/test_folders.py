@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
+from ditq import locks
 from ditq.errors import DitqError, Interrupted
 from ditq.folders import work_folder
 from ditq.given import followed
@@ -99,3 +101,18 @@ def test_a_lock_that_cannot_be_made_or_is_not_ditqs_is_one_line(tmp_path: Path) 
         with pytest.raises(DitqError, match=says), locked(path, tmp_path / "out"):
             pass
     assert mine.read_text() == "precious"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks as Unix has them")
+def test_a_lock_on_a_file_that_has_gone_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, tries = tmp_path / "lock", []
+
+    def taken(file: IO[bytes]) -> bool:
+        tries.append(file)
+        if len(tries) == 1:  # whose it was has removed it between our opening and locking it
+            path.unlink()
+        return True
+
+    monkeypatch.setattr(locks, "_taken", taken)
+    with locked(path, tmp_path / "out"):
+        assert len(tries) == 2 and path.exists()

@@ -65,6 +65,18 @@ WRONG: dict[str, tuple[str, str]] = {
         _passes("linear_attention: {tile: 4}"),
         "pass 'linear_attention': tile is 4, which has an effect with window above 0 only, not 0; leave it out",
     ),
+    "idle beside a number": (
+        _passes("sparse_attention: {keep: 2, mass: 0.5}"),
+        "pass 'sparse_attention': mass is 0.5, which has an effect with keep: mass only, not 2; leave it out",
+    ),
+    "idle error": (
+        _passes("sparse_attention: {keep: mass, error: 0.5}"),
+        "error is 0.5, which has an effect with keep: search only, not mass; leave it out",
+    ),
+    "idle tile": (
+        _passes("token_order: {order: hilbert, tile: 4}"),
+        "tile is 4, which has an effect with order: windows only, not hilbert; leave it out",
+    ),
     "negative tolerance": (_passes("rotate: {tolerance: -0.5}"), "tolerance is -0.5, must be 0 or more"),
     "negative group": (_passes("quantize: {group_size: -8}"), "group_size is -8"),
     "unknown kind": (_passes("rotate: {kinds: [hadamart]}"), r"unknown kinds \['hadamart'\]"),

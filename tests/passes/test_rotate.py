@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
+from ditq.cost_model import costs_before
 from ditq.errors import DitqError
 from ditq.graph import DiTGraph
 from ditq.nn import QuantLinear
@@ -100,6 +101,8 @@ def test_learned_rotations_leave_the_function_unchanged_and_cost_what_their_star
     expected = step.runtime_cost(graph)
     report = step.run(graph, Context(statistics_of(graph)))
     assert expected == (online_cost(graph), online_cost(graph))
+    macs = costs_before(graph).macs.values()  # what `ditq inspect` divides by
+    assert report.summary["online cost, % of multiply-adds"] == pytest.approx(100 * expected[0] / sum(macs), rel=1e-9)
     assert any(row["kind"] == "learned" for row in report.rows)
     offline = [row for row in report.rows if row["kind"].startswith("offline")]
     assert offline and all(row["error learned"] > 0 for row in offline)

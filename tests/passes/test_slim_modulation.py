@@ -188,3 +188,11 @@ def test_directions_are_those_of_further_conditions_too(tmp_path: Path) -> None:
     with pytest.raises(DitqError, match="are gone from the trajectories; make them anew with ditq calibrate --resume"):
         SlimModulation(rank=4, multiple=4, select=[site]).run(graph_again(), Context(statistics))
     assert lost["further"] < 0.5 * lost["few"]
+
+
+def test_the_rank_that_is_shown_is_the_one_that_is_taken() -> None:
+    graph = small_graph("dit")
+    site = next(iter(SlimModulation().preview(graph)))
+    assert set(SlimModulation(keep=0.9).preview(graph).values()) == {"rank for 0.9"}
+    assert SlimModulation(rank=3, multiple=4).preview(graph)[site] == "rank 4"
+    assert SlimModulation(rank=9999, multiple=1).preview(graph)[site] == "as it is: rank 9999 is no smaller"

@@ -106,6 +106,7 @@ def test_each_prompt_has_its_own_seed_and_pair_of_pictures(by_noise: dict[float,
     assert [(result.condition, result.seed) for result in found.prompts] == [(PROMPTS[0], 0), (PROMPTS[1], 1)]
     assert [len(pair) for pair in found.pictures] == [2, 2]
     assert found.arguments["num_inference_steps"] == STEPS and found.arguments["height"] == 64
+    assert found.environment["original drawn in"] == "float32 on cpu"
     assert Evaluation.from_json(found.to_json()) == found
 
 
